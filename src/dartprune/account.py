@@ -1,0 +1,137 @@
+"""Counts what a run did, and writes the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dartprune.layer_run import LayerRun
+from dartprune.method import Method
+from dartprune.report import LayerReport, Report, SequenceReport
+from dartprune.setup import Parts
+from dartprune.slots import Slot, State
+
+
+@dataclass
+class Ended:
+    """A sequence that is over, with its counters as they were; they stay on the device until the report."""
+
+    slot: Slot
+    dense: Tensor
+    pruned: Tensor
+    saved: Tensor
+
+
+class Account:
+    """Bytes read, seconds spent, sequences ended."""
+
+    def __init__(self, method: Method, parts: Parts) -> None:
+        self.method = method
+        self.parts = parts
+        self.seconds = {"attaching": 0.0, "tracing": 0.0, "detecting": 0.0, "refreshing": 0.0, "detaching": 0.0}
+        self.notes = list(parts.notes)
+        self.refresh_flops = 0
+        self._read = 0.0
+        self._whole = 0.0
+        self._ended: list[Ended] = []
+        self._layer_bytes = [_layer_bytes(layer) for layer in parts.layers]
+
+    def decoded(self, slots: Sequence[Slot], *, pruned: bool) -> None:
+        """A decode forward of these sequences has read its FFN weights."""
+        whole = float(sum(self._layer_bytes))
+        self._whole += whole
+        gathering = pruned and all(slot.state is State.PRUNED for slot in slots)
+        for number, (layer, size) in enumerate(zip(self.parts.layers, self._layer_bytes, strict=True)):
+            if gathering and layer.backend.gathers and not isinstance(layer.weights, str):
+                counts = [slot.keep[number] for slot in slots if slot.keep is not None]
+                self._read += layer.backend.bytes_read(layer.weights, counts)
+            else:
+                self._read += size
+
+    def replayed(self, sequences: int) -> None:
+        """Gate and up of all layers were read for a refresh."""
+        for layer, size in zip(self.parts.layers, self._layer_bytes, strict=True):
+            gated = layer.layer.gate is not None or layer.layer.fused
+            self._read += size * (2 / 3 if gated else 1 / 2)
+
+    def close(self, slot: Slot) -> None:
+        """Keep what a sequence did, before its slot is used again."""
+        counters = self.parts.counters
+        self._ended.append(
+            Ended(slot, *(t[slot.id].clone() for t in (counters.dense, counters.pruned, counters.saved)))
+        )
+
+    def report(self, live: Sequence[Slot]) -> Report:
+        """What happened so far."""
+        counters = self.parts.counters
+        rows = [*self._ended]
+        rows += [Ended(slot, counters.dense[slot.id], counters.pruned[slot.id], counters.saved[slot.id]) for slot in live]
+        rows.sort(key=lambda row: row.slot.sequence)
+        sequences = [_sequence(row) for row in rows]
+        dense = sum(s.dense_tokens for s in sequences)
+        pruned = sum(s.pruned_tokens for s in sequences)
+        saved = sum(s.realised_sparsity * (s.dense_tokens + s.pruned_tokens) for s in sequences)
+        held = sum(holder.bytes_per_slot() for holder in self.parts.holders)
+        held += self.method.detector.build().bytes_held(hidden=self.parts.windows.vectors.shape[-1])
+        backends = list(dict.fromkeys(layer.backend.name for layer in self.parts.layers))
+        return Report(
+            method=self.method.name,
+            backend="+".join(backends) if self.method.prunes else "none",
+            saves_time=self.method.prunes and all(layer.backend.saves_time for layer in self.parts.layers),
+            target_sparsity=float(self.method.sparsity),
+            realised_sparsity=saved / (dense + pruned) if dense + pruned else 0.0,
+            bytes_saved=1 - self._read / self._whole if self._whole else 0.0,
+            dense_tokens=dense,
+            pruned_tokens=pruned,
+            prompt_tokens=sum(s.prompt_tokens for s in sequences),
+            sequences=sequences,
+            layers=_layers(self.parts.layers, sequences),
+            overhead_bytes=held * max(1, counters.dense.shape[0]) if self.method.prunes else 0,
+            overhead_bytes_per_sequence=held if self.method.prunes else 0,
+            seconds=dict(self.seconds),
+            refresh_flops=self.refresh_flops,
+            notes=self.notes + list(dict.fromkeys(note for row in rows for note in row.slot.notes)),
+        )
+
+
+def _layer_bytes(layer: LayerRun) -> int:
+    parameters = {id(p): p for module in _projections(layer) for p in module.parameters() if p.dim() > 1}
+    return sum(p.numel() * p.element_size() for p in parameters.values())
+
+
+def _projections(layer: LayerRun) -> list[torch.nn.Module]:
+    modules = [layer.layer.up, layer.layer.down]
+    return modules if layer.layer.gate is None else [layer.layer.gate, *modules]
+
+
+def _sequence(row: Ended) -> SequenceReport:
+    slot, dense, pruned = row.slot, int(row.dense), int(row.pruned)
+    events = [
+        replace(event, sequence=slot.sequence, changed=None if changed is None else int(changed))
+        for event, changed in slot.events
+        if event.decoded <= dense + pruned  # a finished line of a batch goes on as padding
+    ]
+    return SequenceReport(
+        sequence=slot.sequence,
+        prompt_tokens=slot.prompt_tokens,
+        traced_tokens=slot.traced,
+        dense_tokens=dense,
+        pruned_tokens=pruned,
+        realised_sparsity=float(row.saved) / (dense + pruned) if dense + pruned else 0.0,
+        events=events,
+        keep=list(slot.keep) if slot.keep is not None else None,
+        similarities=[item for item in slot.similarities if item[0] <= dense + pruned],
+        notes=list(slot.notes),
+    )
+
+
+def _layers(layers: Sequence[LayerRun], sequences: Sequence[SequenceReport]) -> list[LayerReport]:
+    keeps = [s.keep for s in sequences if s.keep is not None]
+    out = []
+    for number, layer in enumerate(layers):
+        kept = sum(keep[number] for keep in keeps) / len(keeps) if keeps else None
+        out.append(LayerReport(layer.layer.index, layer.layer.neurons, kept))
+    return out

@@ -1,0 +1,225 @@
+"""Layer sensitivity -> how many neurons each layer keeps (DART section 3.2)."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from dartprune.names import Registry
+
+ALIKE = 0.01  # a spread of sensitivities below this share of their mean says nothing
+
+
+def sensitivity(angle: Tensor, change: Tensor) -> Tensor:
+    """How much a layer's FFN moves the residual stream: `mean(1 - cos) * mean(|z - y| / |y|)`, [L]."""
+    return angle * change
+
+
+def distribute(pressure: Tensor, sparsity: float, min_sparsity: float = 0.1, max_sparsity: float = 0.9) -> Tensor:
+    """Pruned fractions in proportion to a pressure, within bounds, with mean `sparsity`.
+
+    Args:
+        pressure: how readily each layer is pruned, [L], not negative.
+        sparsity: mean of the result.
+        min_sparsity: lower bound; widened, with a warning, where `sparsity` lies below it.
+        max_sparsity: upper bound; likewise.
+
+    Returns:
+        float32 [L] on the host.
+    """
+    p = pressure.detach().cpu().double()
+    if 0 < sparsity < min_sparsity or sparsity > max_sparsity:  # 0 means what it says: nothing is pruned
+        warnings.warn(
+            f"sparsity {sparsity:g} lies outside of the layer bounds [{min_sparsity:g}, {max_sparsity:g}]: "
+            "the bound is widened to it",
+            stacklevel=3,
+        )
+    low, high = min(min_sparsity, sparsity), max(max_sparsity, sparsity)
+    layers = p.numel()
+    total = float(p.sum())
+    if layers == 1 or total <= 0 or not math.isfinite(total):
+        return torch.full((layers,), float(sparsity))
+    wanted = sparsity * layers
+    out = (wanted * p / total).clamp(low, high)
+    for _ in range(10 * layers + 100):
+        rest = wanted - float(out.sum())
+        if abs(rest) < 1e-9 * layers:
+            break
+        free = out < high - 1e-12 if rest > 0 else out > low + 1e-12
+        share = torch.where(free, p, 0.0)
+        if float(share.sum()) <= 0:
+            share = free.double()
+        out = (out + rest * share / share.sum()).clamp(low, high)
+    return out.float()
+
+
+def depth_aware(
+    sensitivity: Tensor,
+    sparsity: float,
+    *,
+    early_width: float = 0.3,
+    late_width: float = 0.15,
+    early_floor: float = 0.25,
+    late_floor: float = 0.35,
+    min_sparsity: float = 0.1,
+    max_sparsity: float = 0.9,
+) -> Tensor:
+    """Pruned fraction of each layer: insensitive layers give more, the first and the last ones are protected.
+
+    Args:
+        sensitivity: [L], any float dtype, see `sensitivity()`.
+        sparsity: mean pruned fraction, in [0, 1).
+        early_width: share of the depth at the beginning that is protected; 0 for none.
+        late_width: the same at the end.
+        early_floor: pressure on the very first layer, of 1.
+        late_floor: pressure on the very last layer, of 1.
+        min_sparsity: least pruned fraction of a layer.
+        max_sparsity: greatest pruned fraction of a layer.
+
+    Returns:
+        float32 [L] on the host with mean `sparsity` (DART section 3.2).
+    """
+    s = sensitivity.detach().cpu().double()
+    layers = s.numel()
+    mean = float(s.mean())
+    spread = float(s.max() - s.min())
+    if not math.isfinite(mean) or spread < ALIKE * mean or spread == 0:
+        readiness = torch.ones(layers, dtype=torch.float64)
+    else:
+        readiness = 1 - (s - s.min()) / (spread + 1e-6 * mean)
+    depth = torch.linspace(0, 1, layers, dtype=torch.float64) if layers > 1 else torch.full((1,), 0.5).double()
+    protection = torch.ones(layers, dtype=torch.float64)
+    early, late = depth < early_width, depth > 1 - late_width
+    if early_width > 0:
+        protection = torch.where(early, early_floor + (1 - early_floor) * depth / early_width, protection)
+    if late_width > 0:
+        protection = torch.where(late, late_floor + (1 - late_floor) * (1 - depth) / late_width, protection)
+    return distribute(readiness * protection, sparsity, min_sparsity, max_sparsity)
+
+
+def uniform(layers: int, sparsity: float) -> Tensor:
+    """The same pruned fraction in every layer, float32 [L]."""
+    return torch.full((layers,), float(sparsity))
+
+
+def parse_table(table: str, neurons: Sequence[int]) -> Tensor:
+    """Pruned fractions from a table of what each layer keeps.
+
+    Args:
+        table: entries such as `0:0.9,1-3:0.82,4:1200,all:0.3`: a layer, a range or `all`, then the share of neurons to
+            keep (with a point) or their number. Later entries win over earlier ones.
+        neurons: neurons of each layer.
+
+    Returns:
+        float32 [L].
+
+    Raises:
+        ValueError: an entry that cannot be read or does not fit the model, or a layer that no entry names.
+    """
+    layers = len(neurons)
+    out = [math.nan] * layers
+    for entry in (part.strip() for part in table.split(",")):
+        match = re.fullmatch(r"(all|(\d+)(?:-(\d+))?)\s*:\s*(\d+\.\d*|\.\d+|\d+)", entry)
+        if match is None:
+            raise ValueError(f"budget entry {entry!r} cannot be read: write layer:share, first-last:share or all:share")
+        where, first, last, amount = match.groups()
+        begin, end = (0, layers - 1) if where == "all" else (int(first), int(last or first))
+        if begin > end:
+            raise ValueError(f"budget entry {entry!r} names the range backwards")
+        if end >= layers:
+            raise ValueError(f"budget entry {entry!r} names layer {end}, but the model has layers 0 to {layers - 1}")
+        for layer in range(begin, end + 1):
+            keep = float(amount) if "." in amount else int(amount) / neurons[layer]
+            if keep > 1:
+                raise ValueError(f"budget entry {entry!r} keeps more than the {neurons[layer]} neurons of layer {layer}")
+            out[layer] = 1 - keep
+    missing = [layer for layer, value in enumerate(out) if math.isnan(value)]
+    if missing:
+        raise ValueError(f"the budget table names no share for layer {missing[0]}: add it, or 'all:SHARE' in front")
+    return torch.tensor(out, dtype=torch.float32)
+
+
+def keep_counts(pruned: Tensor, neurons: Sequence[int]) -> list[int]:
+    """Neurons that each layer keeps: `round((1 - p_l) * I_l)`."""
+    return [round((1 - float(p)) * n) for p, n in zip(pruned.tolist(), neurons, strict=True)]
+
+
+B = TypeVar("B", bound=type[Any])
+budget_kinds: Registry[type[Any]] = Registry("budget")
+
+
+def register_budget(cls: B) -> B:
+    """Class decorator: make a budget known under its `kind`."""
+    budget_kinds.register(cls.kind, cls)
+    return cls
+
+
+@register_budget
+@dataclass(frozen=True)
+class DepthAware:
+    """The paper's budget; `depth_protection` and `magnitude_factor` switch two of its parts off for studies."""
+
+    kind: ClassVar[str] = "depth-aware"
+    early_width: float = 0.3
+    late_width: float = 0.15
+    early_floor: float = 0.25
+    late_floor: float = 0.35
+    min_sparsity: float = 0.1
+    max_sparsity: float = 0.9
+    depth_protection: bool = True
+    magnitude_factor: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("early_width", "late_width", "early_floor", "late_floor", "min_sparsity", "max_sparsity"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"DepthAware: {name} must lie in [0, 1], got {value!r}")
+        if self.min_sparsity > self.max_sparsity:
+            raise ValueError(
+                f"DepthAware: min_sparsity {self.min_sparsity!r} is above max_sparsity {self.max_sparsity!r}"
+            )
+
+    def __call__(self, angle: Tensor, change: Tensor, sparsity: float, neurons: Sequence[int]) -> Tensor:
+        """Pruned fractions [L] from the mean impact terms [L] of each layer."""
+        return depth_aware(
+            sensitivity(angle, change) if self.magnitude_factor else angle,
+            sparsity,
+            early_width=self.early_width if self.depth_protection else 0.0,
+            late_width=self.late_width if self.depth_protection else 0.0,
+            early_floor=self.early_floor,
+            late_floor=self.late_floor,
+            min_sparsity=self.min_sparsity,
+            max_sparsity=self.max_sparsity,
+        )
+
+
+@register_budget
+@dataclass(frozen=True)
+class Uniform:
+    """The same share in every layer."""
+
+    kind: ClassVar[str] = "uniform"
+
+    def __call__(self, angle: Tensor, change: Tensor, sparsity: float, neurons: Sequence[int]) -> Tensor:
+        """Pruned fractions [L], all `sparsity`."""
+        return uniform(len(neurons), sparsity)
+
+
+@register_budget
+@dataclass(frozen=True)
+class Table:
+    """What each layer keeps, given by hand; the sparsity of the pruner is not looked at."""
+
+    kind: ClassVar[str] = "table"
+    keep: str = "all:1.0"
+
+    def __call__(self, angle: Tensor, change: Tensor, sparsity: float, neurons: Sequence[int]) -> Tensor:
+        """Pruned fractions [L] from the table, see `parse_table`."""
+        return parse_table(self.keep, neurons)

@@ -1,0 +1,1 @@
+"""Measuring quality; uses the public API like any user."""

@@ -1,0 +1,52 @@
+"""Ways to compute a pruned FFN, by name; a new one is one file and one line here."""
+
+from __future__ import annotations
+
+import torch
+
+from dartprune.ffn.backend import Backend
+from dartprune.ffn.masked import MaskedBackend
+from dartprune.ffn.reference import ReferenceBackend
+from dartprune.ffn.weights import FFNWeights
+from dartprune.names import Registry
+
+__all__ = ["Backend", "FFNWeights", "backend_names", "choose"]
+
+_backends: Registry[Backend] = Registry("backend")
+_backends.register("reference", ReferenceBackend())
+_backends.register("masked", MaskedBackend())
+
+# tried in this order by `auto`; masked works everywhere
+_AUTOMATIC = ("masked",)
+
+
+def backend_names() -> list[str]:
+    """Names that `backend=` accepts, beside `auto`."""
+    return _backends.names()
+
+
+def choose(name: str, weights: FFNWeights | str, device: torch.device) -> tuple[Backend, str | None]:
+    """The backend for one layer, and why a faster one was not taken.
+
+    Args:
+        name: `auto` or a registered name.
+        weights: the layer's weights, or the reason why its rows cannot be read.
+        device: where the layer computes.
+
+    Raises:
+        ValueError: unknown name, or a named backend that cannot compute this layer.
+    """
+    if name != "auto":
+        backend = _backends.get(name)
+        reason = backend.reason_against(weights, device)
+        if reason is not None:
+            raise ValueError(f"backend {name!r} cannot be used: {reason}; backend='auto' falls back to 'masked'")
+        return backend, None
+    reasons: list[str] = []
+    for candidate in _AUTOMATIC:
+        backend = _backends.get(candidate)
+        reason = backend.reason_against(weights, device)
+        if reason is None:
+            return backend, "; ".join(dict.fromkeys(reasons)) or None
+        reasons.append(reason)
+    raise AssertionError("the masked backend refuses nothing")

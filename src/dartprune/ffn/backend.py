@@ -1,0 +1,71 @@
+"""What every way of computing a pruned FFN looks like, and the activations they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dartprune.ffn.weights import FFNWeights
+
+
+class Backend(Protocol):
+    """A way of computing a pruned FFN.
+
+    name: for the registry and the report.
+    saves_time: whether neurons that are not kept are left unread.
+    gathers: True if `ffn` computes the whole FFN from index lists; False if the model's own FFN runs with its
+        neurons zeroed (then `ffn` is never called).
+    """
+
+    name: str
+    saves_time: bool
+    gathers: bool
+
+    def reason_against(self, weights: FFNWeights | str, device: torch.device) -> str | None:
+        """None if this backend can compute an FFN with these weights (or their lack, as a reason) on `device`."""
+
+    def prepare(self, weights: FFNWeights) -> None:
+        """Compile what must be compiled for these shapes, so that no token waits for it."""
+
+    def ffn(self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
+        """Compute the pruned FFN of x [N, H]; row n keeps the neurons `index[slots[n], :count[slots[n]]]`.
+
+        Args:
+            x: [N, H], any float dtype.
+            weights: the FFN's weights.
+            index: int32 [S, W], kept neurons of each slot, no duplicates.
+            count: int32 [S], how many entries of each row of `index` count.
+            slots: int64 [N], the slot of each row of x.
+
+        Returns:
+            [N, H] in x's dtype.
+        """
+
+    def bytes_read(self, weights: FFNWeights, counts: Sequence[int]) -> int:
+        """Weight bytes that one call reads for rows with these numbers of kept neurons."""
+
+
+def activation(name: str, x: Tensor) -> Tensor:
+    """Apply an activation by its canonical name, in x's dtype."""
+    if name == "silu":
+        return F.silu(x)
+    if name == "gelu":
+        return F.gelu(x)
+    if name == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if name == "relu":
+        return F.relu(x)
+    if name == "relu2":
+        return F.relu(x).square()
+    if name == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    raise ValueError(f"activation {name!r} has no canonical form: use the masked backend")
+
+
+def row_bytes(weights: FFNWeights) -> int:
+    """Bytes of all the rows that belong to one neuron."""
+    return weights.matrices * weights.hidden * weights.up.element_size()

@@ -1,0 +1,42 @@
+"""The weights of one FFN, seen as one row per neuron."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """Views of an FFN's weights in which row i of every matrix belongs to neuron i; nothing is copied.
+
+    gate: [I, H], or None for a plain FFN.  up: [I, H].  down: [I, H], the down projection transposed.
+    gate_bias, up_bias: [I] or None.  down_bias: [H] or None.
+    activation: canonical name (silu, gelu, gelu_tanh, relu, relu2, quick_gelu, other); act: the function itself.
+    """
+
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: str
+    act: Callable[[Tensor], Tensor]
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons, I."""
+        return int(self.up.shape[0])
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream, H."""
+        return int(self.up.shape[1])
+
+    @property
+    def matrices(self) -> int:
+        """Rows that one neuron owns: 3 with a gate, else 2."""
+        return 3 if self.gate is not None else 2

@@ -1,0 +1,182 @@
+"""What happens inside one layer during a forward: trace, mask, compute, remember the input."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dartprune.ffn import Backend, FFNWeights
+from dartprune.ffn.masked import apply_mask
+from dartprune.model.families import Layer
+from dartprune.ring import LayerRing
+from dartprune.selection import LayerSelection
+from dartprune.trace import LayerTrace, impact_terms
+
+
+@dataclass
+class Step:
+    """One forward as the layers see it: B lines of T tokens; all tensors lie on the layer's device.
+
+    slots: int64 [B].  row_slots: int64 [B * T].  weight, impact_weight: float32 [B, T] of 0 and 1, or None: not traced.
+    ring: rows, slots and places for `LayerRing.write`, or None.  gathering: the backend computes the FFN from index
+    lists.  masking: neurons are zeroed inside the model's own FFN.  staging: inputs are kept until it is known which
+    tokens survive.
+    """
+
+    slots: Tensor
+    row_slots: Tensor
+    weight: Tensor | None = None
+    impact_weight: Tensor | None = None
+    ring: tuple[Tensor, Tensor, Tensor] | None = None
+    gathering: bool = False
+    masking: bool = False
+    staging: bool = False
+
+
+class DeviceState:
+    """What the layers of one device share: the step of the forward under way, and what it leaves behind."""
+
+    def __init__(self) -> None:
+        self.step: Step | None = None
+        self.attention: Tensor | None = None
+        self.tracing_seconds = 0.0
+
+
+class LayerRun:
+    """The run's side of one layer; receives the calls of its `Site`."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        state: DeviceState,
+        trace: LayerTrace,
+        selection: LayerSelection,
+        ring: LayerRing | None,
+        backend: Backend,
+        weights: FFNWeights | str,
+        *,
+        residual: bool,
+    ) -> None:
+        self.layer = layer
+        self.state = state
+        self.trace = trace
+        self.selection = selection
+        self.ring = ring
+        self.backend = backend
+        self.weights = weights
+        self.residual = residual
+        self.staged: Tensor | None = None
+        self.staged_impact: Tensor | None = None
+        self._y: Tensor | None = None
+        self._x: Tensor | None = None
+
+    def norm(self, y: Tensor) -> None:
+        """Keep the residual stream for the impact of this FFN."""
+        step = self.state.step
+        if step is not None and (step.impact_weight is not None or step.staging):
+            self._y = y
+
+    def ffn(self, x: Tensor, original: Callable[[], Tensor]) -> Tensor:
+        """An FFN module: pruned by the backend, or the model's own."""
+        step = self.state.step
+        if step is None:
+            return original()
+        self._take(x, step)
+        out = self._gathered(x, step) if step.gathering else original()
+        if self.layer.contribution is self.layer.entry:
+            self._impact(out, step)
+        return out
+
+    def first(self, x: Tensor, original: Callable[[], Tensor]) -> Tensor:
+        """The first projection of an FFN without a module; skipped where the backend computes the whole."""
+        step = self.state.step
+        if step is None:
+            return original()
+        self._take(x, step)
+        if step.gathering:
+            # the activation that follows runs on x, and `down` drops its result
+            self._x = x
+            return x
+        return original()
+
+    def down(self, a: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
+        """The down projection: trace its input, zero what is not kept."""
+        step = self.state.step
+        if step is None:
+            return original(a)
+        if step.gathering:
+            if self.layer.inline:
+                x, self._x = self._x, None
+                assert x is not None
+                return self._gathered(x, step)
+            return original(a)
+        if step.weight is not None:
+            self._trace(a, step.weight, step)
+        if step.masking:
+            lines = a.reshape(step.slots.shape[0], -1, a.shape[-1])
+            a = apply_mask(lines, self.selection.rows_mask(step.slots)).reshape(a.shape)
+        out = original(a)
+        if step.masking:
+            out = self._compensated(out, step)
+        if self.layer.contribution is self.layer.down:
+            self._impact(out, step)
+        return out
+
+    def contribution(self, z: Tensor) -> None:
+        """What the FFN adds to the residual stream."""
+        step = self.state.step
+        if step is not None:
+            self._impact(z, step)
+
+    def attention(self, out: Tensor) -> None:
+        """Keep the last layer's attention output for the detector."""
+        if self.state.step is not None:
+            self.state.attention = out
+
+    def _take(self, x: Tensor, step: Step) -> None:
+        if self.layer.norm is None and (step.impact_weight is not None or step.staging):
+            self._y = x
+        if step.staging:
+            self.staged = x.reshape(step.slots.shape[0], -1, x.shape[-1])
+        if step.ring is not None and self.ring is not None:
+            self.ring.write(x.reshape(-1, x.shape[-1]), *step.ring)
+
+    def _gathered(self, x: Tensor, step: Step) -> Tensor:
+        assert not isinstance(self.weights, str)
+        rows = x.reshape(-1, x.shape[-1])
+        out = self.backend.ffn(rows, self.weights, self.selection.index, self.selection.count, step.row_slots)
+        return self._compensated(out.reshape(x.shape), step)
+
+    def _compensated(self, out: Tensor, step: Step) -> Tensor:
+        if not self.selection.has_compensation:
+            return out
+        added = self.selection.compensation.index_select(0, step.slots)[:, None]
+        lines = out.reshape(step.slots.shape[0], -1, out.shape[-1])
+        return (lines + added.to(out.dtype)).reshape(out.shape)
+
+    def _trace(self, a: Tensor, weight: Tensor, step: Step) -> None:
+        lines = a.reshape(step.slots.shape[0], -1, a.shape[-1])
+        if torch.compiler.is_compiling():
+            self.trace.add(lines, step.slots, weight)
+            return
+        began = time.perf_counter()
+        self.trace.add(lines, step.slots, weight)
+        self.state.tracing_seconds += time.perf_counter() - began
+
+    def _impact(self, z: Tensor, step: Step) -> None:
+        y, self._y = self._y, None
+        if y is None:
+            return
+        lines = step.slots.shape[0]
+        y, z = y.reshape(lines, -1, y.shape[-1]), z.reshape(lines, -1, z.shape[-1])
+        if self.layer.scale != 1.0:
+            z = z * self.layer.scale
+        terms = impact_terms(y, z, residual=self.residual)
+        if step.staging:
+            self.staged_impact = terms
+        elif step.impact_weight is not None:
+            self.trace.add_impact(terms, step.slots, step.impact_weight)

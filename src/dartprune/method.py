@@ -1,0 +1,166 @@
+"""A pruning method as a value: scorer, budget, selection, refresh and detector, validated and serialisable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from dartprune.budget import DepthAware, budget_kinds
+from dartprune.drift import AttentionDrift
+from dartprune.names import unknown
+from dartprune.refresh import Never, Refresh, refresh_kinds
+from dartprune.scoring import scorer
+
+VERSION = 1
+SELECTIONS = ("topk", "threshold")
+IMPACTS = ("ffn_output", "residual")
+COMPENSATIONS = (None, "mean")
+
+
+def choice(owner: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Check a value against the ones allowed; ValueError naming the nearest."""
+    if value not in allowed:
+        known = [str(a) for a in allowed]
+        raise unknown(f"{name} for {owner}", value, known)
+
+
+def whole(owner: str, name: str, value: object, least: int) -> None:
+    """Check that a value is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{owner}: {name} must be a whole number of at least {least}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Settings of the drift detector; `build` gives its live form for one sequence (DART section 3.4)."""
+
+    window: int = 8
+    delta: float = 0.5
+    min_drop: float = 0.02
+    patience: int = 2
+    leave_one_out: bool = True
+
+    def __post_init__(self) -> None:
+        self.build()
+
+    def build(self) -> AttentionDrift:
+        """A detector that has seen nothing yet; ValueError for settings that make no sense."""
+        return AttentionDrift(**asdict(self))
+
+
+@dataclass(frozen=True)
+class Method:
+    """What to prune, how much, and when to choose anew.
+
+    sparsity: share of the FFN's neurons to leave out, in [0, 1).
+    scorer: registered name, see `dartprune.scoring`.  decay: of the scorer `average`.  seed: of the scorer `random`.
+    budget: neurons each layer keeps.  selection: `topk` or `threshold` (all with at least the mean score; no budget).
+    refresh: what happens when the topic has moved.  detector: how that is noticed.
+    start: decode forwards that stay dense and traced before the masks act.
+    min_traced: tokens that must have been traced before a mask is made.
+    skip_first: tokens at the beginning of a text that do not count in the neuron statistics.
+    impact: `ffn_output` or `residual`, see `dartprune.trace.impact_terms`.
+    compensate: None, or `mean`: add what the dropped neurons gave on average.
+    """
+
+    prunes: ClassVar[bool] = True
+
+    sparsity: float = 0.7
+    scorer: str = "magnitude"
+    budget: Any = field(default_factory=DepthAware)
+    selection: str = "topk"
+    refresh: Refresh = field(default_factory=Never)
+    detector: Detector = field(default_factory=Detector)
+    start: int = 0
+    min_traced: int = 8
+    skip_first: int = 1
+    decay: float = 0.5
+    seed: int = 0
+    impact: str = "ffn_output"
+    compensate: str | None = None
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        rho = self.sparsity
+        if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not math.isfinite(rho) or not 0 <= rho < 1:
+            raise ValueError(
+                f"{owner}: sparsity must be a number in [0, 1), got {rho!r}; 0.7 leaves out 70 % of the neurons"
+            )
+        scorer(self.scorer)
+        choice(owner, "selection", self.selection, SELECTIONS)
+        choice(owner, "impact", self.impact, IMPACTS)
+        choice(owner, "compensate", self.compensate, COMPENSATIONS)
+        whole(owner, "start", self.start, 0)
+        whole(owner, "min_traced", self.min_traced, 1)
+        whole(owner, "skip_first", self.skip_first, 0)
+        whole(owner, "seed", self.seed, 0)
+        if not 0 < self.decay < 1:
+            raise ValueError(f"{owner}: decay must lie in (0, 1), got {self.decay!r}")
+        if not isinstance(self.refresh, Refresh):
+            raise TypeError(f"{owner}: refresh must be a Refresh such as Replay() or Never(), got {self.refresh!r}")
+        if not isinstance(self.detector, Detector):
+            raise TypeError(f"{owner}: detector must be a Detector, got {self.detector!r}")
+        if type(self.budget) not in [budget_kinds.get(name) for name in budget_kinds.names()]:
+            raise TypeError(f"{owner}: budget must be a registered budget such as DepthAware(), got {self.budget!r}")
+        replay = self.refresh.replay_tokens
+        if self.refresh.detects and replay % self.detector.window:
+            raise ValueError(
+                f"{owner}: replay of {replay} tokens is no multiple of the detector's window of {self.detector.window}"
+            )
+
+    @property
+    def name(self) -> str:
+        """Name of the class, for people."""
+        return type(self).__name__
+
+    def to_dict(self) -> dict[str, Any]:
+        """A versioned plain dict of every setting; `from_dict` gives the same method back."""
+        out: dict[str, Any] = {"version": VERSION}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in ("budget", "refresh"):
+                value = {"kind": value.kind, **asdict(value)}
+            elif item.name == "detector":
+                value = asdict(value)
+            out[item.name] = value
+        return out
+
+
+def settings_from(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a Method from its dict form; ValueError naming the nearest key for an unknown one."""
+    if data.get("version") != VERSION:
+        raise ValueError(f"pruner version {data.get('version')!r} is not known: this release reads version {VERSION}")
+    known = [item.name for item in fields(Method)]
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        if key in ("version", "preset"):
+            continue
+        if key not in known:
+            raise unknown("pruner setting", key, known)
+        if key == "budget":
+            value = _part("budget", budget_kinds.get(_kind("budget", value)), value)
+        elif key == "refresh":
+            value = _part("refresh", refresh_kinds.get(_kind("refresh", value)), value)
+        elif key == "detector":
+            value = _part("detector", Detector, value)
+        out[key] = value
+    return out
+
+
+def _kind(owner: str, value: Any) -> str:
+    if not isinstance(value, Mapping) or "kind" not in value:
+        raise ValueError(f"{owner} must be a mapping with a 'kind', got {value!r}")
+    return str(value["kind"])
+
+
+def _part(owner: str, cls: Any, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{owner} must be a mapping of its settings, got {value!r}")
+    known = [item.name for item in fields(cls)]
+    options = {key: v for key, v in value.items() if key != "kind"}
+    for key in options:
+        if key not in known:
+            raise unknown(f"{owner} setting", key, known)
+    return cls(**options)

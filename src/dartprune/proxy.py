@@ -1,0 +1,3 @@
+"""stub"""
+def cached_forward_proxy(*a): raise NotImplementedError
+def forward_proxy_flops(*a): return 0

@@ -1,0 +1,131 @@
+"""Pruner: a method that can be put on a model; and the presets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+
+from dartprune.budget import Uniform
+from dartprune.method import Method, settings_from
+from dartprune.names import Registry
+from dartprune.refresh import Clock as ClockRefresh
+from dartprune.refresh import Never, Refresh, Replay
+from dartprune.run import Run
+
+
+@dataclass(frozen=True)
+class Pruner(Method):
+    """A pruning method; call it on a transformers model for a `with` block, or use `attach`."""
+
+    def __call__(self, model: nn.Module, *, backend: str = "auto") -> AbstractContextManager[Run]:
+        """Prune `model` inside a `with` block; afterwards, also after an exception, it is what it was.
+
+        Args:
+            model: a decoder of transformers in evaluation mode.
+            backend: how the pruned FFN is computed: `auto` or a name from `dartprune.ffn.backend_names()`.
+        """
+        return self._attached(model, backend)
+
+    @contextmanager
+    def _attached(self, model: nn.Module, backend: str) -> Iterator[Run]:
+        run = self.attach(model, backend=backend)
+        try:
+            yield run
+        finally:
+            run.detach()
+
+    def attach(self, model: nn.Module, *, backend: str = "auto") -> Run:
+        """Prune `model` until `run.detach()` is called. Raises ValueError or TypeError for what cannot be pruned."""
+        return Run(self, model, backend=backend)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A versioned plain dict of every setting; `Pruner.from_dict` gives the same pruner back."""
+        data = super().to_dict()
+        if type(self) in [presets.get(name) for name in presets.names()]:
+            data["preset"] = presets.name_of(type(self))
+        return data
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Pruner:
+        """The pruner that a dict describes; ValueError naming the nearest key for an unknown one."""
+        settings = settings_from(data)
+        cls = presets.get(data["preset"]) if "preset" in data else Pruner
+        return cls(**settings)
+
+
+P = TypeVar("P", bound=type[Pruner])
+presets: Registry[type[Pruner]] = Registry("method")
+
+
+def register_preset(name: str) -> Any:
+    """Class decorator: make a pruner known by name, to the command line too."""
+
+    def add(cls: P) -> P:
+        presets.register(name, cls)
+        return cls
+
+    return add
+
+
+@register_preset("dart")
+@dataclass(frozen=True)
+class Dart(Pruner):
+    """The paper's method, with `replay` as its refresh."""
+
+    refresh: Refresh = field(default_factory=Replay)
+
+
+@register_preset("static")
+@dataclass(frozen=True)
+class Static(Pruner):
+    """DART's mask of the prompt for ever."""
+
+    refresh: Refresh = field(default_factory=Never)
+
+
+@register_preset("griffin")
+@dataclass(frozen=True)
+class Griffin(Pruner):
+    """GRIFFIN (arXiv 2404.01365): token-normalised score, the same budget in every layer, never refreshed."""
+
+    scorer: str = "token-normalised"
+    budget: Any = field(default_factory=Uniform)
+
+
+@register_preset("clock")
+@dataclass(frozen=True)
+class Clock(Pruner):
+    """BWAP: maximum of the normalised activations; 8 dense tokens, then 16 pruned and 4 dense in turn."""
+
+    scorer: str = "peak"
+    budget: Any = field(default_factory=Uniform)
+    refresh: Refresh = field(default_factory=ClockRefresh)
+    start: int = 8
+
+
+@register_preset("random")
+@dataclass(frozen=True)
+class Random(Pruner):
+    """Neurons drawn once per sequence from a seed: the floor that every score must beat."""
+
+    scorer: str = "random"
+    budget: Any = field(default_factory=Uniform)
+
+
+@register_preset("dense")
+@dataclass(frozen=True)
+class Dense(Pruner):
+    """No pruning: the same counting and reporting around the plain model."""
+
+    prunes = False
+    sparsity: float = 0.0
+    budget: Any = field(default_factory=Uniform)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparsity != 0:
+            raise ValueError(f"Dense: sparsity is 0 by definition, got {self.sparsity!r}")

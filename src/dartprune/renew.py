@@ -1,0 +1,142 @@
+"""Makes masks: from the trace at the start, from replayed inputs at an event (DART section 3.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dartprune.budget import keep_counts
+from dartprune.layer_run import LayerRun
+from dartprune.method import Method
+from dartprune.scoring import NOISE, WEIGHT_FACTS, keep_above_mean, keep_top, scorer
+from dartprune.slots import Counters, Slot
+
+
+class Renewal:
+    """Builds and replays the masks of some slots, all layers at one token boundary."""
+
+    def __init__(
+        self,
+        method: Method,
+        layers: Sequence[LayerRun],
+        counters: Counters,
+        facts: Callable[[LayerRun, str], Tensor],
+    ) -> None:
+        """Set up.
+
+        Args:
+            method: what to do.
+            layers: all layers.
+            counters: where the share of the FFN that a slot leaves out is kept.
+            facts: gives a layer's `down_norm`, `proxy_max` or `proxy_mean`, float32 [I].
+        """
+        self.method = method
+        self.layers = layers
+        self.counters = counters
+        self.scorer = scorer(method.scorer)
+        self.flops = 0
+        self._facts = facts
+
+    def build(self, slots: Sequence[Slot]) -> list[Tensor]:
+        """New budgets and masks from the traces; returns the number of newly kept neurons of each slot."""
+        rows = [slot.id for slot in slots]
+        impact = torch.stack([layer.trace.impact[rows].cpu() for layer in self.layers], dim=1).double()
+        neurons = [layer.layer.neurons for layer in self.layers]
+        for slot, sums in zip(slots, impact, strict=True):
+            means = (sums[:, :2] / sums[:, 2:].clamp_min(1)).float()
+            pruned = self.method.budget(means[:, 0], means[:, 1], self.method.sparsity, neurons)
+            slot.former, slot.keep = slot.keep or slot.former, keep_counts(pruned, neurons)
+        return self._select(slots)
+
+    def replay(self, slots: Sequence[Slot]) -> list[Tensor]:
+        """Renew the statistics from the buffered inputs and choose anew within the budgets in force."""
+        length = self.method.refresh.replay_tokens
+        host_rows = torch.tensor([slot.id for slot in slots])
+        places = torch.stack([(slot.ring_next - length + torch.arange(length)) % length for slot in slots])
+        # a young sequence has not filled its ring: the oldest places do not count yet
+        weight = torch.stack([(torch.arange(length) >= length - slot.ring_fill).float() for slot in slots])
+        for layer in self.layers:
+            assert layer.ring is not None
+            device = layer.ring.device
+            rows = host_rows.to(device)
+            x = layer.ring.read(rows, places.to(device))
+            a = layer.layer.activations(x)
+            layer.trace.blend(a, rows, weight.to(device), self.method.refresh.replay_memory)
+            matrices = 2 if layer.layer.gate is not None or layer.layer.fused else 1
+            self.flops += 2 * matrices * layer.layer.neurons * layer.layer.hidden * length * len(slots)
+        for slot in slots:
+            slot.former = list(slot.keep) if slot.keep is not None else None
+        return self._select(slots)
+
+    def drop(self, slots: Sequence[Slot]) -> None:
+        """Every neuron again, in every layer."""
+        rows = [slot.id for slot in slots]
+        for layer in self.layers:
+            layer.selection.open(rows)
+        self.counters.share[rows] = 0.0
+        for slot in slots:
+            slot.former, slot.keep = slot.keep, None
+
+    def forget(self, slots: Sequence[Slot]) -> None:
+        """Start the traces of these slots from nothing."""
+        rows = [slot.id for slot in slots]
+        for layer in self.layers:
+            layer.trace.clear(rows)
+
+    def _select(self, slots: Sequence[Slot]) -> list[Tensor]:
+        changed = [torch.zeros((), dtype=torch.int64, device=self.counters.device) for _ in slots]
+        left_out = [0.0] * len(slots)
+        whole = float(sum(_weights(layer) for layer in self.layers))
+        for number, layer in enumerate(self.layers):
+            scores = self._scores(layer, slots)
+            for i, slot in enumerate(slots):
+                assert slot.keep is not None
+                if self.method.selection == "threshold":
+                    kept = keep_above_mean(scores[i])
+                    slot.keep[number] = kept.shape[0]
+                else:
+                    kept = keep_top(scores[i], slot.keep[number])
+                changed[i] = changed[i] + layer.selection.write(
+                    slot.id, kept, None if slot.former is None else slot.former[number]
+                ).to(self.counters.device)
+                left_out[i] += _weights(layer) * (1 - slot.keep[number] / layer.layer.neurons)
+            if layer.selection.has_compensation:
+                self._compensate(layer, slots)
+        rows = [slot.id for slot in slots]
+        self.counters.share[rows] = torch.tensor(left_out, device=self.counters.device) / whole
+        return changed
+
+    def _scores(self, layer: LayerRun, slots: Sequence[Slot]) -> Tensor:
+        rows = [slot.id for slot in slots]
+        inputs: dict[str, Any] = {}
+        for name in self.scorer.inputs:
+            if name == NOISE:
+                inputs[name] = torch.stack([self._draw(layer, slot) for slot in slots])
+            elif name in WEIGHT_FACTS:
+                inputs[name] = self._facts(layer, name)
+            else:
+                inputs[name] = layer.trace.tensors()[name][rows]
+        return self.scorer.function(**inputs)
+
+    def _draw(self, layer: LayerRun, slot: Slot) -> Tensor:
+        seed = hash((self.method.seed, slot.noise_seed, layer.layer.index)) % (1 << 62)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(layer.layer.neurons, generator=generator).to(layer.trace.device)
+
+    def _compensate(self, layer: LayerRun, slots: Sequence[Slot]) -> None:
+        rows = torch.tensor([slot.id for slot in slots], device=layer.trace.device)
+        mean = layer.trace.tensors()["total"][rows] / layer.trace.tokens[rows].clamp_min(1)[:, None]
+        dropped = mean.masked_fill(layer.selection.rows_mask(rows), 0.0)
+        down = layer.layer.down
+        probe = dropped.to(next(down.parameters()).dtype)
+        nothing = torch.zeros_like(probe[:1])
+        # through the module, so that any kind of layer works; its bias is taken out again
+        layer.selection.compensation[rows] = (down(probe) - down(nothing)).float()
+
+
+def _weights(layer: LayerRun) -> int:
+    gated = layer.layer.gate is not None or layer.layer.fused
+    return (3 if gated else 2) * layer.layer.neurons * layer.layer.hidden

@@ -1,0 +1,129 @@
+"""What happened while a model was attached: as data, as a dict, as a readable table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Event:
+    """One change of a sequence's masks.
+
+    kind: replay, settle, relearn, release.  sequence: number in the report.  position: tokens of the text before it.
+    decoded: decode forwards before it.  similarity, threshold: of the detector's window, None for a clock.
+    changed: neurons kept now that were not kept before, all layers together; None where masks were dropped.
+    """
+
+    kind: str
+    sequence: int
+    position: int
+    decoded: int
+    similarity: float | None = None
+    threshold: float | None = None
+    changed: int | None = None
+
+
+@dataclass
+class SequenceReport:
+    """One sequence: token counts, realised sparsity, events, kept neurons per layer, similarities over its windows."""
+
+    sequence: int
+    prompt_tokens: int
+    traced_tokens: int
+    dense_tokens: int
+    pruned_tokens: int
+    realised_sparsity: float
+    events: list[Event]
+    keep: list[int] | None
+    similarities: list[tuple[int, float, float]]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LayerReport:
+    """One layer: neurons it has, and the mean number kept over the sequences that had a mask (None: none had)."""
+
+    index: int
+    neurons: int
+    kept: float | None
+
+    @property
+    def pruned_fraction(self) -> float | None:
+        """Share of the layer's neurons left out."""
+        return None if self.kept is None else 1 - self.kept / self.neurons
+
+
+@dataclass
+class Report:
+    """What a run did.
+
+    realised_sparsity: one minus the share of the FFN's weights that the decoded tokens used, dense ones included, the
+        same on every backend.  bytes_saved: what the backend really left unread of the FFN's weights in whole decode
+        steps, replays included.  overhead_bytes: held for all live sequences; overhead_bytes_per_sequence: for one.
+    seconds: host time of attaching, tracing, detecting, refreshing and detaching.
+    refresh_flops: arithmetic of all replays.
+    """
+
+    method: str
+    backend: str
+    saves_time: bool
+    target_sparsity: float
+    realised_sparsity: float
+    bytes_saved: float
+    dense_tokens: int
+    pruned_tokens: int
+    prompt_tokens: int
+    sequences: list[SequenceReport]
+    layers: list[LayerReport]
+    overhead_bytes: int
+    overhead_bytes_per_sequence: int
+    seconds: dict[str, float]
+    refresh_flops: int
+    notes: list[str]
+
+    @property
+    def events(self) -> list[Event]:
+        """All events of all sequences, in the order of sequences."""
+        return [event for sequence in self.sequences for event in sequence.events]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        data = asdict(self)
+        data["events"] = [asdict(event) for event in self.events]
+        for layer, plain in zip(self.layers, data["layers"], strict=True):
+            plain["pruned_fraction"] = layer.pruned_fraction
+        return data
+
+    def __str__(self) -> str:
+        rows = [
+            ("method", self.method),
+            ("backend", self.backend + ("" if self.saves_time else " (saves no time)")),
+            ("target sparsity", f"{self.target_sparsity:.3f}"),
+            ("realised sparsity", f"{self.realised_sparsity:.3f}"),
+            ("FFN bytes saved", f"{self.bytes_saved:.3f}"),
+            ("decoded tokens", f"{self.pruned_tokens} pruned, {self.dense_tokens} dense"),
+            ("prompt tokens", f"{self.prompt_tokens} (always dense)"),
+            ("sequences", str(len(self.sequences))),
+            ("events", _counted([event.kind for event in self.events])),
+            ("layers keep", _spread([layer.kept for layer in self.layers], [n.neurons for n in self.layers])),
+            ("extra memory", f"{self.overhead_bytes_per_sequence / 1e6:.2f} MB per sequence"),
+            ("seconds", ", ".join(f"{name} {value:.3f}" for name, value in self.seconds.items())),
+        ]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def _counted(kinds: Sequence[str]) -> str:
+    if not kinds:
+        return "none"
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+def _spread(kept: Sequence[float | None], neurons: Sequence[int]) -> str:
+    shares = [k / n for k, n in zip(kept, neurons, strict=True) if k is not None]
+    if not shares:
+        return "all neurons (no mask was made)"
+    return f"{min(shares):.0%} to {max(shares):.0%} of their neurons"

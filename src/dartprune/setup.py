@@ -1,0 +1,158 @@
+"""Builds the live parts of a run for one model: layers, counters, windows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dartprune.ffn import choose
+from dartprune.layer_run import DeviceState, LayerRun
+from dartprune.method import Method
+from dartprune.model.families import Decoder, Layer
+from dartprune.model.weights import row_weights
+from dartprune.proxy import cached_forward_proxy, forward_proxy_flops
+from dartprune.ring import LayerRing
+from dartprune.scoring import WEIGHT_FACTS, scorer
+from dartprune.selection import LayerSelection
+from dartprune.slots import Counters, SlotTensors
+from dartprune.trace import STATISTICS, LayerTrace
+from dartprune.watch import Windows
+
+
+@dataclass
+class Parts:
+    """What a run is made of; `holders` is everything with a row per slot."""
+
+    layers: list[LayerRun]
+    counters: Counters
+    windows: Windows
+    holders: list[SlotTensors]
+    facts: Callable[[LayerRun, str], Tensor]
+    notes: list[str]
+
+
+def build(method: Method, core: nn.Module, decoder: Decoder, backend: str) -> Parts:
+    """Everything that holds state for this method on this model.
+
+    Raises:
+        ValueError: a named backend or scorer cannot work with these weights.
+    """
+    needed = scorer(method.scorer).inputs
+    statistics = tuple(name for name in needed if name in STATISTICS)
+    if method.compensate == "mean":
+        statistics = (*statistics, "total")
+    states: dict[torch.device, DeviceState] = {}
+    layers: list[LayerRun] = []
+    notes: list[str] = []
+    for layer in decoder.layers:
+        device, dtype = _place(layer)
+        weights = row_weights(layer)
+        chosen, fallback = choose(backend, weights, device)
+        if fallback is not None and fallback not in notes:
+            notes.append(f"{chosen.name} backend: {fallback}")
+        if not isinstance(weights, str):
+            chosen.prepare(weights)
+        state = states.setdefault(device, DeviceState())
+        width = layer.neurons if method.selection == "threshold" else _widest(method, layer.neurons)
+        length = method.refresh.replay_tokens
+        layers.append(
+            LayerRun(
+                layer,
+                state,
+                LayerTrace(statistics, layer.neurons, method.decay, device),
+                LayerSelection(
+                    layer.neurons,
+                    width,
+                    device,
+                    masks=not chosen.gathers,
+                    compensation=layer.hidden if method.compensate == "mean" else None,
+                ),
+                LayerRing(length, layer.hidden, dtype, device) if length else None,
+                chosen,
+                weights,
+                residual=method.impact == "residual",
+            )
+        )
+    last = layers[-1]
+    counters = Counters(last.trace.device)
+    windows = Windows(method.detector.window, decoder.hidden, last.trace.device)
+    holders: list[SlotTensors] = [counters]
+    if method.refresh.detects:
+        holders.append(windows)
+    for run in layers:
+        holders += [run.trace, run.selection] + ([run.ring] if run.ring is not None else [])
+    facts = Facts(core)
+    if any(name in WEIGHT_FACTS for name in needed):
+        facts.check(layers, needed)
+    return Parts(layers, counters, windows, holders, facts, notes)
+
+
+def _place(layer: Layer) -> tuple[torch.device, torch.dtype]:
+    """Where a layer computes and in which dtype, also where accelerate keeps its weights elsewhere."""
+    parameter = next(layer.down.parameters())
+    device = parameter.device
+    hook = getattr(layer.down, "_hf_hook", None)
+    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
+        device = torch.device(hook.execution_device)  # type: ignore[union-attr]
+    dtypes = [p.dtype for p in layer.attention_output.parameters() if p.dtype.is_floating_point]
+    dtype = parameter.dtype if parameter.dtype.is_floating_point else (dtypes or [torch.float32])[0]
+    return device, dtype
+
+
+def _widest(method: Method, neurons: int) -> int:
+    """The most neurons a layer may keep under the budget."""
+    smallest = getattr(method.budget, "min_sparsity", None)
+    if smallest is None:
+        return neurons
+    return min(neurons, round((1 - min(float(smallest), method.sparsity)) * neurons))
+
+
+class Facts:
+    """What scorers need to know of the weights; worked out when first asked for."""
+
+    def __init__(self, core: nn.Module) -> None:
+        self._core = core
+        self._known: dict[tuple[int, str], Tensor] = {}
+
+    def check(self, layers: list[LayerRun], needed: tuple[str, ...]) -> None:
+        """ValueError where the weights cannot be read; a warning where the work is long."""
+        for layer in layers:
+            if isinstance(layer.weights, str):
+                raise ValueError(
+                    f"a scorer that reads the down projection cannot be used here: {layer.weights}; use 'magnitude'"
+                )
+        if any(name.startswith("proxy") for name in needed):
+            flops = sum(
+                forward_proxy_flops(layer.layer.neurons, layer.layer.hidden, self._unembedding().shape[0])
+                for layer in layers
+            )
+            if flops > 1e13:
+                warnings.warn(
+                    f"the forward proxy of this model takes {flops:.1e} floating point operations once: "
+                    "hours on a CPU, minutes on a GPU; the result is cached on disk",
+                    stacklevel=2,
+                )
+
+    def __call__(self, layer: LayerRun, name: str) -> Tensor:
+        """A fact of one layer, float32 [I]."""
+        key = (layer.layer.index, name)
+        if key not in self._known:
+            assert not isinstance(layer.weights, str)
+            if name == "down_norm":
+                self._known[key] = torch.linalg.vector_norm(layer.weights.down, dim=1, dtype=torch.float32)
+            else:
+                highest, mean = cached_forward_proxy(layer.weights.down, self._unembedding())
+                self._known[layer.layer.index, "proxy_max"] = highest.to(layer.trace.device)
+                self._known[layer.layer.index, "proxy_mean"] = mean.to(layer.trace.device)
+        return self._known[key]
+
+    def _unembedding(self) -> Tensor:
+        head = self._core.get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            raise ValueError("the model has no output embeddings, which forward-proxy scores need: use 'magnitude'")
+        weight: Tensor = head.weight
+        return weight

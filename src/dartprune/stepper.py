@@ -1,0 +1,346 @@
+"""One forward after another: what the layers must do, and what follows once the tokens are known."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dartprune.layer_run import LayerRun, Step
+from dartprune.method import Method
+from dartprune.model.rows import Phase, Rows
+from dartprune.refresh import Action
+from dartprune.renew import Renewal
+from dartprune.report import Event
+from dartprune.slots import Counters, Slot, State
+from dartprune.watch import Watch
+
+
+@dataclass
+class Pending:
+    """Candidates that wait for the cache to tell how many of them stay."""
+
+    rows: Rows
+    slots: list[Slot]
+    attention: Tensor | None
+    cache: Any
+    length: int  # of the cache without the candidates
+
+
+class Stepper:
+    """Plans each forward and draws the consequences: counts, windows, events, new masks."""
+
+    def __init__(
+        self,
+        method: Method,
+        layers: Sequence[LayerRun],
+        counters: Counters,
+        watch: Watch,
+        renewal: Renewal,
+        announce: Callable[[Slot, Event, Tensor | None], None],
+    ) -> None:
+        self.method = method
+        self.layers = list(layers)
+        self.states = {layer.trace.device: layer.state for layer in layers}
+        self.counters = counters
+        self.watch = watch
+        self.renewal = renewal
+        self.seconds = {"detecting": 0.0, "refreshing": 0.0}
+        self.pending: Pending | None = None
+        self._announce = announce
+        self._ring = method.refresh.replay_tokens
+        self._rows: Rows | None = None
+        self._slots: list[Slot] = []
+        self._ended: Tensor | None = None
+        self._paused = False
+        self._counted: Tensor | None = None
+        self._plan: tuple[Any, dict[torch.device, Step], list[int]] | None = None
+
+    # ---- before the layers run
+
+    def begin(self, rows: Rows, slots: list[Slot], ended: Tensor | None, *, paused: bool) -> None:
+        """Tell the layers what the coming forward is."""
+        self._rows, self._slots, self._ended, self._paused = rows, slots, ended, paused
+        if paused or not self.method.prunes:
+            self.clear()
+            return
+        steps = self._prefill(rows, slots) if rows.phase is Phase.PREFILL else self._decode(rows, slots, ended)
+        for device, state in self.states.items():
+            state.step, state.attention = steps[device], None
+
+    def clear(self) -> None:
+        """Let the layers be plain again."""
+        for state in self.states.values():
+            state.step = None
+
+    def abort(self) -> None:
+        """The forward failed: nothing of it counts."""
+        self.clear()
+        self._rows = None
+        self._plan = None
+
+    def _spread(self, step: Step) -> dict[torch.device, Step]:
+        def on(value: Any, device: torch.device) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            if isinstance(value, tuple):
+                return tuple(on(part, device) for part in value)
+            return value
+
+        return {device: Step(**{k: on(v, device) for k, v in vars(step).items()}) for device in self.states}
+
+    def _step(self, rows: Rows, slots: Sequence[Slot]) -> Step:
+        ids = torch.tensor(rows.slots, dtype=torch.int64)
+        ring = rows.tail(self._ring, [slot.ring_next for slot in slots]) if self._ring else None
+        return Step(slots=ids, row_slots=ids.repeat_interleave(rows.tokens), ring=ring)
+
+    def _prefill(self, rows: Rows, slots: Sequence[Slot]) -> dict[torch.device, Step]:
+        step = self._step(rows, slots)
+        skip = [max(0, self.method.skip_first - slot.position) for slot in slots]
+        self._counted = rows.weight(skip)
+        step.weight = self._counted
+        step.impact_weight = rows.weight([0] * len(slots))
+        return self._spread(step)
+
+    def _decode(self, rows: Rows, slots: list[Slot], ended: Tensor | None) -> dict[torch.device, Step]:
+        self._make_ready(slots)
+        pruned = [slot.state is State.PRUNED for slot in slots]
+        learning = [slot.state is State.LEARNING for slot in slots]
+        verify = rows.phase is Phase.VERIFY
+        key = (rows.slots, rows.tokens, rows.phase, tuple(pruned), tuple(learning))
+        places = [slot.ring_next for slot in slots]
+        if self._plan is not None and self._plan[0] == key and self._plan[2] == places:
+            steps = self._plan[1]
+        else:
+            step = self._step(rows, slots)
+            if verify:
+                step.ring, step.staging = None, True
+            # where some lines are dense all weights are read anyway: masks cost nothing more
+            step.gathering = all(pruned) and all(layer.backend.gathers for layer in self.layers)
+            step.masking = any(pruned) and not step.gathering
+            steps = self._spread(step)
+            self._plan = (key, steps, places) if rows.tokens == 1 else None
+        self._counted = None
+        if any(learning) and not verify:
+            weight = torch.tensor(learning, dtype=torch.float32)[:, None].expand(-1, rows.tokens)
+            self._counted = weight
+            for device, step in steps.items():
+                counted = weight.to(device)
+                step.weight = counted if ended is None else counted * (~ended).to(device)[:, None]
+                step.impact_weight = step.weight
+        return steps
+
+    def _make_ready(self, slots: Sequence[Slot]) -> None:
+        ready = [
+            slot
+            for slot in slots
+            if (slot.state is State.PRUNED and slot.stale)
+            or (
+                slot.state is State.LEARNING
+                and slot.dense_left == 0
+                and slot.traced >= slot.least
+                and slot.decoded >= self.method.start
+            )
+        ]
+        if not ready:
+            return
+        began = time.perf_counter()
+        for slot, changed in zip(ready, self.renewal.build(ready), strict=True):
+            slot.state, slot.stale = State.PRUNED, False
+            slot.since_mask = slot.window_fill = 0
+            if slot.events and slot.events[-1][0].kind == Action.RELEARN.value and slot.events[-1][1] is None:
+                slot.events[-1] = (slot.events[-1][0], changed)
+        self.seconds["refreshing"] += time.perf_counter() - began
+
+    # ---- after the layers have run
+
+    def finish(self, cache: Any, length: int) -> None:
+        """Draw the consequences of the forward that began last.
+
+        Args:
+            cache: of its sequences.
+            length: tokens it held before this forward.
+        """
+        rows, self._rows = self._rows, None
+        if rows is None:
+            return
+        self.clear()
+        attention = self.layers[-1].state.attention if self.method.prunes and not self._paused else None
+        if attention is not None:
+            attention = attention.reshape(len(rows.slots), rows.tokens, -1)
+        if rows.phase is Phase.PREFILL:
+            self._prefilled(rows, attention)
+        elif rows.phase is Phase.DECODE:
+            if self._plan is not None and self._ring:
+                self._advance_plan()
+            self._after(self._slots, rows.tokens, attention, self._ended)
+        else:
+            self.pending = Pending(rows, self._slots, attention, cache, length)
+
+    def _advance_plan(self) -> None:
+        assert self._plan is not None
+        _, steps, places = self._plan
+        for step in steps.values():
+            if step.ring is not None:
+                step.ring[2].add_(1).remainder_(self._ring)
+        places[:] = [(place + 1) % self._ring for place in places]
+
+    def _prefilled(self, rows: Rows, attention: Tensor | None) -> None:
+        traced = self._counted.sum(1).tolist() if self._counted is not None and attention is not None else None
+        for line, (slot, count) in enumerate(zip(self._slots, rows.counts(), strict=True)):
+            slot.position += count
+            slot.prompt_tokens += count
+            slot.finished = False
+            if traced is None or attention is None:
+                continue
+            slot.traced += int(traced[line])
+            slot.stale = True
+            self._into_ring(slot, count)
+            columns = rows.line(line)
+            vectors = attention[line]
+            slot.drift.reference(vectors[columns if isinstance(columns, slice) else columns.to(vectors.device)])
+
+    def _into_ring(self, slot: Slot, count: int) -> None:
+        if self._ring:
+            slot.ring_next = (slot.ring_next + count) % self._ring
+            slot.ring_fill = min(self._ring, slot.ring_fill + count)
+
+    def resolve(self, length: int | None) -> None:
+        """Count the candidates that stayed; `length` is what the cache holds now, None if it is gone."""
+        pending, self.pending = self.pending, None
+        if pending is None or length is None:
+            return
+        stayed = min(pending.rows.tokens, max(0, length - pending.length))
+        if not stayed:
+            return
+        if pending.attention is not None:
+            self._keep_staged(pending, stayed)
+        attention = pending.attention[:, :stayed] if pending.attention is not None else None
+        self._after(pending.slots, stayed, attention, None)
+
+    def _keep_staged(self, pending: Pending, stayed: int) -> None:
+        slots = pending.slots
+        block = Rows(Phase.DECODE, pending.rows.slots, stayed)
+        ring = block.tail(self._ring, [slot.ring_next for slot in slots]) if self._ring else None
+        learning = torch.tensor([slot.state is State.LEARNING for slot in slots], dtype=torch.float32)
+        weight = learning[:, None].expand(-1, stayed)
+        ids = torch.tensor(pending.rows.slots, dtype=torch.int64)
+        for layer in self.layers:
+            assert layer.staged is not None
+            device = layer.trace.device
+            x = layer.staged[:, :stayed]
+            if ring is not None and layer.ring is not None:
+                layer.ring.write(x.reshape(-1, x.shape[-1]), *(part.to(device) for part in ring))
+            if bool(learning.any()):
+                layer.trace.add(layer.layer.activations(x), ids.to(device), weight.to(device))
+                if layer.staged_impact is not None:
+                    layer.trace.add_impact(layer.staged_impact[:, :stayed], ids.to(device), weight.to(device))
+            layer.staged = layer.staged_impact = None
+
+    def _after(self, slots: list[Slot], tokens: int, attention: Tensor | None, ended: Tensor | None) -> None:
+        """Count `tokens` decoded tokens of each sequence, feed the detectors, act."""
+        device = self.counters.device
+        ids = torch.tensor([slot.id for slot in slots], device=device)
+        pruned = [slot.state is State.PRUNED and not self._paused for slot in slots]
+        alive = torch.ones(len(slots), device=device) if ended is None else (~ended).to(device).float()
+        mask = torch.tensor(pruned, device=device)
+        self.counters.pruned.index_add_(0, ids, (alive * mask * tokens).long())
+        self.counters.dense.index_add_(0, ids, (alive * ~mask * tokens).long())
+        self.counters.saved.index_add_(0, ids, alive * mask * tokens * self.counters.share.index_select(0, ids))
+        chosen = [slot for slot, is_pruned in zip(slots, pruned, strict=True) if is_pruned]
+        began = time.perf_counter()
+        fired, settled = self._watch(slots, pruned, ids, tokens, attention, ended)
+        self.seconds["detecting"] += time.perf_counter() - began
+        for slot, is_pruned in zip(slots, pruned, strict=True):
+            slot.position += tokens
+            if is_pruned:
+                slot.since_mask += tokens
+            elif slot.state is State.LEARNING and attention is not None:
+                slot.traced += tokens
+                slot.dense_left = max(0, slot.dense_left - tokens)
+            if attention is not None:
+                self._into_ring(slot, tokens)
+        self._act(chosen, fired, settled, slots, ended)
+
+    def _watch(
+        self,
+        slots: list[Slot],
+        pruned: list[bool],
+        ids: Tensor,
+        tokens: int,
+        attention: Tensor | None,
+        ended: Tensor | None,
+    ) -> tuple[set[int], set[int]]:
+        fired: set[int] = set()
+        settled: set[int] = set()
+        watched = [line for line, is_pruned in enumerate(pruned) if is_pruned]
+        detects = self.method.refresh.detects and attention is not None
+        for t in range(tokens):
+            for slot in slots:
+                slot.decoded += 1
+            if not detects or attention is None:
+                continue
+            for line, slot in enumerate(slots):
+                if slot.state is State.LEARNING:
+                    slot.drift.reference(attention[line, t : t + 1])
+            if watched:
+                every = len(watched) == len(slots)
+                lines = torch.tensor(watched, device=attention.device)
+                new_fired, new_settled = self.watch.feed(
+                    [slots[line] for line in watched],
+                    ids.to(attention.device) if every else ids.to(attention.device)[lines],
+                    attention[:, t] if every else attention[lines, t],
+                    ended if every or ended is None else ended[lines.to(ended.device)],
+                )
+                fired |= new_fired
+                settled |= new_settled
+        return fired, settled
+
+    def _act(
+        self, chosen: list[Slot], fired: set[int], settled: set[int], slots: list[Slot], ended: Tensor | None
+    ) -> None:
+        due: dict[Action, list[Slot]] = {}
+        for slot in chosen:
+            action = self.method.refresh.due(slot.decoded, slot.since_mask, slot.id in fired)
+            if action is None and slot.id in settled:
+                action = Action.SETTLE
+            if action is not None and not slot.finished:
+                due.setdefault(action, []).append(slot)
+        if not due:
+            return
+        if ended is not None:
+            over = {slot.id for slot, is_over in zip(slots, ended.tolist(), strict=True) if is_over}
+            due = {action: [s for s in group if s.id not in over] for action, group in due.items()}
+        began = time.perf_counter()
+        for action, group in due.items():
+            if group:
+                self._refresh(action, group, fired)
+        self.seconds["refreshing"] += time.perf_counter() - began
+
+    def _refresh(self, action: Action, slots: list[Slot], fired: set[int]) -> None:
+        changed: list[Tensor | None] = [None] * len(slots)
+        if action in (Action.REPLAY, Action.SETTLE):
+            changed = list(self.renewal.replay(slots))
+        else:
+            self.renewal.drop(slots)
+        for slot, new in zip(slots, changed, strict=True):
+            slot.since_mask = 0
+            event = Event(action.value, slot.sequence, slot.position, slot.decoded)
+            if slot.id in fired and slot.similarities:
+                _, similarity, threshold = slot.similarities[-1]
+                event = replace(event, similarity=similarity, threshold=threshold)
+            if action is Action.REPLAY and self.method.refresh.detects:
+                slot.drift.restart(slot.recent)
+                slot.settling = self.method.refresh.settle_tokens > slot.drift.reference_tokens
+            elif action is Action.RELEARN:
+                self.renewal.forget([slot])
+                slot.state, slot.traced, slot.least = State.LEARNING, 0, 1
+                slot.dense_left = self.method.refresh.dense_tokens
+                slot.drift = self.method.detector.build()
+            elif action is Action.RELEASE:
+                slot.state = State.RELEASED
+            self._announce(slot, event, new)

@@ -1,0 +1,363 @@
+"""Every way of decoding: batches, beams, samples, caches, chunks, candidates, turns, threads."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from test_matrix import tokens
+from tiny import FAMILIES
+from transformers import DynamicCache, StaticCache
+
+from dartprune import Clock, Dart, Dense, Detector, Griffin, Never, Relearn, Replay, Static
+
+EAGER = Dart(sparsity=0.5, detector=Detector(window=4, patience=1, min_drop=0.0, delta=0.0), refresh=Replay(tokens=8, settle=16))
+
+
+@pytest.fixture
+def llama():
+    return FAMILIES["llama"]()
+
+
+def padded(first, second, pad=0):
+    length = max(first.shape[1], second.shape[1])
+    ids = torch.full((2, length), pad)
+    mask = torch.zeros(2, length, dtype=torch.long)
+    for line, text in enumerate((first, second)):
+        ids[line, length - text.shape[1] :] = text[0]
+        mask[line, length - text.shape[1] :] = 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("pruner", [EAGER, Static(sparsity=0.6), Griffin(), Clock(), Dart(refresh=Relearn(tokens=6))])
+@pytest.mark.parametrize("lengths", [(20, 20), (23, 9), (12, 3), (30, 1)])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
+def test_a_batch_is_its_sequences_alone(family, lengths, pruner):
+    model = FAMILIES[family]()
+    texts = [tokens(model, lines=1, length=length, seed=seed) for seed, length in enumerate(lengths)]
+    alone, masks = [], []
+    for text in texts:
+        cache = DynamicCache(config=model.config)
+        with pruner(model) as run:
+            out = model.generate(
+                text, max_new_tokens=40, min_new_tokens=40, do_sample=False, past_key_values=cache, attention_mask=torch.ones_like(text)
+            )
+            masks.append(run.selection(run.slots_of(cache)[0]))
+            alone.append((out[0, text.shape[1] :], run.report().sequences[0]))
+    ids, mask = padded(*texts)
+    cache = DynamicCache(config=model.config)
+    with pruner(model) as run:
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=40, min_new_tokens=40, do_sample=False, past_key_values=cache)
+        report = run.report()
+        together = [run.selection(slot) for slot in run.slots_of(cache)]
+    for line, (new, sequence) in enumerate(alone):
+        assert torch.equal(out[line, ids.shape[1] :], new)
+        same = report.sequences[line]
+        assert [(e.kind, e.decoded, e.changed) for e in same.events] == [(e.kind, e.decoded, e.changed) for e in sequence.events]
+        assert same.keep == sequence.keep
+        assert (same.dense_tokens, same.pruned_tokens) == (sequence.dense_tokens, sequence.pruned_tokens)
+        assert same.realised_sparsity == pytest.approx(sequence.realised_sparsity, abs=1e-6)
+        for kept, kept_alone in zip(together[line], masks[line], strict=True):
+            assert (kept is None) == (kept_alone is None)
+            assert kept is None or torch.equal(kept, kept_alone)
+
+
+def test_what_follows_the_end_of_a_sequence_counts_nowhere(llama):
+    texts = [tokens(llama, lines=1, length=16, seed=seed) for seed in (3, 4)]
+    with EAGER(llama):
+        free = llama.generate(texts[0], max_new_tokens=30, min_new_tokens=30, do_sample=False)[0, 16:]
+    eos = int(free[5])
+    stop = int((free == eos).nonzero()[0]) + 1
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": eos, "pad_token_id": 0}
+    with EAGER(llama) as run:
+        llama.generate(texts[0], **options)
+        alone = run.report().sequences[0]
+    assert alone.dense_tokens + alone.pruned_tokens == stop - 1
+    with EAGER(llama) as run:
+        llama.generate(torch.cat(texts), **options)
+        both = run.report().sequences
+    assert (both[0].dense_tokens, both[0].pruned_tokens) == (alone.dense_tokens, alone.pruned_tokens)
+    assert [(e.kind, e.decoded) for e in both[0].events] == [(e.kind, e.decoded) for e in alone.events]
+    assert both[0].realised_sparsity == pytest.approx(alone.realised_sparsity)
+    assert both[1].pruned_tokens > stop - 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "falcon"])
+def test_beams_carry_their_statistics(family):
+    model = FAMILIES[family]()
+    ids = tokens(model)
+    with EAGER(model) as run:
+        out = model.generate(ids, num_beams=3, max_new_tokens=24, do_sample=False)
+        report = run.report()
+    assert len(report.sequences) == 6
+    assert all(s.pruned_tokens + s.dense_tokens >= 1 for s in report.sequences)
+    # the winning beam, decoded again token by token with the static mask, must get the same score under the same masks
+    with Static(sparsity=0.5)(model, backend="masked"):
+        masked = model.generate(ids, num_beams=3, max_new_tokens=12, do_sample=False)
+    with Static(sparsity=0.5)(model, backend="reference"):
+        gathered = model.generate(ids, num_beams=3, max_new_tokens=12, do_sample=False)
+    assert torch.equal(masked, gathered)
+    assert out.shape[0] == 2
+
+
+def test_a_reordered_slot_holds_what_its_source_held(llama):
+    ids = tokens(llama, lines=3)
+    with Static(sparsity=0.5)(llama) as run:
+        with run.phase("prefill"):
+            cache = llama(input_ids=ids, use_cache=True).past_key_values
+        with run.phase("decode"):
+            llama(input_ids=ids[:, :1], past_key_values=cache)
+        slots = run.slots_of(cache)
+        before = [run.selection(slot) for slot in slots]
+        llama._reorder_cache(cache, torch.tensor([2, 2, 0]))
+        after = [run.selection(slot) for slot in run.slots_of(cache)]
+    for line, source in enumerate((2, 2, 0)):
+        assert all(torch.equal(a, b) for a, b in zip(after[line], before[source], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before[0], before[2], strict=True))
+
+
+def test_several_samples_of_one_prompt(llama):
+    torch.manual_seed(0)
+    with EAGER(llama) as run:
+        out = llama.generate(tokens(llama, lines=1), num_return_sequences=3, do_sample=True, top_k=0, max_new_tokens=10)
+        report = run.report()
+    assert out.shape[0] == len(report.sequences) == 3
+    assert len({tuple(row) for row in out.tolist()}) > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_static_cache_equals_dynamic(family):
+    model = FAMILIES[family]()
+    ids = tokens(model)
+    with EAGER(model) as run:
+        dynamic = model.generate(ids, max_new_tokens=20, do_sample=False)
+        first = run.report().to_dict()["events"]
+    with EAGER(model) as run:
+        static = model.generate(ids, max_new_tokens=20, do_sample=False, cache_implementation="static")
+        second = run.report().to_dict()["events"]
+    assert torch.equal(dynamic, static)
+    assert [(e["kind"], e["decoded"]) for e in first] == [(e["kind"], e["decoded"]) for e in second]
+
+
+def test_chunked_prefill_traces_the_whole_prompt(llama):
+    ids = tokens(llama, lines=1, length=21)
+    with Static()(llama) as run:
+        whole = llama.generate(ids, max_new_tokens=8, do_sample=False)
+        expected = run.report().sequences[0]
+    with Static()(llama) as run:
+        parts = llama.generate(ids, max_new_tokens=8, do_sample=False, prefill_chunk_size=6)
+        chunked = run.report().sequences[0]
+    assert torch.equal(whole, parts)
+    assert chunked.keep == expected.keep
+    assert chunked.traced_tokens == expected.traced_tokens == 20
+    assert chunked.prompt_tokens == 21
+
+
+@pytest.mark.parametrize("prompt", [4, 14])
+def test_prompt_lookup_equals_greedy_without_refresh(llama, prompt):
+    ids = tokens(llama, lines=1, length=prompt).repeat(1, 2)
+    pruner = Static(sparsity=0.5)
+    with pruner(llama) as run:
+        plain = llama.generate(ids, max_new_tokens=24, do_sample=False)
+        expected = run.report()
+    with pruner(llama) as run:
+        looked_up = llama.generate(ids, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=4)
+        report = run.report()
+    assert torch.equal(plain, looked_up)
+    assert report.sequences[0].keep == expected.sequences[0].keep
+    # with candidates the last token of a block is not fed again, so at most one block's tokens may differ
+    assert report.dense_tokens + report.pruned_tokens == pytest.approx(expected.dense_tokens + expected.pruned_tokens, abs=4)
+
+
+def test_an_assistant_model_equals_greedy_without_refresh(llama):
+    assistant = copy.deepcopy(llama)
+    ids = tokens(llama, lines=1, length=20)
+    with Static(sparsity=0.5)(llama) as run:
+        plain = llama.generate(ids, max_new_tokens=16, do_sample=False)
+        keep = run.report().sequences[0].keep
+    with Static(sparsity=0.5)(llama) as run:
+        assisted = llama.generate(ids, max_new_tokens=16, do_sample=False, assistant_model=assistant)
+        report = run.report()
+    assert torch.equal(plain, assisted)
+    assert report.sequences[0].keep == keep
+    # the assistant may be pruned too
+    with Static(sparsity=0.5)(llama), Static(sparsity=0.3)(assistant) as helper:
+        both = llama.generate(ids, max_new_tokens=16, do_sample=False, assistant_model=assistant)
+        assert helper.report().pruned_tokens > 0
+    assert torch.equal(plain, both)
+
+
+def test_rejected_candidates_leave_no_trace(llama):
+    ids = tokens(llama, lines=1, length=16)
+    pruner = Dart(sparsity=0.5, detector=Detector(window=4), refresh=Replay(tokens=8))
+    with pruner(llama) as run:
+        with run.phase("prefill"):
+            cache = llama(input_ids=ids, use_cache=True).past_key_values
+        new = tokens(llama, lines=1, length=12, seed=9)
+        with run.phase("decode"):
+            llama(input_ids=new[:, :6], past_key_values=cache)
+        ring = run._parts.layers[1].ring.inputs.clone()
+        stepper = run._stepper
+        run._begin(cache, new[:, 6:11], None, first=False, explicit=None)  # a verify forward, as assisted decoding makes it
+        run.armed = True
+        llama(input_ids=new[:, 6:11], past_key_values=cache)
+        assert stepper.pending is not None
+        cache.crop(-5)
+        report = run.report()
+        assert report.pruned_tokens == 6
+        assert torch.equal(ring, run._parts.layers[1].ring.inputs)
+
+
+def test_a_second_turn_renews_the_masks(llama):
+    first, second = tokens(llama, lines=1, length=16), tokens(llama, lines=1, length=12, seed=7)
+    cache = DynamicCache(config=llama.config)
+    with Dart(sparsity=0.5)(llama) as run:
+        out = llama.generate(first, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        slot = run.slots_of(cache)[0]
+        before = run.selection(slot)
+        turn = torch.cat((out, second), dim=1)
+        llama.generate(turn, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        assert run.slots_of(cache) == (slot,)
+        after = run.selection(slot)
+        report = run.report()
+    assert len(report.sequences) == 1
+    # the last token of the first answer was not in the cache, so the second turn's dense part is 12 + 1 tokens
+    assert report.sequences[0].prompt_tokens == 16 + 13
+    assert report.sequences[0].traced_tokens == 15 + 13
+    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert report.pruned_tokens == 10 and report.dense_tokens == 0
+
+
+def test_a_cache_from_outside_is_noted(llama):
+    ids = tokens(llama, lines=1, length=20)
+    cache = llama(input_ids=ids, use_cache=True).past_key_values
+    more = torch.cat((ids, tokens(llama, lines=1, length=12, seed=5)), dim=1)
+    with Static()(llama) as run:
+        llama.generate(more, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        report = run.report()
+    assert report.sequences[0].traced_tokens == 12
+    assert any("outside of the block" in note and "20 tokens" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_a_short_prompt_stays_dense_until_enough_is_traced(llama, length):
+    with Static()(llama) as run:
+        out = llama.generate(tokens(llama, lines=1, length=length), max_new_tokens=20, min_new_tokens=20, do_sample=False)
+        report = run.report()
+    assert out.shape[1] == length + 20
+    assert report.dense_tokens == 8 - (length - 1)
+    assert report.pruned_tokens == 19 - report.dense_tokens
+
+
+def test_start_keeps_the_first_tokens_dense(llama):
+    with Static(start=5)(llama) as run:
+        llama.generate(tokens(llama, lines=1), max_new_tokens=20, min_new_tokens=20, do_sample=False)
+        report = run.report()
+    assert (report.dense_tokens, report.pruned_tokens) == (5, 14)
+    assert report.sequences[0].traced_tokens == 13 + 5
+
+
+def test_several_calls_in_one_block(llama):
+    with Static()(llama) as run:
+        for seed in range(3):
+            llama.generate(tokens(llama, seed=seed), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        report = run.report()
+    assert [s.sequence for s in report.sequences] == list(range(6))
+    assert report.pruned_tokens == 6 * 4
+
+
+def test_several_models_at_once(llama):
+    other = FAMILIES["gpt2"]()
+    with Static()(llama) as first, Static(sparsity=0.3)(other) as second:
+        llama.generate(tokens(llama), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        other.generate(tokens(other), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        assert first.report().pruned_tokens == 8
+        assert second.report().pruned_tokens == 14
+
+
+def test_threads_on_one_model_and_on_two(llama):
+    other = FAMILIES["qwen2"]()
+    expected = {}
+    for name, model in (("llama", llama), ("qwen2", other)):
+        with Static(sparsity=0.5)(model):
+            for seed in (1, 2):
+                expected[name, seed] = model.generate(tokens(model, seed=seed), max_new_tokens=12, do_sample=False)
+    got, failures = {}, []
+    with Static(sparsity=0.5)(llama) as run, Static(sparsity=0.5)(other):
+
+        def work(name, model, seed):
+            try:
+                for _ in range(3):
+                    got[name, seed] = model.generate(tokens(model, seed=seed), max_new_tokens=12, do_sample=False)
+            except Exception as error:
+                failures.append(error)
+
+        threads = [
+            threading.Thread(target=work, args=(name, model, seed))
+            for name, model in (("llama", llama), ("qwen2", other))
+            for seed in (1, 2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert run.report().realised_sparsity == pytest.approx(0.5, abs=0.02)
+    assert not failures
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+def test_a_block_of_decode_tokens_equals_single_tokens(llama):
+    ids, new = tokens(llama), tokens(llama, length=32, seed=3)
+    logits, reports = [], []
+    for block in (1, 4):
+        parts = []
+        with torch.no_grad(), EAGER(llama) as run:
+            with run.phase("prefill"):
+                cache = llama(input_ids=ids, use_cache=True).past_key_values
+            with run.phase("decode"):
+                for first in range(0, 32, block):
+                    parts.append(llama(input_ids=new[:, first : first + block], past_key_values=cache).logits)
+            reports.append(run.report())
+        logits.append(torch.cat(parts, dim=1))
+    assert reports[0].events, "the detector never fired: the test shows nothing"
+    assert [(e.kind, e.decoded) for e in reports[0].events] == [(e.kind, e.decoded) for e in reports[1].events]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+def test_static_caches_can_be_given(llama):
+    ids = tokens(llama)
+    with Static()(llama) as run:
+        cache = StaticCache(config=llama.config, max_cache_len=40)
+        out = llama.generate(ids, past_key_values=cache, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        assert run.report().pruned_tokens == 10
+    with Static()(llama):
+        assert torch.equal(llama.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False), out)
+
+
+def test_dense_counts_and_changes_nothing(llama):
+    ids = tokens(llama)
+    plain = llama.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    with Dense()(llama) as run:
+        assert torch.equal(llama.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False), plain)
+        report = run.report()
+    assert (report.dense_tokens, report.pruned_tokens, report.realised_sparsity) == (10, 0, 0.0)
+    assert report.overhead_bytes == 0
+
+
+def test_paused_tokens_are_dense_and_counted(llama):
+    ids = tokens(llama, lines=1)
+    with Dart(sparsity=0.5, refresh=Never())(llama) as run, torch.no_grad():
+        with run.phase("prefill"):
+            cache = llama(input_ids=ids, use_cache=True).past_key_values
+        with run.phase("decode"):
+            llama(input_ids=ids[:, :1], past_key_values=cache)
+        saved = copy.deepcopy(cache)
+        with run.dense():
+            got = llama(input_ids=ids[:, 1:2], past_key_values=cache).logits
+            free = llama(input_ids=ids, use_cache=True).logits  # no phase needed
+        report = run.report()
+        assert (report.dense_tokens, report.pruned_tokens) == (1, 1)
+    assert torch.equal(got, llama(input_ids=ids[:, 1:2], past_key_values=saved).logits)
+    assert torch.equal(free, llama(input_ids=ids, use_cache=True).logits)
