@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from dartprune.account import Account
 from dartprune.method import Method
 from dartprune.model.attach import Refuses, claim, release, sites_of
-from dartprune.model.entry import model_site, unwrapped
+from dartprune.model.entry import model_site
 from dartprune.model.families import describe
 from dartprune.model.rows import Phase, Rows
+from dartprune.model.taking import core_of
 from dartprune.pool import SlotPool
 from dartprune.renew import Renewal
 from dartprune.report import Event, Report
@@ -44,7 +45,7 @@ class Run(Refuses):
         self.armed = False
         self.split = 0  # prompt tokens at the head of a forward whose rest are candidates
         decoder = describe(model)
-        self._core = list(unwrapped(model))[-1]
+        self._core = core_of(model)
         if self._core.training:
             raise ValueError("the model is in training mode: call model.eval() before attaching")
         self._attached = False
@@ -75,6 +76,8 @@ class Run(Refuses):
             )
             self._sites = sites_of(self._core, decoder)
             self._door = model_site(self._core)
+            for name in ("begin", "candidates", "finish", "abort"):
+                setattr(self, name, torch.compiler.disable(getattr(self, name)))
             self._install()
         except BaseException:
             release(self._core)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -69,6 +69,8 @@ class ModelSite(Refuses):
         self.hooks: ModelHooks | None = None
         self._original: dict[str, Callable[..., Any] | None] = {}
         self._patches: list[Patch] = []
+        # what happens around a forward is no part of any graph; inside, torch.compile goes on
+        self._around = torch.compiler.disable(self._around_forward, recursive=False)
         self._forward = _with_signature(self._make_forward(), model.forward)
         self._generate = _with_signature(self._make_generate(), getattr(model, "generate", None))
         self._prepare = _with_signature(self._make_prepare(), getattr(model, "prepare_inputs_for_generation", None))
@@ -114,12 +116,11 @@ class ModelSite(Refuses):
             if torch.compiler.is_compiling() and hooks.armed:
                 # generate() compiles the call itself: what follows the forward is done before the next one
                 return original(*args, **kwargs)
-            return self._eager_forward(args, kwargs)
+            return self._around(args, kwargs)
 
         return forward
 
-    @torch.compiler.disable(recursive=False)
-    def _eager_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _around_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hooks, original = self.hooks, self._original["forward"]
         assert hooks is not None and original is not None
         with hooks.lock:
@@ -234,15 +235,3 @@ def model_site(model: nn.Module) -> ModelSite:
         site = ModelSite(model)
         _model_sites[model] = site
     return site
-
-
-def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
-    """The model and what it wraps, outermost first: torch.compile's and PEFT's shells, then the model itself."""
-    while True:
-        yield model
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()
-        if inner is None or inner is model:
-            return
-        model = inner

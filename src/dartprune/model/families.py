@@ -1,37 +1,220 @@
-"""stub"""
+"""Where each family of decoders keeps its FFN: a table of rows, and the layers that a row finds in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from torch import nn
+
+import torch
+from torch import Tensor, nn
+
+from dartprune.model.structure import family_by_structure
+from dartprune.model.taking import Family, at, core_of, first_of, refuse_by_kind
+
+__all__ = ["FAMILIES", "Decoder", "Family", "Layer", "describe", "register_family"]
+
+
 @dataclass(frozen=True)
 class Layer:
+    """The FFN of one decoder layer, by its modules.
+
+    entry: receives x, the FFN's input: the FFN module, or its first projection where there is no module (inline).
+    gate: None for a plain FFN and for a fused one, in which `up` gives gate and up, gate first.
+    norm: its input is the residual stream y before the FFN; None where y is the entry's own input.
+    contribution: its output, times `scale`, is what the FFN adds to the residual stream.
+    attention_output: the output projection of the layer's attention.
+    """
+
     index: int
     entry: nn.Module
     inline: bool
-    gate: Any
+    gate: nn.Module | None
     up: nn.Module
     down: nn.Module
     fused: bool
     activation: str
-    act: Any
-    norm: Any
+    act: Callable[[Tensor], Tensor]
+    norm: nn.Module | None
     contribution: nn.Module
     scale: float
     attention_output: nn.Module
     hidden: int
     neurons: int
-    def activations(self, x):
-        return self.act(self.gate(x)) * self.up(x)
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate multiplies the up projection."""
+        return self.gate is not None or self.fused
+
+    def activations(self, x: Tensor) -> Tensor:
+        """The input of the down projection, [..., I], for FFN inputs [..., H]; runs the modules, whatever they are."""
+        if self.fused:
+            gate, up = self.up(x).chunk(2, dim=-1)
+            return up * self.act(gate)
+        if self.gate is not None:
+            return self.act(self.gate(x)) * torch.as_tensor(self.up(x))
+        return self.act(self.up(x))
+
+
 @dataclass(frozen=True)
 class Decoder:
+    """A model taken apart: family row, how it was found (`table` or `structure`), layers, width H."""
+
     family: str
     recognised: str
-    layers: tuple
+    layers: tuple[Layer, ...]
     hidden: int
-class Family: pass
-def register_family(f): pass
-def describe(model):
-    ls = []
-    for i, l in enumerate(model.model.layers):
-        m = l.mlp
-        ls.append(Layer(i, m, False, m.gate_proj, m.up_proj, m.down_proj, False, "silu", m.act_fn, l.post_attention_layernorm, m, 1.0, l.self_attn.o_proj, m.gate_proj.in_features, m.gate_proj.out_features))
-    return Decoder("llama", "table", tuple(ls), ls[0].hidden)
+
+
+_LLAMA = Family(
+    layers="model.layers",
+    entry="mlp",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    down="mlp.down_proj",
+    norm="post_attention_layernorm",
+    attention_output="self_attn.o_proj",
+)
+_GEMMA = _LLAMA.but(norm="pre_feedforward_layernorm", contribution="post_feedforward_layernorm")
+_DENSE_4H = Family(
+    layers="gpt_neox.layers",
+    entry="mlp",
+    up="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h",
+    norm="post_attention_layernorm",
+    attention_output="attention.dense",
+)
+
+# config.model_type -> where everything is; alternatives are separated by `|`, the first that exists is taken
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
+    "granite": _LLAMA.but(scale="residual_multiplier"),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo2": _LLAMA.but(norm="", contribution="post_feedforward_layernorm"),
+    "phi3": _LLAMA.but(gate="", up="mlp.gate_up_proj", fused=True),
+    "starcoder2": _LLAMA.but(gate="", up="mlp.c_fc", down="mlp.c_proj"),
+    "gpt2": Family(
+        layers="transformer.h",
+        entry="mlp",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        norm="ln_2",
+        attention_output="attn.c_proj",
+    ),
+    "gpt_neox": _DENSE_4H,
+    "falcon": _DENSE_4H.but(
+        layers="transformer.h",
+        norm="ln_mlp|post_attention_layernorm|input_layernorm",
+        attention_output="self_attention.dense",
+    ),
+    "opt": Family(
+        layers="model.decoder.layers",
+        entry="fc1",
+        up="fc1",
+        down="fc2",
+        norm="final_layer_norm",
+        norm_if="do_layer_norm_before",
+        contribution="fc2",
+        attention_output="self_attn.out_proj",
+        act="activation_fn",
+        inline=True,
+    ),
+}
+
+
+def register_family(model_type: str, family: Family) -> None:
+    """Add a row for models whose `config.model_type` is `model_type`.
+
+    Raises:
+        ValueError: there is a row already.
+    """
+    if model_type in FAMILIES:
+        raise ValueError(f"family {model_type!r} has a row already: remove it from dartprune.model.families.FAMILIES first")
+    FAMILIES[model_type] = family
+
+
+def describe(model: Any) -> Decoder:
+    """Take a model apart.
+
+    Args:
+        model: a transformers decoder; shells of torch.compile and PEFT are looked through.
+
+    Raises:
+        TypeError: not a model.
+        ValueError: a kind of model that has no FFN to prune, or a family that is not recognised.
+    """
+    core = core_of(model)
+    refuse_by_kind(core)
+    model_type = str(core.config.get_text_config().model_type)
+    row, found = FAMILIES.get(model_type), "table"
+    if row is None:
+        row, found = family_by_structure(core, model_type), "structure"
+    layers = tuple(_layer(index, module, row) for index, module in enumerate(at(core, row.layers)))
+    return Decoder(model_type, found, layers, layers[0].hidden)
+
+
+def _layer(index: int, module: nn.Module, row: Family) -> Layer:
+    entry, up, down = (at(module, path) for path in (row.entry, row.up, row.down))
+    gate = at(module, row.gate) if row.gate else None
+    norm = first_of(module, row.norm) if row.norm else None
+    if row.norm_if and not getattr(module, row.norm_if):
+        norm = None
+    holder = module if row.inline else entry
+    act = getattr(holder, row.act) if row.act else first_of(holder, "act_fn|activation_fn|act|activation")
+    hidden, neurons = _shape(down)
+    return Layer(
+        index=index,
+        entry=entry,
+        inline=row.inline,
+        gate=gate,
+        up=up,
+        down=down,
+        fused=row.fused,
+        activation=activation_name(act),
+        act=act,
+        norm=norm,
+        contribution=at(module, row.contribution) if row.contribution else entry,
+        scale=float(getattr(module, row.scale)) if row.scale else 1.0,
+        attention_output=at(module, row.attention_output),
+        hidden=hidden,
+        neurons=neurons,
+    )
+
+
+def _shape(down: nn.Module) -> tuple[int, int]:
+    """(H, I) of a down projection of any kind."""
+    base = getattr(down, "base_layer", down)
+    if hasattr(base, "out_features") and hasattr(base, "in_features"):
+        return int(base.out_features), int(base.in_features)
+    if hasattr(base, "nf") and hasattr(base, "nx"):
+        return int(base.nf), int(base.nx)
+    raise ValueError(f"the down projection is a {type(base).__name__}, whose width cannot be read")
+
+
+_ACTIVATIONS = {
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "GELUActivation": "gelu",
+    "GELU": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
+    "QuickGELUActivation": "quick_gelu",
+}
+
+
+def activation_name(act: Any) -> str:
+    """Canonical name of an activation by its own type, `other` if it has none."""
+    if act in (nn.functional.silu, nn.functional.gelu, nn.functional.relu):
+        return str(act.__name__)
+    if isinstance(act, nn.GELU) and act.approximate == "tanh":
+        return "gelu_tanh"
+    return _ACTIVATIONS.get(type(act).__name__, "other")
