@@ -18,17 +18,17 @@ from itertools import permutations
 from pathlib import Path
 
 import torch
+from dartprune.loading import load
 
 from dartprune import Clock, Dart, Dense, Griffin, Random, Relearn, Static
 from dartprune.evaluation.forced import forced_losses
-from dartprune.loading import load
 
 
 def domains(folder: Path, tokenizer, length: int) -> dict[str, list[list[int]]]:
     """Documents of at least `length` tokens, of each domain."""
     out = {}
     for path in sorted(folder.glob("*.valid.txt*")):
-        text = lzma.open(path, "rt").read() if path.suffix == ".xz" else path.read_text()
+        text = lzma.decompress(path.read_bytes()).decode() if path.suffix == ".xz" else path.read_text()
         documents = [tokenizer(part.strip(), add_special_tokens=False)["input_ids"] for part in text.split("<|doc|>")]
         # short documents of one domain are joined
         joined, current = [], []
@@ -48,7 +48,9 @@ def streams(texts: dict[str, list[list[int]]], count: int, seed: int) -> torch.T
     pairs = list(permutations(texts, 2))
     rows = []
     for i in range(count):
-        first, second = pairs[int(torch.randperm(len(pairs), generator=generator)[0]) if i >= len(pairs) else (i * 7) % len(pairs)]
+        first, second = pairs[
+            int(torch.randperm(len(pairs), generator=generator)[0]) if i >= len(pairs) else (i * 7) % len(pairs)
+        ]
         row = []
         for name in (first, second):
             document = texts[name][int(torch.randint(len(texts[name]), (), generator=generator))]
@@ -59,6 +61,7 @@ def streams(texts: dict[str, list[list[int]]], count: int, seed: int) -> torch.T
 
 
 def main() -> None:
+    """Run every arm and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--model", default=None)
@@ -96,7 +99,12 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     if args.out:
-        data = {"date": str(date.today()), "machine": platform.processor(), "model": str(args.model), "rows": rows}
+        data = {
+            "date": str(date.today()),
+            "machine": platform.processor(),
+            "model": str(args.model),
+            "rows": rows,
+        }
         args.out.write_text(json.dumps(data | {"streams": args.streams, "seed": args.seed}, indent=1) + "\n")
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_matrix import tokens
-from tiny import FAMILIES
 from torch._dynamo.utils import counters
 
 from dartprune import Dart, Detector, Replay, Static
+from test_matrix import tokens
+from tiny import FAMILIES
 
-EAGER = Dart(sparsity=0.5, detector=Detector(window=4, patience=1, min_drop=0.0, delta=0.0), refresh=Replay(tokens=8, settle=16))
+EAGER = Dart(
+    sparsity=0.5,
+    detector=Detector(window=4, patience=1, min_drop=0.0, delta=0.0),
+    refresh=Replay(tokens=8, settle=16),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +74,12 @@ def test_generate_compiles_the_call_with_a_static_cache():
     prompt = tokens(model)
     config = CompileConfig(backend="eager", fullgraph=True, mode=None, dynamic=False)
     config._compile_all_devices = True
-    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "cache_implementation": "static"}
+    options = {
+        "max_new_tokens": 20,
+        "min_new_tokens": 20,
+        "do_sample": False,
+        "cache_implementation": "static",
+    }
     with EAGER(model, backend="masked") as run:
         want = model.generate(prompt, **options, disable_compile=True)
         expected = run.report()

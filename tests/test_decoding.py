@@ -7,13 +7,17 @@ import threading
 
 import pytest
 import torch
-from test_matrix import tokens
-from tiny import FAMILIES
 from transformers import DynamicCache, StaticCache
 
 from dartprune import Clock, Dart, Dense, Detector, Griffin, Never, Relearn, Replay, Static
+from test_matrix import tokens
+from tiny import FAMILIES
 
-EAGER = Dart(sparsity=0.5, detector=Detector(window=4, patience=1, min_drop=0.0, delta=0.0), refresh=Replay(tokens=8, settle=16))
+EAGER = Dart(
+    sparsity=0.5,
+    detector=Detector(window=4, patience=1, min_drop=0.0, delta=0.0),
+    refresh=Replay(tokens=8, settle=16),
+)
 
 
 @pytest.fixture
@@ -42,20 +46,34 @@ def test_a_batch_is_its_sequences_alone(family, lengths, pruner):
         cache = DynamicCache(config=model.config)
         with pruner(model) as run:
             out = model.generate(
-                text, max_new_tokens=40, min_new_tokens=40, do_sample=False, past_key_values=cache, attention_mask=torch.ones_like(text)
+                text,
+                max_new_tokens=40,
+                min_new_tokens=40,
+                do_sample=False,
+                past_key_values=cache,
+                attention_mask=torch.ones_like(text),
             )
             masks.append(run.selection(run.slots_of(cache)[0]))
             alone.append((out[0, text.shape[1] :], run.report().sequences[0]))
     ids, mask = padded(*texts)
     cache = DynamicCache(config=model.config)
     with pruner(model) as run:
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=40, min_new_tokens=40, do_sample=False, past_key_values=cache)
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=40,
+            min_new_tokens=40,
+            do_sample=False,
+            past_key_values=cache,
+        )
         report = run.report()
         together = [run.selection(slot) for slot in run.slots_of(cache)]
     for line, (new, sequence) in enumerate(alone):
         assert torch.equal(out[line, ids.shape[1] :], new)
         same = report.sequences[line]
-        assert [(e.kind, e.decoded, e.changed) for e in same.events] == [(e.kind, e.decoded, e.changed) for e in sequence.events]
+        assert [(e.kind, e.decoded, e.changed) for e in same.events] == [
+            (e.kind, e.decoded, e.changed) for e in sequence.events
+        ]
         assert same.keep == sequence.keep
         assert (same.dense_tokens, same.pruned_tokens) == (sequence.dense_tokens, sequence.pruned_tokens)
         assert same.realised_sparsity == pytest.approx(sequence.realised_sparsity, abs=1e-6)
@@ -168,7 +186,9 @@ def test_prompt_lookup_equals_greedy_without_refresh(llama, prompt):
     assert torch.equal(plain, looked_up)
     assert report.sequences[0].keep == expected.sequences[0].keep
     # with candidates the last token of a block is not fed again, so at most one block's tokens may differ
-    assert report.dense_tokens + report.pruned_tokens == pytest.approx(expected.dense_tokens + expected.pruned_tokens, abs=4)
+    assert report.dense_tokens + report.pruned_tokens == pytest.approx(
+        expected.dense_tokens + expected.pruned_tokens, abs=4
+    )
 
 
 def test_an_assistant_model_equals_greedy_without_refresh(llama):
@@ -200,7 +220,9 @@ def test_rejected_candidates_leave_no_trace(llama):
             llama(input_ids=new[:, :6], past_key_values=cache)
         ring = run._parts.layers[1].ring.inputs.clone()
         stepper = run._stepper
-        run._begin(cache, new[:, 6:11], None, first=False, explicit=None)  # a verify forward, as assisted decoding makes it
+        run._begin(
+            cache, new[:, 6:11], None, first=False, explicit=None
+        )  # a verify forward, as assisted decoding makes it
         run.armed = True
         llama(input_ids=new[:, 6:11], past_key_values=cache)
         assert stepper.pending is not None
@@ -244,7 +266,9 @@ def test_a_cache_from_outside_is_noted(llama):
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_a_short_prompt_stays_dense_until_enough_is_traced(llama, length):
     with Static()(llama) as run:
-        out = llama.generate(tokens(llama, lines=1, length=length), max_new_tokens=20, min_new_tokens=20, do_sample=False)
+        out = llama.generate(
+            tokens(llama, lines=1, length=length), max_new_tokens=20, min_new_tokens=20, do_sample=False
+        )
         report = run.report()
     assert out.shape[1] == length + 20
     assert report.dense_tokens == 8 - (length - 1)

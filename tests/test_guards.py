@@ -7,12 +7,12 @@ import pickle
 
 import pytest
 import torch
-from oracle import assert_untouched, snapshot
-from test_matrix import tokens
-from tiny import FAMILIES
 
 import dartprune
 from dartprune import Dart, Dense, Pruner, Static, Table, presets
+from oracle import assert_untouched, snapshot
+from test_matrix import tokens
+from tiny import FAMILIES
 
 
 @pytest.fixture
@@ -52,9 +52,9 @@ def test_dicts_go_both_ways():
         assert Pruner.from_dict(data) == pruner
     custom = Dart(sparsity=0.42, budget=Table("all:0.5"), compensate="mean", skip_first=2)
     assert Pruner.from_dict(custom.to_dict()) == custom
-    with pytest.raises(ValueError, match="'sparsty'.*did you mean 'sparsity'"):
+    with pytest.raises(ValueError, match=r"'sparsty'.*did you mean 'sparsity'"):
         Pruner.from_dict({"version": 1, "sparsty": 0.5})
-    with pytest.raises(ValueError, match="'tokns'.*did you mean 'tokens'"):
+    with pytest.raises(ValueError, match=r"'tokns'.*did you mean 'tokens'"):
         Pruner.from_dict({"version": 1, "refresh": {"kind": "replay", "tokns": 8}})
     with pytest.raises(ValueError, match="did you mean 'replay'"):
         Pruner.from_dict({"version": 1, "refresh": {"kind": "reply"}})
@@ -67,7 +67,7 @@ def test_dicts_go_both_ways():
 def test_a_second_attach_says_so(llama):
     before = snapshot(llama)
     with Dart()(llama):
-        with pytest.raises(ValueError, match="already attached \\(by Dart\\)"):
+        with pytest.raises(ValueError, match=r"already attached \(by Dart\)"):
             Static().attach(llama)
         assert llama.generate(tokens(llama), max_new_tokens=3).shape[1] == 17
     assert_untouched(llama, before)
@@ -124,7 +124,11 @@ def test_a_prompt_beyond_the_context(llama):
 def test_copies_pickles_and_adapters_are_refused_while_attached(llama):
     before = snapshot(llama)
     with Dart()(llama) as run:
-        for attempt in (lambda: copy.deepcopy(llama), lambda: pickle.dumps(llama), lambda: copy.deepcopy(run)):
+        for attempt in (
+            lambda: copy.deepcopy(llama),
+            lambda: pickle.dumps(llama),
+            lambda: copy.deepcopy(run),
+        ):
             with pytest.raises(RuntimeError, match=r"run\.detach"):
                 attempt()
         for name in ("load_adapter", "add_adapter"):

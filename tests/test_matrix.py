@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import assert_untouched, masked_by_hand, masks_of, snapshot
-from tiny import FAMILIES
 
 from dartprune import presets
+from oracle import assert_untouched, masked_by_hand, masks_of, snapshot
+from tiny import FAMILIES
 
 PROMPT = 14
 
@@ -40,7 +40,7 @@ def test_pruned_logits_equal_masked_dense(family, preset, backend):
             masks = masks_of(run, slots)
             text = torch.cat((ids, new[:, : t + 1]), dim=1)
             if compared == 0 and t == 0:
-                # the cache before the first pruned token is dense, so one dense pass with the last token masked is the oracle
+                # the cache before the first pruned token is dense, so the oracle masks the last token alone
                 with run.dense():
                     plain = model(input_ids=text[:, :-1], use_cache=True).past_key_values
                     with masked_by_hand(model, masks):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_matrix import tokens
-from tiny import FAMILIES
 
 from dartprune import Clock, Dart, Detector, Never, Pruner, Relearn, Release, Replay, Static
 from dartprune.drift import AttentionDrift
 from dartprune.refresh import Action, Refresh, refresh_kinds
 from dartprune.refresh import Clock as ClockRefresh
+from test_matrix import tokens
+from tiny import FAMILIES
 
 
 @pytest.fixture
@@ -59,7 +59,11 @@ def test_replay_has_no_dense_token_and_prunes_every_layer(llama, fires_once):
     assert report.dense_tokens == 0 and report.pruned_tokens == 40
     assert [(e.kind, e.decoded, e.position) for e in report.events] == [
         ("replay", 12, 36),
-        ("settle", 24, 48),  # the new reference starts with the buffer's 8 tokens and grows by three windows of 4
+        (
+            "settle",
+            24,
+            48,
+        ),  # the new reference starts with the buffer's 8 tokens and grows by three windows of 4
     ]
     assert all(e.changed > 0 for e in report.events)
     keep = report.sequences[0].keep
@@ -107,7 +111,12 @@ def test_the_clock_takes_turns(llama):
 
 def test_never_keeps_the_mask_of_the_prompt(llama, fires_once):
     kept = []
-    decode(llama, Static(sparsity=0.5), 30, each=lambda run, slot, t: kept.append([k.tolist() for k in run.selection(slot)]))
+    decode(
+        llama,
+        Static(sparsity=0.5),
+        30,
+        each=lambda run, slot, t: kept.append([k.tolist() for k in run.selection(slot)]),
+    )
     assert all(k == kept[0] for k in kept)
     assert not fires_once, "the detector must not run where nothing listens"
 
@@ -133,7 +142,7 @@ def test_replayed_masks_come_from_the_last_tokens(llama):
         for handle in handles:
             handle.remove()
         slot = run.slots_of(cache)[0]
-        for i, layer in enumerate(layers):
+        for i in range(len(layers)):
             # the hook sees `a` before the mask, computed from the same inputs as the replay's
             a = torch.cat(inputs[i][:8], dim=1)[0]
             want = a.square().sum(0).topk(run.report().sequences[0].keep[i]).indices.sort().values
@@ -159,7 +168,10 @@ def test_one_sequence_of_a_batch_can_relearn_alone(llama, monkeypatch):
     """While one line runs dense, its neighbour stays pruned with its own masks."""
     ids, new = tokens(llama, lines=2, length=24), tokens(llama, lines=2, length=24, seed=4)
     monkeypatch.setattr(AttentionDrift, "decide", lambda self, *figures: getattr(self, "doomed", False))
-    with torch.no_grad(), Dart(sparsity=0.5, detector=FAST, refresh=Relearn(tokens=6))(llama, backend="reference") as run:
+    with (
+        torch.no_grad(),
+        Dart(sparsity=0.5, detector=FAST, refresh=Relearn(tokens=6))(llama, backend="reference") as run,
+    ):
         with run.phase("prefill"):
             cache = llama(input_ids=ids, use_cache=True).past_key_values
         slots = run.slots_of(cache)

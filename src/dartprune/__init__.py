@@ -1,16 +1,49 @@
 """dartprune: skip most of a language model's FFN while it decodes (DART, arXiv 2601.22632)."""
 
-from dartprune import budget, drift, scoring
-from dartprune.budget import DepthAware, Table, Uniform
-from dartprune.method import Detector
-from dartprune.model.families import Family, register_family
-from dartprune.pruner import Clock, Dart, Dense, Griffin, Pruner, Random, Static, presets
-from dartprune.refresh import Never, Relearn, Release, Replay
-from dartprune.report import Event, Report
-from dartprune.run import Run
-from dartprune.scoring import register_scorer
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dartprune import budget, drift, scoring
+    from dartprune.budget import DepthAware, Table, Uniform
+    from dartprune.method import Detector
+    from dartprune.model.families import Family, register_family
+    from dartprune.pruner import Clock, Dart, Dense, Griffin, Pruner, Random, Static, presets
+    from dartprune.refresh import Never, Relearn, Release, Replay
+    from dartprune.report import Event, Report
+    from dartprune.run import Run
+    from dartprune.scoring import register_scorer
 
 __version__ = "0.1.0"
+
+# public name -> module; torch and transformers are imported when the first of them is asked for
+_HOME = {
+    "Clock": "pruner",
+    "Dart": "pruner",
+    "Dense": "pruner",
+    "DepthAware": "budget",
+    "Detector": "method",
+    "Event": "report",
+    "Family": "model.families",
+    "Griffin": "pruner",
+    "Never": "refresh",
+    "Pruner": "pruner",
+    "Random": "pruner",
+    "Relearn": "refresh",
+    "Release": "refresh",
+    "Replay": "refresh",
+    "Report": "report",
+    "Run": "run",
+    "Static": "pruner",
+    "Table": "budget",
+    "Uniform": "budget",
+    "presets": "pruner",
+    "register_family": "model.families",
+    "register_scorer": "scoring",
+}
+_MODULES = ("budget", "drift", "scoring")
 
 __all__ = [
     "Clock",
@@ -39,3 +72,15 @@ __all__ = [
     "register_scorer",
     "scoring",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"dartprune.{name}")
+    if name in _HOME:
+        return getattr(import_module(f"dartprune.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'dartprune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

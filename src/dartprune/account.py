@@ -31,7 +31,13 @@ class Account:
     def __init__(self, method: Method, parts: Parts) -> None:
         self.method = method
         self.parts = parts
-        self.seconds = {"attaching": 0.0, "tracing": 0.0, "detecting": 0.0, "refreshing": 0.0, "detaching": 0.0}
+        self.seconds = {
+            "attaching": 0.0,
+            "tracing": 0.0,
+            "detecting": 0.0,
+            "refreshing": 0.0,
+            "detaching": 0.0,
+        }
         self.notes = list(parts.notes)
         self.refresh_flops = 0
         self._read = 0.0
@@ -68,7 +74,9 @@ class Account:
         """What happened so far."""
         counters = self.parts.counters
         rows = [*self._ended]
-        rows += [Ended(slot, counters.dense[slot.id], counters.pruned[slot.id], counters.saved[slot.id]) for slot in live]
+        rows += [
+            Ended(slot, counters.dense[slot.id], counters.pruned[slot.id], counters.saved[slot.id]) for slot in live
+        ]
         rows.sort(key=lambda row: row.slot.sequence)
         sequences = [_sequence(row) for row in rows]
         dense = sum(s.dense_tokens for s in sequences)

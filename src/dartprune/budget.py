@@ -138,7 +138,9 @@ def parse_table(table: str, neurons: Sequence[int]) -> Tensor:
         for layer in range(begin, end + 1):
             keep = float(amount) if "." in amount else int(amount) / neurons[layer]
             if keep > 1:
-                raise ValueError(f"budget entry {entry!r} keeps more than the {neurons[layer]} neurons of layer {layer}")
+                raise ValueError(
+                    f"budget entry {entry!r} keeps more than the {neurons[layer]} neurons of layer {layer}"
+                )
             out[layer] = 1 - keep
     missing = [layer for layer, value in enumerate(out) if math.isnan(value)]
     if missing:
@@ -177,7 +179,14 @@ class DepthAware:
     magnitude_factor: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("early_width", "late_width", "early_floor", "late_floor", "min_sparsity", "max_sparsity"):
+        for name in (
+            "early_width",
+            "late_width",
+            "early_floor",
+            "late_floor",
+            "min_sparsity",
+            "max_sparsity",
+        ):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"DepthAware: {name} must lie in [0, 1], got {value!r}")

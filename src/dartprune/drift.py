@@ -18,7 +18,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     tiny = torch.finfo(torch.float32).tiny
     norm_a = torch.linalg.vector_norm(a32, dim=-1).clamp_min(tiny)
     norm_b = torch.linalg.vector_norm(b32, dim=-1).clamp_min(tiny)
-    return ((a32 / norm_a[..., None]) * (b32 / norm_b[..., None])).sum(-1)
+    out: Tensor = ((a32 / norm_a[..., None]) * (b32 / norm_b[..., None])).sum(-1)
+    return out
 
 
 class AttentionDrift:

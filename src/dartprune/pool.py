@@ -15,7 +15,9 @@ from dartprune.slots import Slot, SlotTensors
 class SlotPool:
     """Opens and closes slots; a slot lives as long as the cache of its sequence."""
 
-    def __init__(self, holders: Sequence[SlotTensors], new: Callable[[int, int], Slot], closed: Callable[[Slot], None]) -> None:
+    def __init__(
+        self, holders: Sequence[SlotTensors], new: Callable[[int, int], Slot], closed: Callable[[Slot], None]
+    ) -> None:
         """Set up an empty pool.
 
         Args:

@@ -204,9 +204,7 @@ class Clock(Refresh):
     def __post_init__(self) -> None:
         _positive("Clock", every=self.every, dense=self.dense, replay=self.replay)
         if (self.dense is None) == (self.replay is None):
-            raise ValueError(
-                f"Clock: give either dense or replay, got dense={self.dense!r} and replay={self.replay!r}"
-            )
+            raise ValueError(f"Clock: give either dense or replay, got dense={self.dense!r} and replay={self.replay!r}")
         if not 0 <= self.memory < 1:
             raise ValueError(f"Clock: memory must lie in [0, 1), got {self.memory!r}")
 

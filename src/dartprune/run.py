@@ -176,6 +176,11 @@ class Run(Refuses):
             layer.selection.kept(slot, count).clone() for layer, count in zip(self._parts.layers, keep, strict=True)
         ]
 
+    def impact(self, slot: int) -> list[tuple[float, float]]:
+        """Mean impact terms of each layer's FFN on a slot's traced tokens: `1 - cos(y, z)` and `|z - y| / |y|`."""
+        rows = [layer.trace.impact[slot].tolist() for layer in self._parts.layers]
+        return [(angle / max(count, 1.0), change / max(count, 1.0)) for angle, change, count in rows]
+
     # ---- what the model's doors call
 
     def prepared(self, inputs: dict[str, Any], call: dict[str, Any]) -> None:
@@ -341,7 +346,11 @@ class Run(Refuses):
 
     def _check_length(self, tokens: int) -> None:
         config = self._core.config
-        most = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "max_position_embeddings", None)
+        most = getattr(
+            config.get_text_config() if hasattr(config, "get_text_config") else config,
+            "max_position_embeddings",
+            None,
+        )
         if isinstance(most, int) and 0 < most < tokens:
             raise ValueError(f"the prompt has {tokens} tokens, more than the model's context of {most}: shorten it")
 
@@ -387,5 +396,7 @@ def _valid(mask: Any, lines: int, length: int) -> Tensor | None:
         return None
     valid = mask[:, -length:].to("cpu").bool()
     if valid.shape != (lines, length):
-        raise ValueError(f"an attention mask of shape {tuple(mask.shape)} does not fit {lines} lines of {length} tokens")
+        raise ValueError(
+            f"an attention mask of shape {tuple(mask.shape)} does not fit {lines} lines of {length} tokens"
+        )
     return None if bool(valid.all()) else valid

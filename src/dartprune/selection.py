@@ -12,7 +12,8 @@ class LayerSelection(SlotTensors):
     """Kept neurons of one layer: index int32 [slots, W], count int32 [slots]; entries past count are neuron 0.
 
     With `masks`, also a bool mask [slots, I] for backends that zero instead of gather. A slot without a selection has
-    every neuron: count -1 and a mask of ones. With `compensation`, a vector [slots, H] that is added to the FFN's output.
+    every neuron: count -1 and a mask of ones. With `compensation`, a vector [slots, H] that is added to the FFN's
+    output.
     """
 
     index: Tensor

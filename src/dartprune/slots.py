@@ -45,7 +45,10 @@ class SlotTensors:
             if tensor.shape[0] < capacity:
                 with torch.inference_mode(False):
                     larger = torch.full(
-                        (capacity, *tensor.shape[1:]), self._fills[name], dtype=tensor.dtype, device=tensor.device
+                        (capacity, *tensor.shape[1:]),
+                        self._fills[name],
+                        dtype=tensor.dtype,
+                        device=tensor.device,
                     )
                     larger[: tensor.shape[0]] = tensor
                 setattr(self, name, larger)
@@ -117,7 +120,11 @@ class Slot:
         twin.id = slot_id
         twin.drift = self.drift.copy()
         twin.keep = list(self.keep) if self.keep is not None else None
-        twin.events, twin.notes, twin.similarities = list(self.events), list(self.notes), list(self.similarities)
+        twin.events, twin.notes, twin.similarities = (
+            list(self.events),
+            list(self.notes),
+            list(self.similarities),
+        )
         twin.recent = list(self.recent)
         return twin
 

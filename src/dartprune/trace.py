@@ -23,7 +23,8 @@ def _energy(a: Tensor, weight: Tensor, decay: float) -> Tensor:
 
 def _normalised(a: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
-    return a / norm.clamp_min(torch.finfo(torch.float32).tiny)
+    unit: Tensor = a / norm.clamp_min(torch.finfo(torch.float32).tiny)
+    return unit
 
 
 def _normalised_energy(a: Tensor, weight: Tensor, decay: float) -> Tensor:

@@ -30,7 +30,9 @@ class Watch:
         self.settle = settle
         self.keep_recent = keep_recent
 
-    def feed(self, slots: Sequence[Slot], ids: Tensor, vectors: Tensor, ended: Tensor | None) -> tuple[set[int], set[int]]:
+    def feed(
+        self, slots: Sequence[Slot], ids: Tensor, vectors: Tensor, ended: Tensor | None
+    ) -> tuple[set[int], set[int]]:
         """Take one decoded token of each sequence.
 
         Args:
@@ -47,7 +49,9 @@ class Watch:
             if len(fills) == 1:
                 rows, part = ids, vectors
             else:
-                chosen = torch.tensor([i for i, slot in enumerate(slots) if slot.window_fill == fill], device=ids.device)
+                chosen = torch.tensor(
+                    [i for i, slot in enumerate(slots) if slot.window_fill == fill], device=ids.device
+                )
                 rows, part = ids.index_select(0, chosen), vectors.index_select(0, chosen)
             self.windows.vectors.select(1, fill).index_copy_(0, rows, part.float())
         due: list[tuple[int, Slot]] = []

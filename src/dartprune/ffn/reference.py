@@ -31,9 +31,7 @@ def _ffn_reference(
         kept = index[slot, : int(count[slot])].long()
         part = x[rows]
 
-        def project(
-            weight: Tensor, bias: Tensor | None, part: Tensor = part, kept: Tensor = kept
-        ) -> Tensor:
+        def project(weight: Tensor, bias: Tensor | None, part: Tensor = part, kept: Tensor = kept) -> Tensor:
             return torch.nn.functional.linear(part, weight[kept], None if bias is None else bias[kept])
 
         a = project(up, up_bias)

@@ -44,9 +44,7 @@ class Refuses:
     """Holds references into a live model, so it can be neither copied nor pickled."""
 
     def _refuse(self) -> NoReturn:
-        raise RuntimeError(
-            "the model is attached to a pruner and cannot be copied or pickled: call run.detach() or leave the block first"
-        )
+        raise RuntimeError("the model is attached to a pruner and cannot be copied or pickled: call run.detach() first")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         self._refuse()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +19,7 @@ class ModelHooks(Protocol):
 
     armed: bool
     split: int
-    lock: AbstractContextManager[Any]
+    lock: Any  # a re-entrant lock
 
     def prepared(self, inputs: dict[str, Any], call: dict[str, Any]) -> None:
         """`generate()` is about to run this forward."""
@@ -50,7 +49,7 @@ class ModelHooks(Protocol):
         """Line b of the cache now continues line order[b]."""
 
 
-class _Recorded(StoppingCriteriaList):
+class _Recorded(StoppingCriteriaList):  # type: ignore[misc]
     """Stopping criteria that tell the run which lines have ended."""
 
     hooks: ModelHooks

@@ -64,7 +64,12 @@ def core_of(model: Any) -> Any:
     core = model
     while True:
         inner = getattr(core, "_orig_mod", None)
-        if inner is None and hasattr(core, "peft_config") and hasattr(core, "base_model") and hasattr(core, "get_base_model"):
+        if (
+            inner is None
+            and hasattr(core, "peft_config")
+            and hasattr(core, "base_model")
+            and hasattr(core, "get_base_model")
+        ):
             inner = core.get_base_model()
         if inner is None or inner is core:
             break
@@ -85,16 +90,11 @@ def refuse_by_kind(core: Any) -> None:
         value = getattr(text, key, None)
         if isinstance(value, int) and value > 1:
             raise ValueError(f"{name} is a mixture-of-experts model ({key}={value}): only dense FFNs can be pruned")
-    if not callable(getattr(core, "generate", None)) or getattr(text, "is_decoder", None) is False and _encodes(core):
+    if not callable(getattr(core, "generate", None)) or _encodes(core):
         raise ValueError(f"{name} is no model that generates text: load it with AutoModelForCausalLM")
 
 
 def _encodes(core: Any) -> bool:
     """Encoders of the BERT kind have a causal head too, but attend to both sides unless told otherwise."""
-    return hasattr(core.config, "add_cross_attention") and str(core.config.model_type) in (
-        "bert",
-        "roberta",
-        "electra",
-        "camembert",
-        "xlm-roberta",
-    )
+    encoders = ("bert", "roberta", "electra", "camembert", "xlm-roberta")
+    return str(core.config.model_type) in encoders and not getattr(core.config, "is_decoder", False)

@@ -1,0 +1,166 @@
+"""`dartprune demo`: the whole idea on the model inside the package."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dartprune.cli import options as o
+
+if TYPE_CHECKING:
+    from dartprune.report import Report
+
+EXAMPLE = "Example: dartprune demo --sparsity 0.7 --out out"
+CONTEXT = 64
+HALF = 184  # tokens of each domain
+
+
+def demo(
+    sparsity: o.Sparsity = 0.7,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the picture.")] = Path("out"),
+    backend: o.Backend = "auto",
+    as_json: o.AsJson = False,
+) -> None:
+    """Decode texts that change their domain midway: dense, with the prompt's mask for ever, and with DART."""
+    arms = [o.make_pruner(name, sparsity) for name in ("dense", "static", "dart")]
+    out.mkdir(parents=True, exist_ok=True)
+    o.quiet()
+    data, report, names = _run(arms, backend, as_json)
+    picture = out / "demo.png"
+    _picture(report, names, picture)
+    data["picture"] = str(picture)
+    if as_json:
+        o.print_json(data)
+    else:
+        _show(data)
+
+
+def _run(arms: list[Any], backend: str, silent: bool) -> tuple[dict[str, Any], Report, list[str]]:
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from dartprune.demo import pairs
+    from dartprune.evaluation.forced import forced_losses
+    from dartprune.loading import load
+
+    model, tokenizer = load()
+    texts = pairs()
+    rows, names = [], []
+    for first, text, second, other in texts:
+        halves = [tokenizer(part, add_special_tokens=False)["input_ids"][: HALF - 1] for part in (text, other)]
+        # the model was trained with its separator between texts
+        rows.append([tokenizer.eos_token_id, *halves[0], tokenizer.eos_token_id, *halves[1]])
+        names.append(f"{first} to {second}")
+    tokens = torch.tensor(rows)
+    result: list[dict[str, Any]] = []
+    report: Report | None = None
+    with Progress(console=Console(stderr=True), transient=True, disable=silent) as progress:
+        task = progress.add_task("decoding", total=len(arms) * (2 * HALF - CONTEXT))
+        for arm in arms:
+            losses, report = forced_losses(
+                model, arm, tokens, CONTEXT, backend=backend, progress=lambda n: progress.advance(task, n)
+            )
+            result.append(_row(report, losses))
+    assert report is not None
+    prompt = tokenizer(texts[-1][1], return_tensors="pt", return_token_type_ids=False)["input_ids"][:, :CONTEXT]
+    with arms[-1](model, backend=backend):
+        sample = model.generate(prompt, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    data = {
+        "texts": names,
+        "prompt_tokens": CONTEXT,
+        "decoded_tokens_of_each_half": [HALF - CONTEXT, HALF],
+        "arms": result,
+        "sample": {
+            "domain": texts[-1][0],
+            "prompt_ends": tokenizer.decode(prompt[0, -20:]),
+            "text": tokenizer.decode(sample[0, prompt.shape[1] :], skip_special_tokens=True),
+        },
+        "backend": report.backend,
+        "saves_time": report.saves_time,
+    }
+    return data, report, names
+
+
+def _row(report: Report, losses: Any) -> dict[str, Any]:
+    change = HALF - CONTEXT
+    first_after = [
+        min((e.decoded - change for e in s.events if e.decoded > change and e.kind != "settle"), default=None)
+        for s in report.sequences
+    ]
+    delays = sorted(d for d in first_after if d is not None)
+    return {
+        "arm": report.method,
+        "perplexity_before": math.exp(losses[:, :change].mean()),
+        "perplexity_after": math.exp(losses[:, change:].mean()),
+        "realised_sparsity": report.realised_sparsity,
+        "bytes_saved": report.bytes_saved,
+        "dense_tokens": report.dense_tokens,
+        "pruned_tokens": report.pruned_tokens,
+        "events_before": sum(e.decoded <= change for e in report.events),
+        "events_after": sum(e.decoded > change for e in report.events),
+        "texts_noticed": len(delays),
+        "tokens_until_noticed": delays[len(delays) // 2] if delays else None,
+    }
+
+
+def _picture(report: Report, names: list[str], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from dartprune.plot import draw_budget, draw_similarity, save
+
+    shown = min(3, len(names))
+    figure = Figure(figsize=(10, 3 * shown + 2.5), layout="constrained")
+    axes = figure.subplots(shown + 1, 1)
+    for i in range(shown):
+        draw_similarity(axes[i], report.sequences[i], change=HALF - CONTEXT)
+        axes[i].set_title(names[i], loc="left")
+        if i < shown - 1:
+            axes[i].set_xlabel("")
+    draw_budget(axes[-1], [n.index for n in report.layers], [(n.kept or n.neurons) / n.neurons for n in report.layers])
+    figure.suptitle(f"{report.method} at {report.target_sparsity:.0%} of the FFN's neurons left out")
+    save(figure, path)
+
+
+def _show(data: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    texts, prompt, halves = data["texts"], data["prompt_tokens"], data["decoded_tokens_of_each_half"]
+    console.print(
+        f"{len(texts)} texts move from one domain to another ({', '.join(texts)}).\n"
+        f"The first {prompt} tokens of each are the prompt; then {halves[0]} more of the first domain and {halves[1]} "
+        "of the second go through decoding one by one.\n"
+        "The model inside has 4 M parameters and writes plausible fragments, no more."
+    )
+    table = Table()
+    for column in ("", "perplexity before", "after the change", "realised sparsity", "FFN bytes saved", "mask changes"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in data["arms"]:
+        table.add_row(
+            row["arm"],
+            f"{row['perplexity_before']:.1f}",
+            f"{row['perplexity_after']:.1f}",
+            f"{row['realised_sparsity']:.3f}",
+            f"{row['bytes_saved']:.3f}",
+            f"{row['events_before']} + {row['events_after']}",
+        )
+    console.print(table)
+    dart = data["arms"][-1]
+    if dart["tokens_until_noticed"] is not None:
+        console.print(
+            f"DART noticed the change in {dart['texts_noticed']} of {len(texts)} texts, "
+            f"{dart['tokens_until_noticed']} tokens after it (median), and decoded {dart['dense_tokens']} tokens dense."
+        )
+    else:
+        console.print("DART noticed no change of domain at this sparsity.")
+    if not data["saves_time"]:
+        console.print(f"The {data['backend']} backend saves no time: it computes all neurons and zeroes the rest.")
+    sample = data["sample"]
+    console.print(f"\nDART, {sample['domain']}: ...{sample['prompt_ends']}", markup=False, highlight=False, style="dim")
+    console.print(sample["text"], markup=False, highlight=False)
+    console.print(f"\npicture: {data['picture']}", markup=False)

@@ -1,0 +1,170 @@
+"""`dartprune generate`: decode a prompt, then say what was pruned."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dartprune.cli import options as o
+
+if TYPE_CHECKING:
+    from dartprune.pruner import Pruner
+    from dartprune.report import Report
+
+EXAMPLE = 'Example: dartprune generate "Once upon a time" --sparsity 0.7 --plot out.png'
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    model: o.Model = None,
+    sparsity: o.Sparsity = 0.7,
+    method: o.MethodName = "dart",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to add.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    stream: Annotated[bool, typer.Option(help="Print the text while it is decoded.")] = True,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Decode dense, static and DART, side by side.")] = False,
+    backend: o.Backend = "auto",
+    dtype: o.DType = "auto",
+    device: o.Device = None,
+    plot: o.Plot = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Decode a prompt with most of the FFN left out, then report what was pruned."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise ValueError("the prompt is empty: give some text to continue")
+    o.check_plot(plot)
+    pruner = o.make_pruner(method, sparsity)
+    arms = [o.make_pruner(name, sparsity) for name in ("dense", "static", "dart")] if compare else [pruner]
+    from dartprune.loading import load
+
+    o.quiet()
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    inputs = _encode(tokenizer, text, chat).to(loaded.device)
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    live = stream and not as_json and not compare
+    results = _decode(loaded, tokenizer, inputs, arms, sampling, seed, backend, live)
+    if plot is not None:
+        from dartprune.plot import save_run
+
+        save_run(results[-1].report, plot)
+    if as_json:
+        o.print_json(_as_data(arms, results, compare))
+        return
+    _show(results, compare, live)
+    if plot is not None:
+        typer.echo(f"picture: {plot}")
+
+
+@dataclass
+class Result:
+    """One arm: what it wrote, what it did, and the seconds of each timed repetition."""
+
+    text: str
+    report: Report
+    tokens: int
+    seconds: list[float]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median over the repetitions, prompt included."""
+        return self.tokens / statistics.median(self.seconds)
+
+
+def _encode(tokenizer: Any, text: str, chat: bool) -> Any:
+    if not chat:
+        return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    if tokenizer.chat_template is None:
+        raise ValueError("--chat: this model's tokenizer has no chat template")
+    message = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+
+
+def _decode(
+    model: Any,
+    tokenizer: Any,
+    inputs: Any,
+    arms: list[Pruner],
+    sampling: dict[str, Any],
+    seed: int,
+    backend: str,
+    live: bool,
+) -> list[Result]:
+    import torch
+    from transformers import TextStreamer
+
+    results: list[Result | None] = [None] * len(arms)
+    # several arms are timed in turn, so that a slow moment of the machine meets all of them
+    for repetition in range(3 if len(arms) > 1 else 1):
+        for i, arm in enumerate(arms):
+            torch.manual_seed(seed)
+            streamer = TextStreamer(tokenizer, skip_special_tokens=True) if live else None
+            with arm(model, backend=backend) as run:
+                began = time.perf_counter()
+                out = model.generate(**inputs, **sampling, streamer=streamer, pad_token_id=tokenizer.pad_token_id)
+                took = time.perf_counter() - began
+                report = run.report()
+            new = out[0, inputs["input_ids"].shape[1] :]
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            known = results[i]
+            if known is None or repetition == 0:
+                results[i] = Result(text, report, len(new), [took])
+            else:
+                known.seconds.append(took)
+    return [result for result in results if result is not None]
+
+
+def _as_data(arms: list[Pruner], results: list[Result], compare: bool) -> dict[str, Any]:
+    parts = [
+        {
+            "text": result.text,
+            "new_tokens": result.tokens,
+            "tokens_per_second": result.tokens_per_second,
+            "seconds": result.seconds,
+            "pruner": arm.to_dict(),
+            "report": result.report.to_dict(),
+        }
+        for arm, result in zip(arms, results, strict=True)
+    ]
+    return {"arms": parts} if compare else parts[0]
+
+
+def _show(results: list[Result], compare: bool, live: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not compare:
+        if not live:
+            console.print(results[0].text, markup=False, highlight=False)
+        console.print(o.report_table(results[0].report, ""))
+        return
+    for result in results:
+        console.rule(f"{result.report.method}", align="left")
+        console.print(result.text, markup=False, highlight=False)
+    table = Table(title="side by side", title_justify="left")
+    for column in ("arm", "realised sparsity", "FFN bytes saved", "events", "tokens/s (median of 3)", "of dense"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    dense = results[0].tokens_per_second
+    for result in results:
+        report = result.report
+        table.add_row(
+            report.method,
+            f"{report.realised_sparsity:.3f}",
+            f"{report.bytes_saved:.3f}",
+            str(len(report.events)),
+            f"{result.tokens_per_second:.1f}",
+            f"{result.tokens_per_second / dense:.2f}",
+        )
+    console.print(table)
+    if not all(result.report.saves_time for result in results[1:]):
+        console.print(f"the {results[-1].report.backend} backend saves no time: it computes all neurons")

@@ -1,0 +1,70 @@
+"""Options that several subcommands share, and what they stand for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dartprune.pruner import Pruner
+    from dartprune.report import Report
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Folder or name on the Hugging Face hub.", show_default="the small model inside"),
+]
+Sparsity = Annotated[float, typer.Option("--sparsity", "-s", help="Share of the FFN's neurons to leave out, in [0, 1).")]
+MethodName = Annotated[str, typer.Option("--method", help="dart, static, griffin, clock, random or dense.")]
+Backend = Annotated[str, typer.Option("--backend", help="How the pruned FFN is computed: auto or a backend's name.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Write a picture to this file (png, svg or pdf).")]
+DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda.", show_default="cpu")]
+
+
+def make_pruner(method: str, sparsity: float) -> Pruner:
+    """The preset of that name at that sparsity; ValueError naming the nearest for an unknown one."""
+    from dartprune.pruner import presets
+
+    cls = presets.get(method)
+    return cls() if not cls.prunes and sparsity == cls.sparsity else cls(sparsity=sparsity if cls.prunes else 0.0)
+
+
+def check_plot(path: Path | None) -> None:
+    """ValueError before any work if a picture could not be written there."""
+    if path is None:
+        return
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {path}: the file must end in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no folder {path.parent}")
+
+
+def quiet() -> None:
+    """No progress bars and remarks of transformers between our own lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(data) + "\n")
+
+
+def report_table(report: Report, title: str) -> Table:
+    """A report as a table for people."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for line in str(report).splitlines():
+        name, _, value = line.partition("  ")
+        table.add_row(name, value.strip(), style="yellow" if line.startswith("note:") else None)
+    return table

@@ -1,0 +1,92 @@
+"""Pictures of what a run did. Colours are told apart by the colour-blind and in print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dartprune.report import Report, SequenceReport
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+MARKS = {"replay": ("v", ORANGE), "settle": ("o", GREEN), "relearn": ("s", ORANGE), "release": ("X", ORANGE)}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure; the ending of the path decides the format."""
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def save_run(report: Report, path: Path) -> None:
+    """Similarity to the reference over the decoded tokens, events, and the neurons each layer keeps (first sequence)."""
+    sequence = report.sequences[0]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=[3, 2])
+    draw_similarity(upper, sequence)
+    draw_budget(lower, [layer.index for layer in report.layers], _shares(report, sequence))
+    upper.set_title(
+        f"{report.method}, sparsity {report.target_sparsity:g} (realised {report.realised_sparsity:.3f}), "
+        f"{report.backend} backend",
+        loc="left",
+    )
+    save(figure, path)
+
+
+def save_budget(layers: Sequence[dict[str, Any]], path: Path) -> None:
+    """Sensitivity of each layer beside the share of its neurons that it keeps."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    places = [layer["layer"] for layer in layers]
+    upper.bar(places, [layer["sensitivity"] for layer in layers], color=BLUE)
+    upper.set_ylabel("sensitivity")
+    draw_budget(lower, places, [layer["keep"] / layer["neurons"] for layer in layers])
+    save(figure, path)
+
+
+def draw_similarity(axes: Axes, sequence: SequenceReport, change: int | None = None) -> None:
+    """One sequence's windows: cosine with the reference, the threshold it must not fall under, and the events.
+
+    Args:
+        axes: where to draw.
+        sequence: what happened.
+        change: decoded token at which the topic changes, if it is known.
+    """
+    axes.set_xlabel("decoded token")
+    axes.set_ylabel("cosine with the reference")
+    if not sequence.similarities:
+        axes.text(0.5, 0.5, "the detector judged no window", ha="center", va="center", transform=axes.transAxes)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
+    tokens, cosines, thresholds = zip(*sequence.similarities, strict=True)
+    axes.plot(tokens, cosines, color=BLUE, marker=".", label="similarity of a window")
+    axes.plot(tokens, thresholds, color=GREY, linestyle="--", drawstyle="steps-mid", label="threshold")
+    low = min((*cosines, *thresholds))
+    for kind, (mark, colour) in MARKS.items():
+        at = [event.decoded for event in sequence.events if event.kind == kind]
+        if at:
+            for token in at:
+                axes.axvline(token, color=colour, linewidth=0.8, alpha=0.6)
+            axes.plot(at, [low - 0.03] * len(at), mark, color=colour, label=kind, linestyle="none")
+    if change is not None:
+        axes.axvline(change, color="black", linestyle=":", linewidth=1.5, label="the topic changes")
+    axes.margins(x=0.02)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def draw_budget(axes: Axes, layers: Sequence[int], kept: Sequence[float]) -> None:
+    """Share of its neurons that each layer keeps."""
+    axes.bar(layers, kept, color=BLUE)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("share of neurons kept")
+    axes.set_xticks(list(layers) if len(layers) <= 40 else list(layers)[::4])
+
+
+def _shares(report: Report, sequence: SequenceReport) -> list[float]:
+    if sequence.keep is None:
+        return [1.0] * len(report.layers)
+    return [k / layer.neurons for k, layer in zip(sequence.keep, report.layers, strict=True)]
