@@ -43,6 +43,7 @@ class Account:
         self._read = 0.0
         self._whole = 0.0
         self._ended: list[Ended] = []
+        self._gathers = any(layer.backend.gathers for layer in parts.layers)
         self._layer_bytes = [_layer_bytes(layer) for layer in parts.layers]
 
     def decoded(self, slots: Sequence[Slot], *, pruned: bool) -> None:
@@ -91,7 +92,7 @@ class Account:
             saves_time=self.method.prunes and all(layer.backend.saves_time for layer in self.parts.layers),
             target_sparsity=float(self.method.sparsity),
             realised_sparsity=saved / (dense + pruned) if dense + pruned else 0.0,
-            bytes_saved=1 - self._read / self._whole if self._whole else 0.0,
+            bytes_saved=1 - self._read / self._whole if self._whole and self._gathers else 0.0,
             dense_tokens=dense,
             pruned_tokens=pruned,
             prompt_tokens=sum(s.prompt_tokens for s in sequences),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,11 @@ def draw_similarity(axes: Axes, sequence: SequenceReport, change: int | None = N
         axes.set_yticks([])
         return
     tokens, cosines, thresholds = zip(*sequence.similarities, strict=True)
-    axes.plot(tokens, cosines, color=BLUE, marker=".", label="similarity of a window")
-    axes.plot(tokens, thresholds, color=GREY, linestyle="--", drawstyle="steps-mid", label="threshold")
+    for number, (first, last) in enumerate(_stretches(tokens)):
+        span = slice(first, last)
+        label = ("similarity of a window", "threshold") if number == 0 else (None, None)
+        axes.plot(tokens[span], cosines[span], color=BLUE, marker=".", label=label[0])
+        axes.plot(tokens[span], thresholds[span], color=GREY, linestyle="--", label=label[1])
     low = min((*cosines, *thresholds))
     for kind, (mark, colour) in MARKS.items():
         at = [event.decoded for event in sequence.events if event.kind == kind]
@@ -75,6 +79,13 @@ def draw_similarity(axes: Axes, sequence: SequenceReport, change: int | None = N
         axes.axvline(change, color="black", linestyle=":", linewidth=1.5, label="the topic changes")
     axes.margins(x=0.02)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _stretches(tokens: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of windows that follow each other; the detector rests in between."""
+    window = min((b - a for a, b in itertools.pairwise(tokens)), default=1)
+    cuts = [i for i in range(1, len(tokens)) if tokens[i] - tokens[i - 1] > window]
+    return list(zip([0, *cuts], [*cuts, len(tokens)], strict=True))
 
 
 def draw_budget(axes: Axes, layers: Sequence[int], kept: Sequence[float]) -> None:

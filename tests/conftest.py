@@ -1,0 +1,24 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """The same random numbers in every test, whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def shared():
+    """A folder with larger texts and models that lies beside some checkouts."""
+    if not SHARED.is_dir():
+        pytest.skip("no folder ../shared with larger texts and models")
+    return SHARED
