@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# tiny models gain nothing from threads, and on a busy machine threads that wait for each other are very slow
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -75,9 +75,7 @@ FAMILIES = {
         t.GPTNeoXForCausalLM, t.GPTNeoXConfig, intermediate_size=72, use_parallel_residual=False, **_GPT
     ),
     "falcon": _make(t.FalconForCausalLM, t.FalconConfig, multi_query=True, parallel_attn=True, **_GPT),
-    "falcon-new": _make(
-        t.FalconForCausalLM, t.FalconConfig, new_decoder_architecture=True, num_kv_heads=2, **_GPT
-    ),
+    "falcon-new": _make(t.FalconForCausalLM, t.FalconConfig, new_decoder_architecture=True, num_kv_heads=2, **_GPT),
     "falcon-sequential": _make(t.FalconForCausalLM, t.FalconConfig, parallel_attn=False, bias=True, **_GPT),
     "starcoder2": _make(t.Starcoder2ForCausalLM, t.Starcoder2Config, **_LLAMA),
     "olmo2": _make(t.Olmo2ForCausalLM, t.Olmo2Config, **_LLAMA),

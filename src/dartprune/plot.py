@@ -22,7 +22,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def save_run(report: Report, path: Path) -> None:
-    """Similarity to the reference over the decoded tokens, events, and the neurons each layer keeps (first sequence)."""
+    """Similarity over the decoded tokens, events, and the neurons each layer keeps, of the first sequence."""
     sequence = report.sequences[0]
     figure = Figure(figsize=(9, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 2])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 
 import dartprune
 from dartprune.cli import demo, generate, inspect
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,19 +42,16 @@ def _common(
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 a mistake in what was given, 130 interrupted."""
     try:
-        code = app(standalone_mode=False)
-    except click.exceptions.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        Console(stderr=True).print("interrupted: the model was detached", style="yellow")
-        sys.exit(130)
+        app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            Console(stderr=True).print("interrupted: the model was detached", style="yellow")
+        raise
     except (ValueError, TypeError, OSError) as error:
         if not _is_users(error):
             raise
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _is_users(error: BaseException) -> bool:
@@ -64,3 +62,7 @@ def _is_users(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and "dartprune" in trace.tb_frame.f_globals.get("__name__", "")
+
+
+if __name__ == "__main__":
+    main()

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Folder or name on the Hugging Face hub.", show_default="the small model inside"),
+    typer.Option(
+        "--model", "-m", help="Folder or name on the Hugging Face hub.", show_default="the small model inside"
+    ),
 ]
-Sparsity = Annotated[float, typer.Option("--sparsity", "-s", help="Share of the FFN's neurons to leave out, in [0, 1).")]
+Sparsity = Annotated[
+    float, typer.Option("--sparsity", "-s", help="Share of the FFN's neurons to leave out, in [0, 1).")
+]
 MethodName = Annotated[str, typer.Option("--method", help="dart, static, griffin, clock, random or dense.")]
 Backend = Annotated[str, typer.Option("--backend", help="How the pruned FFN is computed: auto or a backend's name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

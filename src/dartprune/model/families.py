@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dartprune.model.structure import family_by_structure
@@ -50,11 +49,11 @@ class Layer:
     def activations(self, x: Tensor) -> Tensor:
         """The input of the down projection, [..., I], for FFN inputs [..., H]; runs the modules, whatever they are."""
         if self.fused:
-            gate, up = self.up(x).chunk(2, dim=-1)
-            return up * self.act(gate)
-        if self.gate is not None:
-            return self.act(self.gate(x)) * torch.as_tensor(self.up(x))
-        return self.act(self.up(x))
+            gate, fused_up = self.up(x).chunk(2, dim=-1)
+            a: Tensor = self.act(gate) * fused_up
+            return a
+        up: Tensor = self.up(x)
+        return self.act(up) if self.gate is None else self.act(self.gate(x)) * up
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,9 @@ def register_family(model_type: str, family: Family) -> None:
         ValueError: there is a row already.
     """
     if model_type in FAMILIES:
-        raise ValueError(f"family {model_type!r} has a row already: remove it from dartprune.model.families.FAMILIES first")
+        raise ValueError(
+            f"family {model_type!r} has a row already: remove it from dartprune.model.families.FAMILIES first"
+        )
     FAMILIES[model_type] = family
 
 
@@ -189,7 +190,7 @@ def _layer(index: int, module: nn.Module, row: Family) -> Layer:
 
 def _shape(down: nn.Module) -> tuple[int, int]:
     """(H, I) of a down projection of any kind."""
-    base = getattr(down, "base_layer", down)
+    base: Any = getattr(down, "base_layer", down)
     if hasattr(base, "out_features") and hasattr(base, "in_features"):
         return int(base.out_features), int(base.in_features)
     if hasattr(base, "nf") and hasattr(base, "nx"):

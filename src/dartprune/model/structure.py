@@ -93,6 +93,6 @@ def _has_weight(module: Any) -> bool:
 
 def _unknown(core: nn.Module, model_type: str, looked_for: str, found: str) -> ValueError:
     return ValueError(
-        f"the family {model_type!r} of {type(core).__name__} has no row and was not recognised: looked for {looked_for}, "
-        f"found {found}; add a row with dartprune.register_family({model_type!r}, Family(...))"
+        f"the family {model_type!r} of {type(core).__name__} has no row and was not recognised: "
+        f"looked for {looked_for}, found {found}; add a row with dartprune.register_family({model_type!r}, Family(...))"
     )

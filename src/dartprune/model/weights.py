@@ -63,7 +63,7 @@ def _falcon_forward(module: nn.Module) -> object:
 
 def _rows(module: nn.Module) -> Tensor:
     """The weight as [out, in], without gradient."""
-    weight: Tensor = module.weight.detach()  # type: ignore[operator,assignment]
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
     return weight.t() if type(module) is Conv1D else weight
 
 

@@ -1,0 +1,152 @@
+"""The command line as a user meets it: output, pictures, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dartprune.cli.main import main
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line in this process; gives exit code, stdout and stderr."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["dartprune", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "160")
+        with pytest.raises(SystemExit) as end:
+            main()
+        out = capsys.readouterr()
+        return end.value.code or 0, out.out, out.err
+
+    return call
+
+
+def test_generate_says_what_it_did(run, tmp_path):
+    picture = tmp_path / "out.png"
+    code, out, _ = run("generate", "once upon a time there was a little dog", "-n", 40, "--plot", picture)
+    assert code == 0
+    assert "realised sparsity" in out and "0.7" in out and f"picture: {picture}" in out.replace("\n", "")
+    assert picture.stat().st_size > 10_000
+
+
+def test_generate_as_json(run):
+    code, out, _ = run("generate", "Question: What is", "-n", 12, "--json", "--sparsity", 0.5, "--method", "griffin")
+    data = json.loads(out)
+    assert code == 0 and data["pruner"]["preset"] == "griffin" and data["report"]["target_sparsity"] == 0.5
+    assert data["new_tokens"] <= 12 and isinstance(data["text"], str)
+
+
+def test_generate_compares_three_arms(run):
+    code, out, _ = run("generate", "The evening had drawn in before", "-n", 12, "--compare")
+    assert code == 0
+    assert all(name in out for name in ("Dense", "Static", "Dart", "tokens/s"))
+    code, out, _ = run("generate", "The evening had drawn in before", "-n", 12, "--compare", "--json")
+    arms = json.loads(out)["arms"]
+    assert [arm["report"]["method"] for arm in arms] == ["Dense", "Static", "Dart"]
+    assert all(len(arm["seconds"]) == 3 for arm in arms)
+
+
+def test_the_prompt_can_come_from_standard_input(run, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("def main(args):"))
+    code, out, _ = run("generate", "-", "-n", 5, "--json")
+    assert code == 0 and json.loads(out)["report"]["prompt_tokens"] > 2
+
+
+def test_inspect(run, tmp_path):
+    picture = tmp_path / "budget.svg"
+    code, out, _ = run("inspect", "--plot", picture)
+    assert code == 0 and "llama (row of the table)" in out and "6, H=192, I=768" in out and picture.exists()
+    data = json.loads(run("inspect", "--json")[1])
+    assert data["parameters"] == 4_105_152 or data["parameters"] > 4_000_000
+    share = data["ffn_share_of_step_bytes"]
+    assert 0.5 < share < 0.8
+    assert data["best_speedup"] == pytest.approx(1 / (1 - 0.7 * share))
+    assert sum(layer["keep"] for layer in data["layers"]) == pytest.approx(0.3 * 6 * 768, abs=6)
+
+
+def test_version_and_help(run):
+    assert run("--version")[1].startswith("dartprune 0.")
+    for command in ("generate", "inspect", "demo"):
+        code, out, _ = run(command, "--help")
+        assert code == 0 and "Example:" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("generate", " "), "the prompt is empty"),
+        (("generate", "x", "--sparsity", "1.7"), "sparsity must be a number in [0, 1), got 1.7"),
+        (("generate", "x", "--sparsity", "nan"), "got nan"),
+        (("generate", "x", "--sparsity", "-0.2"), "got -0.2"),
+        (("generate", "x", "--method", "drat"), "did you mean 'dart'"),
+        (("generate", "x", "--backend", "maskd"), "did you mean 'masked'"),
+        (("generate", "x", "--dtype", "float99"), "unknown dtype 'float99'"),
+        (("generate", "x", "--device", "nonsense"), "device 'nonsense' cannot be used"),
+        (("generate", "x", "--model", "/no/such/model"), "there is no model folder at '/no/such/model'"),
+        (("generate", "x", "--plot", "/no/such/folder/a.png"), "there is no folder /no/such/folder"),
+        (("generate", "x", "--plot", "a.gif"), "must end in .png"),
+        (("generate", "x", "--chat"), "no chat template"),
+        (("generate", "word " * 3000), "more than the model's context of 2048"),
+        (("generate", "x", "-n", "0"), "greater than or equal to 1"),
+        (("inspect", "--text", "/no/such/file"), "No such file"),
+        (("inspect", "--model", "."), "holds no config.json"),
+        (("nonsense",), "No such command"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_two(run, args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*args)
+    assert code == 2, (out, err)
+    assert message in err.replace("\n", ""), err
+    assert "Traceback" not in err
+
+
+def test_a_tokenizer_without_pad_and_end(run, tmp_path):
+    from dartprune.loading import load
+
+    model, tokenizer = load()
+    tokenizer.pad_token = tokenizer.eos_token = tokenizer.bos_token = None
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    code, _, err = run("generate", "x", "--model", tmp_path)
+    assert code == 2 and "neither a padding nor an end token" in err
+
+
+def test_a_name_on_the_hub_without_network(tmp_path):
+    """Really asks the loading code; offline mode answers at once."""
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-m", "dartprune.cli.main", "generate", "x", "--model", "nobody/nothing"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "no model could be loaded from 'nobody/nothing'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_detaches_and_ends_with_130(run, monkeypatch):
+    from dartprune import run as run_module
+
+    detached = []
+    monkeypatch.setattr(run_module.Run, "finish", lambda self, output: (_ for _ in ()).throw(KeyboardInterrupt))
+    original = run_module.Run.detach
+    monkeypatch.setattr(run_module.Run, "detach", lambda self: (original(self), detached.append(self)))
+    code, _, err = run("generate", "once upon a time", "-n", 5)
+    assert code == 130 and "interrupted" in err and len(detached) == 1
+
+
+def test_importing_is_quick_and_patches_nothing():
+    code = (
+        "import sys, dartprune; assert 'torch' not in sys.modules; print(sorted(set(sys.modules) & {'transformers'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

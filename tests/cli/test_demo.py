@@ -1,0 +1,98 @@
+"""The demo: what it prints is what it measured."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from dartprune import Dart, Dense, Static
+from dartprune.cli import demo
+from dartprune.demo import pairs, passages
+from dartprune.evaluation.forced import forced_losses
+from dartprune.loading import load
+
+
+def test_passages_fit_the_demo():
+    _, tokenizer = load()
+    by_domain = passages()
+    assert sorted(by_domain) == ["code", "medicine", "novels", "speeches", "stories", "wiki"]
+    assert all(len(texts) >= 2 for texts in by_domain.values())
+    for first, text, second, other in pairs():
+        assert first != second
+        for part in (text, other):
+            assert len(tokenizer(part, add_special_tokens=False)["input_ids"]) >= demo.HALF - 1, (first, second)
+
+
+def test_the_demo_in_small(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(demo, "HALF", 96)
+    demo.demo(sparsity=0.5, out=tmp_path / "new", backend="auto", as_json=True)
+    data = json.loads(capsys.readouterr().out)
+    assert [arm["arm"] for arm in data["arms"]] == ["Dense", "Static", "Dart"]
+    dense, static, dart = data["arms"]
+    tokens = 6 * (2 * 96 - 64)
+    assert dense["dense_tokens"] == tokens and dart["pruned_tokens"] == static["pruned_tokens"] == tokens
+    assert dart["realised_sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert dense["perplexity_after"] < dart["perplexity_after"] and static["events_after"] == 0
+    assert dart["events_after"] > 0 and (tmp_path / "new" / "demo.png").stat().st_size > 20_000
+    assert len(data["sample"]["text"]) > 20
+
+
+@torch.no_grad()
+def test_forced_losses_equal_a_plain_forward_when_dense():
+    model, tokenizer = load()
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"][:100] for _, text, _, _ in pairs()[:2]]
+    tokens = torch.tensor(rows)
+    model = model.float()
+    losses, report = forced_losses(model, Dense(), tokens, 40)
+    logits = model(input_ids=tokens).logits
+    want = torch.nn.functional.cross_entropy(logits[:, 39:-1].flatten(0, 1), tokens[:, 40:].flatten(), reduction="none")
+    torch.testing.assert_close(losses.flatten(), want, rtol=1e-3, atol=1e-3)
+    assert report.dense_tokens == 2 * 60
+    pruned, report = forced_losses(model, Static(sparsity=0.8), tokens, 40)
+    assert report.realised_sparsity == pytest.approx(0.8, abs=0.01)
+    assert pruned[:, 0].sub(losses[:, 0]).abs().max() > 1e-3, "the first scored token was not pruned"
+    with pytest.raises(ValueError, match="context must lie between 2 and 99"):
+        forced_losses(model, Dense(), tokens, 100)
+
+
+@torch.no_grad()
+def test_valid_texts_that_change_their_domain(shared):
+    """Real input: DART loses less than the prompt's mask after a change of domain, at the same realised sparsity."""
+    import lzma
+
+    model, tokenizer = load()
+    halves = {}
+    for name in ("medicine", "stories", "code", "novels"):
+        text = lzma.decompress((shared / "data" / "domains" / f"{name}.valid.txt.xz").read_bytes()).decode()
+        halves[name] = tokenizer(text[:20_000], add_special_tokens=False)["input_ids"]
+    rows = [
+        [*halves[a][i * 300:i * 300 + 200], 0, *halves[b][i * 300:i * 300 + 199]]
+        for i, (a, b) in enumerate(
+            [("medicine", "stories"), ("stories", "code"), ("code", "novels"), ("novels", "medicine")]
+        )
+    ]
+    tokens = torch.tensor(rows)
+    after = {}
+    for pruner in (Dense(), Static(sparsity=0.7), Dart(sparsity=0.7)):
+        losses, report = forced_losses(model, pruner, tokens, 100)
+        after[pruner.name] = losses[:, 100:].mean()
+        if pruner.prunes:
+            assert report.realised_sparsity == pytest.approx(0.7, abs=0.005)
+            assert report.dense_tokens == 0
+    assert after["Dense"] < after["Dart"] < after["Static"]
+    assert all(math.isfinite(value) for value in after.values())
+
+
+@torch.no_grad()
+def test_a_model_that_nobody_here_trained(shared):
+    model, tokenizer = load(str(shared / "models" / "stories260K"))
+    inputs = tokenizer("once upon a time there was a little girl", return_tensors="pt", return_token_type_ids=False)
+    plain = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    with Dart(sparsity=0.3)(model) as run:
+        out = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        report = run.report()
+    assert out.shape == plain.shape and report.realised_sparsity > 0.2
+    assert torch.equal(model.generate(**inputs, max_new_tokens=40, do_sample=False), plain)
