@@ -103,7 +103,7 @@ def test_unknown_backends_name_the_known(llama):
 
 def test_a_direct_call_needs_a_phase(llama):
     with Dart()(llama) as run:
-        with pytest.raises(ValueError, match="run.phase"):
+        with pytest.raises(ValueError, match=r"run\.phase"):
             llama(input_ids=tokens(llama))
         with pytest.raises(ValueError, match="unknown phase 'decoding'"), run.phase("decoding"):
             pass

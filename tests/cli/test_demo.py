@@ -69,7 +69,7 @@ def test_valid_texts_that_change_their_domain(shared):
         text = lzma.decompress((shared / "data" / "domains" / f"{name}.valid.txt.xz").read_bytes()).decode()
         halves[name] = tokenizer(text[:20_000], add_special_tokens=False)["input_ids"]
     rows = [
-        [*halves[a][i * 300:i * 300 + 200], 0, *halves[b][i * 300:i * 300 + 199]]
+        [*halves[a][i * 300 : i * 300 + 200], 0, *halves[b][i * 300 : i * 300 + 199]]
         for i, (a, b) in enumerate(
             [("medicine", "stories"), ("stories", "code"), ("code", "novels"), ("novels", "medicine")]
         )
