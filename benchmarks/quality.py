@@ -42,20 +42,17 @@ def domains(folder: Path, tokenizer, length: int) -> dict[str, list[list[int]]]:
     return out
 
 
-def streams(texts: dict[str, list[list[int]]], count: int, seed: int) -> torch.Tensor:
-    """`count` token streams of 256 tokens of one domain and 256 of the next."""
+def streams(texts: dict[str, list[list[int]]], count: int, seed: int, separator: int) -> torch.Tensor:
+    """`count` token streams: a separator and 255 tokens of one domain, the same of another; every pair in turn."""
     generator = torch.Generator().manual_seed(seed)
     pairs = list(permutations(texts, 2))
     rows = []
     for i in range(count):
-        first, second = pairs[
-            int(torch.randperm(len(pairs), generator=generator)[0]) if i >= len(pairs) else (i * 7) % len(pairs)
-        ]
         row = []
-        for name in (first, second):
+        for name in pairs[i * 7 % len(pairs)]:  # neighbours in the list share a domain
             document = texts[name][int(torch.randint(len(texts[name]), (), generator=generator))]
-            start = int(torch.randint(len(document) - 256 + 1, (), generator=generator))
-            row += document[start : start + 256]
+            start = int(torch.randint(len(document) - 254, (), generator=generator))
+            row += [separator, *document[start : start + 255]]
         rows.append(row)
     return torch.tensor(rows)
 
@@ -71,7 +68,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model, tokenizer = load(args.model)
-    tokens = streams(domains(args.texts, tokenizer, 256), args.streams, args.seed)
+    model = model.float()  # the weights as they are, no rounding in between
+    tokens = streams(domains(args.texts, tokenizer, 256), args.streams, args.seed, tokenizer.bos_token_id)
     rows = []
     dense = None
     arms = [(Dense(), 0.0)]
