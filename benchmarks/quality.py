@@ -18,10 +18,10 @@ from itertools import permutations
 from pathlib import Path
 
 import torch
-from dartprune.loading import load
 
 from dartprune import Clock, Dart, Dense, Griffin, Random, Relearn, Static
 from dartprune.evaluation.forced import forced_losses
+from dartprune.loading import load
 
 
 def domains(folder: Path, tokenizer, length: int) -> dict[str, list[list[int]]]:

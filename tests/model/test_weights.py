@@ -1,113 +1,153 @@
-"""Row views of weights, and layers whose rows cannot be read: adapters, quantised, offloaded."""
+"""Rows of FFN weights are views of the model's own, or a reason says why they cannot be read."""
 
 from __future__ import annotations
 
-import warnings
-
+import peft
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
+from transformers.pytorch_utils import Conv1D
 
-from dartprune import Dart, Static
-from dartprune.ffn import backend_names, choose
+from dartprune.ffn.backend import activation
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.families import describe
 from dartprune.model.weights import row_weights
-from test_matrix import tokens
 from tiny import FAMILIES
+
+
+def layer_of(model):
+    return describe(model).layers[0]
+
+
+def by_hand(x, weights):
+    """The FFN from its rows."""
+    up = nn.functional.linear(x, weights.up, weights.up_bias)
+    if weights.gate is None:
+        a = activation(weights.activation, up)
+    else:
+        a = activation(weights.activation, nn.functional.linear(x, weights.gate, weights.gate_bias)) * up
+    out = a @ weights.down
+    return out if weights.down_bias is None else out + weights.down_bias
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @torch.no_grad()
-def test_rows_are_views_and_compute_the_ffn(family):
-    model = FAMILIES[family]()
-    for layer in describe(model).layers:
-        weights = row_weights(layer)
-        assert isinstance(weights, FFNWeights)
-        storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        for view in (weights.gate, weights.up, weights.down):
-            if view is not None:
-                assert view.untyped_storage().data_ptr() in storages
-                assert view.shape == (layer.neurons, layer.hidden) and not view.requires_grad
-        x = torch.randn(5, layer.hidden)
-        up = x @ weights.up.t() + (weights.up_bias if weights.up_bias is not None else 0)
-        if weights.gate is None:
-            a = weights.act(up)
-        else:
-            gate = x @ weights.gate.t() + (weights.gate_bias if weights.gate_bias is not None else 0)
-            a = weights.act(gate) * up
-        torch.testing.assert_close(a, layer.activations(x), rtol=1e-4, atol=1e-4)
-        out = a @ weights.down + (weights.down_bias if weights.down_bias is not None else 0)
-        torch.testing.assert_close(out, layer.down(a), rtol=1e-4, atol=1e-4)
+def test_rows_are_views_and_give_the_ffn(family):
+    layer = layer_of(FAMILIES[family]())
+    weights = row_weights(layer)
+    assert isinstance(weights, FFNWeights), weights
+    assert weights.down.data_ptr() == layer.down.weight.data_ptr()
+    first = weights.gate if layer.fused else weights.up
+    assert first is not None and first.data_ptr() == layer.up.weight.data_ptr()
+    if layer.fused:
+        assert weights.up.data_ptr() == layer.up.weight[layer.neurons :].data_ptr()
+    if layer.gate is not None:
+        assert weights.gate.data_ptr() == layer.gate.weight.data_ptr()
+    for bias, module in ((weights.up_bias, layer.up), (weights.down_bias, layer.down)):
+        assert (bias is None) == (getattr(module, "bias", None) is None)
+    assert {tuple(m.shape) for m in (weights.gate, weights.up, weights.down) if m is not None} == {
+        (layer.neurons, layer.hidden)
+    }
+    assert not weights.up.requires_grad
+    x = torch.randn(5, layer.hidden, generator=torch.Generator().manual_seed(0))
+    want = layer.down(layer.activations(x))
+    torch.testing.assert_close(by_hand(x, weights), want, rtol=1e-4, atol=1e-4)
+    # a view follows its weight
+    layer.down.weight.zero_()
+    assert weights.down.abs().sum() == 0
 
 
-class Quantised(nn.Module):
-    """Stands for any linear layer whose weight is no plain matrix: 8 bits with a scale per row."""
+def test_a_fused_projection_with_a_bias():
+    model = FAMILIES["phi3"]()
+    old = model.model.layers[0].mlp.gate_up_proj
+    new = nn.Linear(old.in_features, old.out_features, bias=True)
+    model.model.layers[0].mlp.gate_up_proj = new
+    weights = row_weights(layer_of(model))
+    assert weights.gate_bias.data_ptr() == new.bias.data_ptr()
+    assert torch.equal(weights.up_bias, new.bias[weights.neurons :])
 
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.scale = nn.Buffer(linear.weight.abs().amax(1, keepdim=True) / 127)
-        self.weight = nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+def test_conv1d_lies_the_other_way():
+    layer = layer_of(FAMILIES["gpt2"]())
+    weights = row_weights(layer)
+    assert type(layer.up) is Conv1D
+    assert weights.down.is_contiguous() and not weights.up.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_plain_float(dtype):
+    assert row_weights(layer_of(FAMILIES["llama"]().to(dtype))).up.dtype == dtype
+
+
+class Doubled(nn.Linear):
+    """Like a quantised layer: a linear layer by type only."""
 
     def forward(self, x):
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+        return 2 * super().forward(x)
 
 
-@torch.no_grad()
-def test_quantised_layers_are_masked_and_said_so():
+class Packed(torch.Tensor):
+    """Like a quantised tensor: a subclass."""
+
+
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def adapter(mlp, model):
+    model.add_adapter(peft.LoraConfig(target_modules=["down_proj"], r=2))
+
+
+def other_type(mlp, model):
+    mlp.down_proj = Doubled(mlp.down_proj.in_features, mlp.down_proj.out_features, bias=False)
+
+
+def subclass(mlp, model):
+    mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight.detach().as_subclass(Packed), requires_grad=False)
+
+
+def integers(mlp, model):
+    mlp.gate_proj.weight = nn.Parameter(mlp.gate_proj.weight.to(torch.int8), requires_grad=False)
+
+
+def offloaded(mlp, model):
+    mlp.down_proj.to("meta")
+
+
+def mixed(mlp, model):
+    mlp.down_proj.to(torch.bfloat16)
+
+
+def parametrized(mlp, model):
+    parametrize.register_parametrization(mlp.down_proj, "weight", Twice())
+
+
+def pruned(mlp, model):
+    prune.l1_unstructured(mlp.down_proj, "weight", amount=0.3)
+
+
+def hooked(mlp, model):
+    mlp.up_proj.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+REASONS = {
+    adapter: "adapter",
+    other_type: "Doubled",
+    subclass: "Packed",
+    integers: "int8",
+    offloaded: "meta",
+    mixed: "differ in dtype",
+    parametrized: "ParametrizedLinear",
+    pruned: "hooks",
+    hooked: "hooks",
+}
+
+
+@pytest.mark.parametrize("change", REASONS, ids=lambda change: change.__name__)
+def test_the_reason_in_one_line(change):
     model = FAMILIES["llama"]()
-    for layer in model.model.layers:
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(layer.mlp, name, Quantised(getattr(layer.mlp, name)))
-    with pytest.raises(ValueError, match=r"backend 'reference' cannot be used: .*Quantised, not plain linear layers"):
-        Dart().attach(model, backend="reference")
-    with Static(sparsity=0.5)(model) as run:
-        model.generate(tokens(model), max_new_tokens=6, min_new_tokens=6)
-        report = run.report()
-    assert report.backend == "masked" and not report.saves_time and report.bytes_saved == 0
-    assert report.realised_sparsity == pytest.approx(0.5, abs=0.02)
-    with pytest.raises(ValueError, match="reads the down projection"):
-        Dart(scorer="weight-aware").attach(model)
-
-
-@torch.no_grad()
-def test_lora_adapters():
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["gate_proj", "down_proj"], init_lora_weights=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's own, about transformers
-        model = peft.get_peft_model(FAMILIES["llama"](), config).eval()
-    plain = model.generate(input_ids=tokens(model), max_new_tokens=6, do_sample=False)
-    assert "adapters" in str(row_weights(describe(model).layers[0]))
-    with Static(sparsity=0.5)(model) as run:
-        out = model.generate(input_ids=tokens(model), max_new_tokens=6, do_sample=False)
-        report = run.report()
-    assert report.pruned_tokens == 10 and report.backend == "masked"
-    assert not torch.equal(out, plain)
-    assert torch.equal(model.generate(input_ids=tokens(model), max_new_tokens=6, do_sample=False), plain)
-
-
-@torch.no_grad()
-def test_offloaded_layers():
-    accelerate = pytest.importorskip("accelerate")
-    model = FAMILIES["llama"]()
-    with Static(sparsity=0.5)(model, backend="masked"):
-        want = model.generate(tokens(model), max_new_tokens=8, do_sample=False)
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    assert row_weights(describe(model).layers[0]) == "the FFN's weights are offloaded"
-    with Static(sparsity=0.5)(model) as run:
-        got = model.generate(tokens(model), max_new_tokens=8, do_sample=False)
-        assert run.report().backend == "masked"
-    assert torch.equal(got, want)
-
-
-def test_reasons():
-    layer = describe(FAMILIES["llama"]()).layers[0]
-    layer.down.weight.data = layer.down.weight.data.to(torch.float8_e4m3fn)
-    assert row_weights(layer) == "the FFN's weights are float8_e4m3fn"
-    meta = describe(FAMILIES["llama"]().to("meta")).layers[0]
-    assert row_weights(meta) == "the FFN's weights are offloaded"
-    assert {"masked", "reference"} <= set(backend_names())
-    with pytest.raises(ValueError, match="unknown backend 'nope'"):
-        choose("nope", "no rows", torch.device("cpu"))
+    change(model.model.layers[0].mlp, model)
+    reason = row_weights(layer_of(model))
+    assert isinstance(reason, str) and REASONS[change] in reason and "\n" not in reason

@@ -2,68 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from dartprune.model.structure import family_by_structure
+from dartprune.model.layer import Decoder, Layer, activation_name, sizes
+from dartprune.model.structure import by_structure
 from dartprune.model.taking import Family, at, core_of, first_of, refuse_by_kind
 
 __all__ = ["FAMILIES", "Decoder", "Family", "Layer", "describe", "register_family"]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The FFN of one decoder layer, by its modules.
-
-    entry: receives x, the FFN's input: the FFN module, or its first projection where there is no module (inline).
-    gate: None for a plain FFN and for a fused one, in which `up` gives gate and up, gate first.
-    norm: its input is the residual stream y before the FFN; None where y is the entry's own input.
-    contribution: its output, times `scale`, is what the FFN adds to the residual stream.
-    attention_output: the output projection of the layer's attention.
-    """
-
-    index: int
-    entry: nn.Module
-    inline: bool
-    gate: nn.Module | None
-    up: nn.Module
-    down: nn.Module
-    fused: bool
-    activation: str
-    act: Callable[[Tensor], Tensor]
-    norm: nn.Module | None
-    contribution: nn.Module
-    scale: float
-    attention_output: nn.Module
-    hidden: int
-    neurons: int
-
-    @property
-    def gated(self) -> bool:
-        """Whether a gate multiplies the up projection."""
-        return self.gate is not None or self.fused
-
-    def activations(self, x: Tensor) -> Tensor:
-        """The input of the down projection, [..., I], for FFN inputs [..., H]; runs the modules, whatever they are."""
-        if self.fused:
-            gate, fused_up = self.up(x).chunk(2, dim=-1)
-            a: Tensor = self.act(gate) * fused_up
-            return a
-        up: Tensor = self.up(x)
-        return self.act(up) if self.gate is None else self.act(self.gate(x)) * up
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A model taken apart: family row, how it was found (`table` or `structure`), layers, width H."""
-
-    family: str
-    recognised: str
-    layers: tuple[Layer, ...]
-    hidden: int
 
 
 _LLAMA = Family(
@@ -94,7 +41,7 @@ FAMILIES: dict[str, Family] = {
     "smollm3": _LLAMA,
     "granite": _LLAMA.but(scale="residual_multiplier"),
     "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
+    "gemma3_text": _GEMMA.but(layers="model.layers|model.language_model.layers"),
     "olmo2": _LLAMA.but(norm="", contribution="post_feedforward_layernorm"),
     "phi3": _LLAMA.but(gate="", up="mlp.gate_up_proj", fused=True),
     "starcoder2": _LLAMA.but(gate="", up="mlp.c_fc", down="mlp.c_proj"),
@@ -153,11 +100,11 @@ def describe(model: Any) -> Decoder:
     core = core_of(model)
     refuse_by_kind(core)
     model_type = str(core.config.get_text_config().model_type)
-    row, found = FAMILIES.get(model_type), "table"
+    row = FAMILIES.get(model_type)
     if row is None:
-        row, found = family_by_structure(core, model_type), "structure"
-    layers = tuple(_layer(index, module, row) for index, module in enumerate(at(core, row.layers)))
-    return Decoder(model_type, found, layers, layers[0].hidden)
+        return by_structure(core, model_type)
+    layers = tuple(_layer(index, module, row) for index, module in enumerate(first_of(core, row.layers)))
+    return Decoder(model_type, "table", layers, layers[0].hidden)
 
 
 def _layer(index: int, module: nn.Module, row: Family) -> Layer:
@@ -190,32 +137,7 @@ def _layer(index: int, module: nn.Module, row: Family) -> Layer:
 
 def _shape(down: nn.Module) -> tuple[int, int]:
     """(H, I) of a down projection of any kind."""
-    base: Any = getattr(down, "base_layer", down)
-    if hasattr(base, "out_features") and hasattr(base, "in_features"):
-        return int(base.out_features), int(base.in_features)
-    if hasattr(base, "nf") and hasattr(base, "nx"):
-        return int(base.nf), int(base.nx)
-    raise ValueError(f"the down projection is a {type(base).__name__}, whose width cannot be read")
-
-
-_ACTIVATIONS = {
-    "SiLUActivation": "silu",
-    "SiLU": "silu",
-    "GELUActivation": "gelu",
-    "GELU": "gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "ReLU": "relu",
-    "ReLUSquaredActivation": "relu2",
-    "QuickGELUActivation": "quick_gelu",
-}
-
-
-def activation_name(act: Any) -> str:
-    """Canonical name of an activation by its own type, `other` if it has none."""
-    if act in (nn.functional.silu, nn.functional.gelu, nn.functional.relu):
-        return str(act.__name__)
-    if isinstance(act, nn.GELU) and act.approximate == "tanh":
-        return "gelu_tanh"
-    return _ACTIVATIONS.get(type(act).__name__, "other")
+    size = sizes(down)
+    if size is None:
+        raise ValueError(f"the down projection is a {type(down).__name__}, whose width cannot be read")
+    return size[1], size[0]

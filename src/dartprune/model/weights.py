@@ -1,72 +1,90 @@
-"""The FFN weights of a layer as one row per neuron, or the reason why rows cannot be read."""
+"""The weights of a layer's FFN as one row per neuron, where they can be read so."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from dartprune.ffn.weights import FFNWeights
-from dartprune.model.families import Layer
+from dartprune.model.layer import Layer
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+# Exact types: a subclass may keep or use its weight in another way. True: the weight is [inputs, outputs].
+_LINEAR = {
+    "torch.nn.modules.linear.Linear": False,
+    "transformers.models.falcon.modeling_falcon.FalconLinear": False,
+    "transformers.pytorch_utils.Conv1D": True,
+}
+
+
+class _Unreadable(Exception):
+    """Why the rows of a projection cannot be read."""
 
 
 def row_weights(layer: Layer) -> FFNWeights | str:
-    """Views of a layer's weights, nothing is copied; or one line that says why they cannot be read by rows."""
-    modules = [layer.up, layer.down] + ([layer.gate] if layer.gate is not None else [])
-    for module in modules:
-        reason = _reason(module)
-        if reason is not None:
-            return reason
-    up, up_bias = _rows(layer.up), _bias(layer.up)
-    gate = _rows(layer.gate) if layer.gate is not None else None
-    gate_bias = _bias(layer.gate) if layer.gate is not None else None
-    if layer.fused:
-        gate, up = up[: layer.neurons], up[layer.neurons :]
-        if up_bias is not None:
-            gate_bias, up_bias = up_bias[: layer.neurons], up_bias[layer.neurons :]
-    return FFNWeights(
-        gate=gate,
-        up=up,
-        down=_rows(layer.down).t(),
-        gate_bias=gate_bias,
-        up_bias=up_bias,
-        down_bias=_bias(layer.down),
-        activation=layer.activation,
-        act=layer.act,
-    )
+    """Views of an FFN's weights, one row per neuron; nothing is copied.
+
+    Returns:
+        FFNWeights whose matrices share storage with the model's parameters, or one line that says why the rows cannot
+        be read: adapters, quantised, sharded or offloaded weights, modules with hooks or of unknown types.
+    """
+    try:
+        up, up_bias = _projection("up", layer.up)
+        down, down_bias = _projection("down", layer.down)
+        gate, gate_bias = (None, None) if layer.gate is None else _projection("gate", layer.gate)
+        if layer.fused:
+            gate, up = up.chunk(2, dim=0)
+            if up_bias is not None:
+                gate_bias, up_bias = up_bias.chunk(2, dim=0)
+        weights = FFNWeights(
+            gate, up, down.t(), gate_bias, up_bias, down_bias, activation=layer.activation, act=layer.act
+        )
+        _agree(weights, layer)
+    except _Unreadable as why:
+        return str(why)
+    return weights
 
 
-def _reason(module: nn.Module) -> str | None:
-    if hasattr(module, "base_layer"):
-        return f"the FFN has adapters ({type(module).__module__.split('.')[0]} {type(module).__name__})"
-    plain = (
-        isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, _falcon_forward(module))
-    ) or type(module) is Conv1D
-    weight = getattr(module, "weight", None)
-    if not plain or not isinstance(weight, Tensor):
-        return f"the FFN's projections are {type(module).__name__}, not plain linear layers"
-    if type(weight.data) is not Tensor:
-        return f"the FFN's weights are {type(weight.data).__name__}, not plain tensors"
-    if weight.is_meta:
-        return "the FFN's weights are offloaded"
-    if weight.dtype not in DTYPES:
-        return f"the FFN's weights are {str(weight.dtype).removeprefix('torch.')}"
-    return None
+def _projection(role: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight [outputs, inputs] and bias of a linear layer, detached views."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if isinstance(getattr(module, "base_layer", None), nn.Module):
+        raise _Unreadable(f"the {role} projection carries an adapter ({name})")
+    if name not in _LINEAR:
+        raise _Unreadable(f"the {role} projection is a {name}, whose weight may be packed, not a plain linear layer")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise _Unreadable(f"the {role} projection has forward hooks, which reading its rows would leave out")
+    weight = _plain(role, module, "weight")
+    bias = None if module.bias is None else _plain(role, module, "bias")
+    return weight.t() if _LINEAR[name] else weight, bias
 
 
-def _falcon_forward(module: nn.Module) -> object:
-    # FalconLinear writes out the very same product
-    return type(module).forward if type(module).__name__ == "FalconLinear" else None
+def _plain(role: str, module: nn.Module, name: str) -> Tensor:
+    tensor: Any = getattr(module, name)
+    if tensor.is_meta:
+        raise _Unreadable(f"the {name} of the {role} projection is offloaded or on the meta device")
+    if type(tensor) not in (Tensor, nn.Parameter) or type(tensor.data) is not Tensor:
+        kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+        raise _Unreadable(f"the {name} of the {role} projection is a {kind}: quantised or sharded, not a plain tensor")
+    if tensor.layout is not torch.strided or tensor.dtype not in FLOATS:
+        raise _Unreadable(f"the {name} of the {role} projection is {tensor.dtype} ({tensor.layout}), not a plain float")
+    plain: Tensor = tensor.detach()
+    return plain
 
 
-def _rows(module: nn.Module) -> Tensor:
-    """The weight as [out, in], without gradient."""
-    weight: Tensor = module.weight.detach()  # type: ignore[operator]
-    return weight.t() if type(module) is Conv1D else weight
-
-
-def _bias(module: nn.Module) -> Tensor | None:
-    bias = getattr(module, "bias", None)
-    return bias.detach() if isinstance(bias, Tensor) else None
+def _agree(weights: FFNWeights, layer: Layer) -> None:
+    matrices = {"gate": weights.gate, "up": weights.up, "down": weights.down}
+    biases = {"gate": weights.gate_bias, "up": weights.up_bias, "down": weights.down_bias}
+    present = [part for part in (*matrices.values(), *biases.values()) if part is not None]
+    kinds = {(part.dtype, part.device) for part in present}
+    if len(kinds) > 1:
+        said = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise _Unreadable(f"the FFN's weights differ in dtype or device: {said}")
+    for name, part in matrices.items():
+        if part is not None and tuple(part.shape) != (layer.neurons, layer.hidden):
+            raise _Unreadable(
+                f"the {name} projection holds {tuple(part.shape)} weights, not {(layer.neurons, layer.hidden)}: sharded"
+            )
