@@ -2,8 +2,9 @@
 
     python benchmarks/quality.py --texts DIR --model PATH --out benchmarks/results/NAME.json
 
-DIR holds one NAME.valid.txt or NAME.valid.txt.xz per domain, documents separated by a line `<|doc|>`. A stream is 128
-tokens of prompt and 128 more of one domain, then 256 of another. The prompt is dense for every arm and is not scored.
+DIR holds one NAME.valid.txt or NAME.valid.txt.xz per domain, documents separated by a line `<|doc|>`. A stream is 64
+tokens of prompt and 64 more of one domain, then 128 of another (the demo model was trained on 256 tokens at a
+time). The prompt is dense for every arm and is not scored.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 from dartprune import Clock, Dart, Dense, Griffin, Random, Relearn, Static
 from dartprune.evaluation.forced import forced_losses
 from dartprune.loading import load
+
+PROMPT, HALF = 64, 128
 
 
 def domains(folder: Path, tokenizer, length: int) -> dict[str, list[list[int]]]:
@@ -43,7 +46,7 @@ def domains(folder: Path, tokenizer, length: int) -> dict[str, list[list[int]]]:
 
 
 def streams(texts: dict[str, list[list[int]]], count: int, seed: int, separator: int) -> torch.Tensor:
-    """`count` token streams: a separator and 255 tokens of one domain, the same of another; every pair in turn."""
+    """`count` token streams: a separator and 127 tokens of one domain, the same of another; every pair in turn."""
     generator = torch.Generator().manual_seed(seed)
     pairs = list(permutations(texts, 2))
     rows = []
@@ -51,8 +54,8 @@ def streams(texts: dict[str, list[list[int]]], count: int, seed: int, separator:
         row = []
         for name in pairs[i * 7 % len(pairs)]:  # neighbours in the list share a domain
             document = texts[name][int(torch.randint(len(texts[name]), (), generator=generator))]
-            start = int(torch.randint(len(document) - 254, (), generator=generator))
-            row += [separator, *document[start : start + 255]]
+            start = int(torch.randint(len(document) - HALF + 2, (), generator=generator))
+            row += [separator, *document[start : start + HALF - 1]]
         rows.append(row)
     return torch.tensor(rows)
 
@@ -69,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = load(args.model)
     model = model.float()  # the weights as they are, no rounding in between
-    tokens = streams(domains(args.texts, tokenizer, 256), args.streams, args.seed, tokenizer.bos_token_id)
+    tokens = streams(domains(args.texts, tokenizer, 2 * HALF), args.streams, args.seed, tokenizer.bos_token_id)
     rows = []
     dense = None
     arms = [(Dense(), 0.0)]
@@ -77,8 +80,8 @@ def main() -> None:
         arms += [(make(sparsity=s), s) for make in (Static, Griffin, Random, Clock, Dart)]
         arms.append((Dart(sparsity=s, refresh=Relearn()), s))
     for pruner, sparsity in arms:
-        losses, report = forced_losses(model, pruner, tokens, 128)
-        before, after = losses[:, :128], losses[:, 128:]
+        losses, report = forced_losses(model, pruner, tokens, PROMPT)
+        before, after = losses[:, : HALF - PROMPT], losses[:, HALF - PROMPT :]
         if dense is None:
             dense = losses
         name = pruner.name + ("-relearn" if isinstance(pruner.refresh, Relearn) else "")
@@ -89,18 +92,18 @@ def main() -> None:
                 "realised_sparsity": round(report.realised_sparsity, 4),
                 "ppl_before": round(math.exp(before.mean()), 2),
                 "ppl_after": round(math.exp(after.mean()), 2),
-                "loss_over_dense_before": round(float((before - dense[:, :128]).mean()), 4),
-                "loss_over_dense_after": round(float((after - dense[:, 128:]).mean()), 4),
-                "events_per_stream_before": sum(e.decoded <= 129 for e in report.events) / len(tokens),
-                "events_per_stream_after": sum(e.decoded > 129 for e in report.events) / len(tokens),
+                "loss_over_dense_before": round(float((before - dense[:, : HALF - PROMPT]).mean()), 4),
+                "loss_over_dense_after": round(float((after - dense[:, HALF - PROMPT :]).mean()), 4),
+                "events_per_stream_before": sum(e.decoded <= HALF - PROMPT for e in report.events) / len(tokens),
+                "events_per_stream_after": sum(e.decoded > HALF - PROMPT for e in report.events) / len(tokens),
             }
         )
         print(rows[-1], flush=True)
     if args.out:
         data = {
             "date": str(date.today()),
-            "machine": platform.processor(),
-            "model": str(args.model),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "model": Path(args.model).name if args.model else "demo",
             "rows": rows,
         }
         args.out.write_text(json.dumps(data | {"streams": args.streams, "seed": args.seed}, indent=1) + "\n")
