@@ -12,7 +12,7 @@ from test_matrix import tokens
 from tiny import FAMILIES
 
 
-@pytest.mark.parametrize("backend", ["masked", "reference"])
+@pytest.mark.parametrize("backend", ["masked", "reference", "cpu"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
 @torch.no_grad()
 def test_the_dropped_mean_is_added(family, backend):

@@ -20,7 +20,7 @@ def test_under_ten_megabytes_for_eight_billion_parameters():
 
 
 @pytest.mark.parametrize("pruner", [Dart(), Static(), Griffin(), Dart(compensate="mean"), Dart(selection="threshold")])
-@pytest.mark.parametrize("backend", ["masked", "reference"])
+@pytest.mark.parametrize("backend", ["masked", "reference", "cpu"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_memory_by_arithmetic_is_what_is_held(family, backend, pruner):
     model = FAMILIES[family]()

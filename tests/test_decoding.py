@@ -383,5 +383,6 @@ def test_paused_tokens_are_dense_and_counted(llama):
             free = llama(input_ids=ids, use_cache=True).logits  # no phase needed
         report = run.report()
         assert (report.dense_tokens, report.pruned_tokens) == (1, 1)
-    assert torch.equal(got, llama(input_ids=ids[:, 1:2], past_key_values=saved).logits)
-    assert torch.equal(free, llama(input_ids=ids, use_cache=True).logits)
+    # to rounding: the down projection may lie in memory the other way round while attached
+    torch.testing.assert_close(got, llama(input_ids=ids[:, 1:2], past_key_values=saved).logits)
+    torch.testing.assert_close(free, llama(input_ids=ids, use_cache=True).logits)

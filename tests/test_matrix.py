@@ -18,7 +18,7 @@ def tokens(model, lines=2, length=PROMPT, seed=0):
     return torch.randint(5, vocabulary, (lines, length), generator=generator)
 
 
-@pytest.mark.parametrize("backend", ["masked", "reference"])
+@pytest.mark.parametrize("backend", ["masked", "reference", "cpu"])
 @pytest.mark.parametrize("preset", presets.names())
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @torch.no_grad()
@@ -65,7 +65,7 @@ def test_generate_and_come_back(family):
     before = snapshot(model)
     plain = model.generate(ids, max_new_tokens=6, do_sample=False)
     out = {}
-    for backend in ("masked", "reference"):
+    for backend in ("masked", "reference", "cpu"):
         with presets.get("dart")(sparsity=0.5)(model, backend=backend) as run:
             out[backend] = model.generate(ids, max_new_tokens=10, do_sample=False)
             weights = model.state_dict()
@@ -73,7 +73,7 @@ def test_generate_and_come_back(family):
             assert all(torch.equal(weights[name], value) for name, value in before["weights"].items())
             report = run.report()
         assert report.pruned_tokens >= 1 and len(report.sequences) == 2
-    assert torch.equal(out["masked"], out["reference"])
+    assert torch.equal(out["masked"], out["reference"]) and torch.equal(out["cpu"], out["reference"])
     assert_untouched(model, before)
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), plain)
 

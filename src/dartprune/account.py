@@ -43,20 +43,32 @@ class Account:
         self._read = 0.0
         self._whole = 0.0
         self._ended: list[Ended] = []
-        self._gathers = any(layer.backend.gathers for layer in parts.layers)
+        self._known: tuple[tuple[int, tuple[int, ...]], int] | None = None
+        self._gathers = all(layer.backend.gathers for layer in parts.layers)
         self._layer_bytes = [_layer_bytes(layer) for layer in parts.layers]
 
-    def decoded(self, slots: Sequence[Slot], *, pruned: bool) -> None:
-        """A decode forward of these sequences has read its FFN weights."""
+    def decoded(self, slots: Sequence[Slot], masks: int, *, pruned: bool) -> None:
+        """A decode forward of these sequences reads its FFN weights; `masks` changes whenever a mask does."""
         whole = float(sum(self._layer_bytes))
         self._whole += whole
-        gathering = pruned and all(slot.state is State.PRUNED for slot in slots)
+        if not (pruned and self._gathers and all(slot.state is State.PRUNED for slot in slots)):
+            self._read += whole
+            return
+        key = (masks, tuple(slot.id for slot in slots))
+        if self._known is None or self._known[0] != key:
+            self._known = (key, self._step_bytes(slots))
+        self._read += self._known[1]
+
+    def _step_bytes(self, slots: Sequence[Slot]) -> int:
+        """Weight bytes that a pruned step of these sequences reads; the same until a mask changes."""
+        total = 0
         for number, (layer, size) in enumerate(zip(self.parts.layers, self._layer_bytes, strict=True)):
-            if gathering and layer.backend.gathers and not isinstance(layer.weights, str):
-                counts = [slot.keep[number] for slot in slots if slot.keep is not None]
-                self._read += layer.backend.bytes_read(layer.weights, counts)
+            if layer.backend.gathers and not isinstance(layer.weights, str):
+                kept = [layer.selection.kept(slot.id, slot.keep[number]) for slot in slots if slot.keep is not None]
+                total += layer.backend.bytes_read(layer.weights, kept)
             else:
-                self._read += size
+                total += size
+        return total
 
     def replayed(self, sequences: int) -> None:
         """Gate and up of all layers were read for a refresh."""

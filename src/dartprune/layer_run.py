@@ -58,6 +58,7 @@ class LayerRun:
         ring: LayerRing | None,
         backend: Backend,
         weights: FFNWeights | str,
+        place: tuple[torch.device, torch.dtype],
         *,
         residual: bool,
     ) -> None:
@@ -68,6 +69,7 @@ class LayerRun:
         self.ring = ring
         self.backend = backend
         self.weights = weights
+        self.place = place
         self.residual = residual
         self.staged: Tensor | None = None
         self.staged_impact: Tensor | None = None

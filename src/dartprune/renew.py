@@ -38,6 +38,7 @@ class Renewal:
         self.counters = counters
         self.scorer = scorer(method.scorer)
         self.flops = 0
+        self.version = 0  # counts changes of any mask
         self._facts = facts
 
     def build(self, slots: Sequence[Slot]) -> list[Tensor]:
@@ -73,6 +74,7 @@ class Renewal:
 
     def drop(self, slots: Sequence[Slot]) -> None:
         """Every neuron again, in every layer."""
+        self.version += 1
         rows = [slot.id for slot in slots]
         for layer in self.layers:
             layer.selection.open(rows)
@@ -87,6 +89,7 @@ class Renewal:
             layer.trace.clear(rows)
 
     def _select(self, slots: Sequence[Slot]) -> list[Tensor]:
+        self.version += 1
         changed = [torch.zeros((), dtype=torch.int64, device=self.counters.device) for _ in slots]
         left_out = [0.0] * len(slots)
         whole = float(sum(_weights(layer) for layer in self.layers))

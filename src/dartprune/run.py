@@ -23,7 +23,7 @@ from dartprune.model.taking import core_of
 from dartprune.pool import SlotPool
 from dartprune.renew import Renewal
 from dartprune.report import Event, Report
-from dartprune.setup import build
+from dartprune.setup import build, place
 from dartprune.slots import Slot, State
 from dartprune.stepper import Stepper
 from dartprune.watch import Watch
@@ -60,9 +60,8 @@ class Run(Refuses):
         self._ended: Tensor | None = None
         claim(self._core, method.name)
         try:
-            parts = build(method, self._core, decoder, backend)
+            self._parts = parts = build(method, self._core, decoder, backend)
             replay = method.refresh.replay_tokens
-            self._parts = parts
             self._account = Account(method, parts)
             self._renewal = Renewal(method, parts.layers, parts.counters, parts.facts)
             self._pool = SlotPool(parts.holders, self._new_slot, self._account.close)
@@ -80,6 +79,8 @@ class Run(Refuses):
                 setattr(self, name, torch.compiler.disable(getattr(self, name)))
             self._install()
         except BaseException:
+            if hasattr(self, "_parts"):
+                self._parts.layout.undo()
             release(self._core)
             raise
         self._account.seconds["attaching"] = time.perf_counter() - began
@@ -99,6 +100,7 @@ class Run(Refuses):
         self._door.remove()
         for site in self._sites.layers:
             site.remove()
+        self._parts.layout.undo()
 
     # ---- what the user calls
 
@@ -285,6 +287,8 @@ class Run(Refuses):
         self._finish_compiled()
         self._settle_candidates()
         self._pool.sweep()
+        if first or explicit is not None:
+            self._check_unmoved()
         lines, length = int(tokens.shape[0]), int(tokens.shape[1])
         known = self._pool.of(cache) if cache is not None else None
         in_loop = known is not None and length == 1 and not first and explicit is None
@@ -311,7 +315,7 @@ class Run(Refuses):
         self._cache, self._length = cache, past
         self._stepper.begin(rows, slots, ended, paused=self._paused)
         if phase is not Phase.PREFILL:
-            self._account.decoded(slots, pruned=not self._paused)
+            self._account.decoded(slots, self._renewal.version, pruned=not self._paused)
 
     def _lines_of(
         self, cache: Any, known: tuple[int, ...] | None, lines: int, past: int, given: tuple[int, ...] | None
@@ -343,6 +347,15 @@ class Run(Refuses):
         else:
             self._pool.bind(cache, ids)
         return ids
+
+    def _check_unmoved(self) -> None:
+        for layer in self._parts.layers:
+            if place(layer.layer) != layer.place:
+                device, dtype = place(layer.layer)
+                raise ValueError(
+                    f"the model was moved to {device}, {str(dtype).removeprefix('torch.')} while attached: "
+                    "call run.detach(), move it, and attach again"
+                )
 
     def _check_length(self, tokens: int) -> None:
         config = self._core.config

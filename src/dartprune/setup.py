@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dartprune.ffn import choose
+from dartprune.ffn import Backend, FFNWeights, choose
 from dartprune.layer_run import DeviceState, LayerRun
 from dartprune.method import Method
 from dartprune.model.families import Decoder, Layer
+from dartprune.model.layout import RowLayout, scattered, shared_weights, storage_owners
 from dartprune.model.weights import row_weights
 from dartprune.proxy import cached_forward_proxy, forward_proxy_flops
 from dartprune.ring import LayerRing
@@ -33,6 +35,7 @@ class Parts:
     holders: list[SlotTensors]
     facts: Callable[[LayerRun, str], Tensor]
     notes: list[str]
+    layout: RowLayout
 
 
 def build(method: Method, core: nn.Module, decoder: Decoder, backend: str) -> Parts:
@@ -41,6 +44,15 @@ def build(method: Method, core: nn.Module, decoder: Decoder, backend: str) -> Pa
     Raises:
         ValueError: a named backend or scorer cannot work with these weights.
     """
+    layout = RowLayout()
+    try:
+        return _build(method, core, decoder, backend, layout)
+    except BaseException:
+        layout.undo()
+        raise
+
+
+def _build(method: Method, core: nn.Module, decoder: Decoder, backend: str, layout: RowLayout) -> Parts:
     needed = scorer(method.scorer).inputs
     statistics = tuple(name for name in needed if name in STATISTICS)
     if method.compensate == "mean":
@@ -48,14 +60,12 @@ def build(method: Method, core: nn.Module, decoder: Decoder, backend: str) -> Pa
     states: dict[torch.device, DeviceState] = {}
     layers: list[LayerRun] = []
     notes: list[str] = []
+    owners = storage_owners(core)
     for layer in decoder.layers:
-        device, dtype = _place(layer)
-        weights = row_weights(layer)
-        chosen, fallback = choose(backend, weights, device)
-        if fallback is not None and fallback not in notes:
+        device, dtype = place(layer)
+        chosen, weights, fallback = _lay_out(layer, device, backend if method.prunes else "masked", owners, layout)
+        if fallback is not None and f"{chosen.name} backend: {fallback}" not in notes:
             notes.append(f"{chosen.name} backend: {fallback}")
-        if not isinstance(weights, str):
-            chosen.prepare(weights)
         state = states.setdefault(device, DeviceState())
         width = layer.neurons if method.selection == "threshold" else _widest(method, layer.neurons)
         length = method.refresh.replay_tokens
@@ -74,6 +84,7 @@ def build(method: Method, core: nn.Module, decoder: Decoder, backend: str) -> Pa
                 LayerRing(length, layer.hidden, dtype, device) if length else None,
                 chosen,
                 weights,
+                (device, dtype),
                 residual=method.impact == "residual",
             )
         )
@@ -88,10 +99,29 @@ def build(method: Method, core: nn.Module, decoder: Decoder, backend: str) -> Pa
     facts = Facts(core)
     if any(name in WEIGHT_FACTS for name in needed):
         facts.check(layers, needed)
-    return Parts(layers, counters, windows, holders, facts, notes)
+    return Parts(layers, counters, windows, holders, facts, notes, layout)
 
 
-def _place(layer: Layer) -> tuple[torch.device, torch.dtype]:
+def _lay_out(
+    layer: Layer, device: torch.device, backend: str, owners: Counter[int], layout: RowLayout
+) -> tuple[Backend, FFNWeights | str, str | None]:
+    """The backend of a layer, its weights as that backend wants them, and why a faster one was not taken."""
+    weights = row_weights(layer)
+    chosen, fallback = choose(backend, weights, device)
+    if chosen.wants_rows:
+        modules = scattered(layer)
+        reason = shared_weights(owners, modules)
+        if reason is not None:
+            chosen, fallback = choose(backend, reason, device)
+        elif modules:
+            layout.apply(modules)
+            weights = row_weights(layer)
+    if not isinstance(weights, str):
+        chosen.prepare(weights)
+    return chosen, weights, fallback
+
+
+def place(layer: Layer) -> tuple[torch.device, torch.dtype]:
     """Where a layer computes and in which dtype, also where accelerate keeps its weights elsewhere."""
     parameter = next(layer.down.parameters())
     device = parameter.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dartprune.ffn.backend import Backend
+from dartprune.ffn.cpu import CpuBackend
 from dartprune.ffn.masked import MaskedBackend
 from dartprune.ffn.reference import ReferenceBackend
 from dartprune.ffn.weights import FFNWeights
@@ -13,11 +14,12 @@ from dartprune.names import Registry
 __all__ = ["Backend", "FFNWeights", "backend_names", "choose"]
 
 _backends: Registry[Backend] = Registry("backend")
+_backends.register("cpu", CpuBackend())
 _backends.register("reference", ReferenceBackend())
 _backends.register("masked", MaskedBackend())
 
 # tried in this order by `auto`; masked works everywhere
-_AUTOMATIC = ("masked",)
+_AUTOMATIC = ("cpu", "masked")
 
 
 def backend_names() -> list[str]:

@@ -19,11 +19,13 @@ class Backend(Protocol):
     saves_time: whether neurons that are not kept are left unread.
     gathers: True if `ffn` computes the whole FFN from index lists; False if the model's own FFN runs with its
         neurons zeroed (then `ffn` is never called).
+    wants_rows: whether every neuron's rows must be contiguous memory; the run lays the weights out so while attached.
     """
 
     name: str
     saves_time: bool
     gathers: bool
+    wants_rows: bool
 
     def reason_against(self, weights: FFNWeights | str, device: torch.device) -> str | None:
         """None if this backend can compute an FFN with these weights (or their lack, as a reason) on `device`."""
@@ -45,8 +47,8 @@ class Backend(Protocol):
             [N, H] in x's dtype.
         """
 
-    def bytes_read(self, weights: FFNWeights, counts: Sequence[int]) -> int:
-        """Weight bytes that one call reads for rows with these numbers of kept neurons."""
+    def bytes_read(self, weights: FFNWeights, kept: Sequence[Tensor]) -> int:
+        """Weight bytes that one call reads for sequences that keep these neurons (int32 [k] each)."""
 
 
 def activation(name: str, x: Tensor) -> Tensor:

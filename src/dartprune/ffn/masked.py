@@ -17,6 +17,7 @@ class MaskedBackend:
     name = "masked"
     saves_time = False
     gathers = False
+    wants_rows = False
 
     def reason_against(self, weights: FFNWeights | str, device: torch.device) -> str | None:
         """It can always be used."""
@@ -29,7 +30,7 @@ class MaskedBackend:
         """Never called: the model computes, see `apply_mask`."""
         raise RuntimeError("the masked backend computes inside the model's own FFN")
 
-    def bytes_read(self, weights: FFNWeights, counts: Sequence[int]) -> int:
+    def bytes_read(self, weights: FFNWeights, kept: Sequence[Tensor]) -> int:
         """All of them."""
         return weights.neurons * row_bytes(weights)
 

@@ -64,6 +64,7 @@ class ReferenceBackend:
     name = "reference"
     saves_time = False
     gathers = True
+    wants_rows = False
 
     def reason_against(self, weights: FFNWeights | str, device: torch.device) -> str | None:
         """None for weights whose rows can be read and activations with a canonical name."""
@@ -93,6 +94,6 @@ class ReferenceBackend:
         )
         return out
 
-    def bytes_read(self, weights: FFNWeights, counts: Sequence[int]) -> int:
+    def bytes_read(self, weights: FFNWeights, kept: Sequence[Tensor]) -> int:
         """Every sequence gathers its own rows."""
-        return sum(counts) * row_bytes(weights)
+        return sum(rows.shape[0] for rows in kept) * row_bytes(weights)
