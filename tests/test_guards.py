@@ -187,7 +187,7 @@ def test_sparsity_zero_keeps_everything(llama):
 
 
 def test_detach_twice_and_report_after(llama):
-    run = Dart().attach(llama)
+    run = Dart().attach(llama, backend="masked")
     llama.generate(tokens(llama), max_new_tokens=4, min_new_tokens=4)
     run.detach()
     run.detach()
