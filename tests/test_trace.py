@@ -32,7 +32,7 @@ def naive(a, weight, decay):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("chunk", [1, 1 << 22])
+@pytest.mark.parametrize("chunk", [1, 1 << 19])
 def test_statistics_against_a_loop(dtype, chunk, monkeypatch):
     monkeypatch.setattr(trace_module, "CHUNK", chunk)
     trace = LayerTrace(ALL, 13, 0.6, CPU)
@@ -43,7 +43,7 @@ def test_statistics_against_a_loop(dtype, chunk, monkeypatch):
     for a, w in zip(blocks, weights, strict=True):
         spoiled = a.clone()
         spoiled[w == 0] = float("nan")
-        trace.add(spoiled, slots, w)
+        trace.add(spoiled, slots, w, padded=True)
     whole, weight = torch.cat(blocks, 1), torch.cat(weights, 1)
     for line, slot in enumerate(slots.tolist()):
         for name, want in naive(whole[line], weight[line], 0.6).items():
@@ -51,6 +51,16 @@ def test_statistics_against_a_loop(dtype, chunk, monkeypatch):
             torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=1e-3, msg=name)
         assert trace.tokens[slot] == weight[line].sum()
     assert trace.energy[0].abs().sum() == 0
+
+
+def test_without_padding_the_weights_alone_decide():
+    one, two = (LayerTrace(ALL, 13, 0.6, CPU) for _ in range(2))
+    a, w = torch.randn(2, 9, 13), (torch.rand(2, 9) > 0.3).float()
+    for trace, padded in ((one, True), (two, False)):
+        trace.grow(2)
+        trace.add(a, torch.tensor([0, 1]), w, padded=padded)
+    for name in ALL:
+        torch.testing.assert_close(one.tensors()[name], two.tensors()[name])
 
 
 def test_blending():

@@ -24,7 +24,7 @@ class Step:
     slots: int64 [B].  row_slots: int64 [B * T].  weight, impact_weight: float32 [B, T] of 0 and 1, or None: not traced.
     ring: rows, slots and places for `LayerRing.write`, or None.  gathering: the backend computes the FFN from index
     lists.  masking: neurons are zeroed inside the model's own FFN.  staging: inputs are kept until it is known which
-    tokens survive.
+    tokens survive.  padded: some tokens are padding, whose values mean nothing.
     """
 
     slots: Tensor
@@ -35,6 +35,7 @@ class Step:
     gathering: bool = False
     masking: bool = False
     staging: bool = False
+    padded: bool = False
 
 
 class DeviceState:
@@ -163,10 +164,10 @@ class LayerRun:
     def _trace(self, a: Tensor, weight: Tensor, step: Step) -> None:
         lines = a.reshape(step.slots.shape[0], -1, a.shape[-1])
         if torch.compiler.is_compiling():
-            self.trace.add(lines, step.slots, weight)
+            self.trace.add(lines, step.slots, weight, padded=step.padded)
             return
         began = time.perf_counter()
-        self.trace.add(lines, step.slots, weight)
+        self.trace.add(lines, step.slots, weight, padded=step.padded)
         self.state.tracing_seconds += time.perf_counter() - began
 
     def _impact(self, z: Tensor, step: Step) -> None:

@@ -96,7 +96,7 @@ class Stepper:
     def _step(self, rows: Rows, slots: Sequence[Slot]) -> Step:
         ids = torch.tensor(rows.slots, dtype=torch.int64)
         ring = rows.tail(self._ring, [slot.ring_next for slot in slots]) if self._ring else None
-        return Step(slots=ids, row_slots=ids.repeat_interleave(rows.tokens), ring=ring)
+        return Step(ids, ids.repeat_interleave(rows.tokens), ring=ring, padded=rows.valid is not None)
 
     def _prefill(self, rows: Rows, slots: Sequence[Slot]) -> dict[torch.device, Step]:
         step = self._step(rows, slots)

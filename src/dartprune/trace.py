@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dartprune.slots import SlotTensors
 
-CHUNK = 1 << 22  # float32 elements of one temporary
+CHUNK = 1 << 19  # float32 elements of one temporary: larger ones fall out of the cache
 
 
 def _energy(a: Tensor, weight: Tensor, decay: float) -> Tensor:
-    return torch.bmm(weight[:, None, :], a.square())[:, 0]
+    return (a.square() * weight[..., None]).sum(1)
 
 
 def _normalised(a: Tensor) -> Tensor:
@@ -38,11 +38,11 @@ def _normalised_peak(a: Tensor, weight: Tensor, decay: float) -> Tensor:
 def _average(a: Tensor, weight: Tensor, decay: float) -> Tensor:
     # token t of n counted ones carries (1 - decay) * decay^(n - 1 - t); tokens that do not count carry nothing
     later = weight.flip(1).cumsum(1).flip(1) - weight
-    return torch.bmm(((1 - decay) * decay**later * weight)[:, None, :], a.abs())[:, 0]
+    return (a.abs() * ((1 - decay) * decay**later * weight)[..., None]).sum(1)
 
 
 def _mean_sum(a: Tensor, weight: Tensor, decay: float) -> Tensor:
-    return torch.bmm(weight[:, None, :], a)[:, 0]
+    return (a * weight[..., None]).sum(1)
 
 
 def _add(old: Tensor, new: Tensor, tokens: Tensor, decay: float) -> Tensor:
@@ -130,15 +130,20 @@ class LayerTrace(SlotTensors):
         self._allocate("impact", (3,), torch.float32)  # sums of the two terms, and how many tokens
         self._allocate("tokens", (), torch.float32)
 
-    def measure(self, a: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        """The statistics of a block on its own: a [B, T, I], weight [B, T] of 0 and 1 -> [B, I] each."""
+    def measure(self, a: Tensor, weight: Tensor, *, padded: bool = False) -> dict[str, Tensor]:
+        """The statistics of a block on its own: a [B, T, I], weight [B, T] of 0 and 1 -> [B, I] each.
+
+        padded: whether tokens of weight 0 may hold anything, NaN included, so that multiplying by 0 is not enough.
+        """
         lines, length, neurons = a.shape
         step = max(1, CHUNK // max(1, lines * neurons))
         parts: dict[str, Tensor] = {}
         for first in range(0, length, step):
             w = weight[:, first : first + step]
-            # a padded row may hold anything, NaN included
-            block = a[:, first : first + step].float().masked_fill((w == 0)[..., None], 0.0)
+            block = a[:, first : first + step]
+            if padded:
+                block = torch.where((w > 0)[..., None], block, 0.0)
+            block = block.float()
             count = w.sum(1)
             for name in self.statistics:
                 kind = STATISTICS[name]
@@ -146,10 +151,10 @@ class LayerTrace(SlotTensors):
                 parts[name] = kind.join(parts[name], new, count, self.decay) if name in parts else new
         return parts
 
-    def add(self, a: Tensor, slots: Tensor, weight: Tensor) -> None:
+    def add(self, a: Tensor, slots: Tensor, weight: Tensor, *, padded: bool = False) -> None:
         """Count tokens: a [B, T, I] into the rows `slots` (int64 [B], no slot twice), weight [B, T] of 0 and 1."""
         count = weight.sum(1)
-        for name, new in self.measure(a, weight).items():
+        for name, new in self.measure(a, weight, padded=padded).items():
             rows: Tensor = getattr(self, name)
             joined = STATISTICS[name].join(rows.index_select(0, slots), new, count, self.decay)
             rows.index_copy_(0, slots, joined)
