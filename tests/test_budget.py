@@ -7,7 +7,18 @@ import warnings
 import pytest
 import torch
 
-from dartprune.budget import DepthAware, Table, Uniform, depth_aware, distribute, keep_counts, parse_table
+from dartprune.budget import (
+    DepthAware,
+    Table,
+    Uniform,
+    budget_kinds,
+    depth_aware,
+    distribute,
+    keep_counts,
+    parse_table,
+    sensitivity,
+    uniform,
+)
 
 # what the authors publish: the share that each layer of Llama-3.1-8B keeps at 50 %
 PUBLISHED = torch.tensor(
@@ -145,3 +156,188 @@ def test_bad_settings():
         DepthAware(early_width=2)
     with pytest.raises(ValueError, match="is above max_sparsity"):
         DepthAware(min_sparsity=0.9, max_sparsity=0.1)
+
+
+def naive_pressure(s, early_width=0.3, late_width=0.15, early_floor=0.25, late_floor=0.35):
+    """Steps 1 and 2 one layer at a time."""
+    low, high, mean = min(s), max(s), sum(s) / len(s)
+    out = []
+    for layer, value in enumerate(s):
+        readiness = 1 - (value - low) / (high - low + 1e-6 * mean)
+        z = layer / (len(s) - 1)
+        depth = 1.0
+        if z < early_width:
+            depth = early_floor + (1 - early_floor) * z / early_width
+        elif z > 1 - late_width:
+            depth = late_floor + (1 - late_floor) * (1 - z) / late_width
+        out.append(readiness * depth)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_depth_aware_against_the_equations_one_layer_at_a_time(seed):
+    g = torch.Generator().manual_seed(seed)
+    layers = int(torch.randint(2, 50, (1,), generator=g))
+    s = torch.rand(layers, generator=g).double() + 0.01
+    pressure = torch.tensor(naive_pressure(s.tolist()), dtype=torch.float64)
+    torch.testing.assert_close(depth_aware(s, 0.6), distribute(pressure, 0.6))
+    # away from every bound, shares are in proportion to the pressure
+    free = depth_aware(s, 0.1, min_sparsity=0.0, max_sparsity=1.0)
+    torch.testing.assert_close(free, (0.1 * layers * pressure / pressure.sum()).float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["even", "many zeros", "huge range", "one layer carries all", "tiny"])
+def test_the_mean_holds_for_pressures_of_every_kind(kind):
+    g = torch.Generator().manual_seed(7)
+    for case in range(40):
+        layers = int(torch.randint(1, 48, (1,), generator=g))
+        p = torch.rand(layers, generator=g).double()
+        if kind == "many zeros":
+            p *= torch.rand(layers, generator=g) < 0.3
+        elif kind == "huge range":
+            p = 10 ** (60 * p - 30)
+        elif kind == "one layer carries all":
+            p *= 1e-12
+            p[case % layers] = 1.0
+        elif kind == "tiny":
+            p *= 1e-300
+        for sparsity in (i / 20 for i in range(20)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pruned = distribute(p, sparsity).double()
+            assert torch.isfinite(pruned).all()
+            assert float(pruned.mean()) == pytest.approx(sparsity, abs=1e-6), (layers, sparsity)
+            assert float(pruned.min()) >= min(0.1, sparsity) - 1e-6
+            assert float(pruned.max()) <= max(0.9, sparsity) + 1e-6
+
+
+def test_within_the_bounds_there_is_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for sparsity in (0.0, 0.1, 0.5, 0.9):
+            depth_aware(torch.rand(8), sparsity)
+
+
+def test_one_layer_gets_the_target():
+    for sparsity in (0.1, 0.5, 0.9):
+        assert depth_aware(torch.tensor([4.0]), sparsity).tolist() == pytest.approx([sparsity])
+
+
+def test_all_alike_means_a_spread_under_one_percent():
+    base = torch.full((12,), 2.0)
+    under, over = base.clone(), base.clone()
+    under[5] += 0.019
+    over[5] += 0.021
+    options = {"early_width": 0.0, "late_width": 0.0}
+    assert torch.allclose(depth_aware(under, 0.5, **options), torch.full((12,), 0.5))
+    assert depth_aware(over, 0.5, **options)[5] == pytest.approx(0.1)
+    protected = depth_aware(under, 0.5)
+    assert protected[0] < protected[5] > protected[-1], "depth protection stays"
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e30, float("inf"), float("nan")])
+def test_sensitivities_of_any_size_never_give_a_nan(value):
+    for s in (torch.full((6,), value), torch.tensor([value, 1.0, 2.0, 3.0, 4.0, 5.0])):
+        pruned = depth_aware(s, 0.5)
+        assert torch.isfinite(pruned).all()
+        assert float(pruned.mean()) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_a_rounding_error_below_zero_counts_as_zero():
+    s = torch.tensor([-1e-8, 0.0, 0.5, 1.0])
+    assert torch.equal(depth_aware(s, 0.5), depth_aware(s.clamp_min(0), 0.5))
+
+
+def test_sensitivity_is_the_product():
+    assert torch.allclose(sensitivity(torch.tensor([0.5, 2.0]), torch.tensor([4.0, 0.1])), torch.tensor([2.0, 0.2]))
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
+def test_sparsities_that_make_no_sense(sparsity):
+    for give in (lambda: depth_aware(torch.rand(4), sparsity), lambda: uniform(4, sparsity)):
+        with pytest.raises(ValueError, match=r"sparsity must be a number in \[0, 1\), got"):
+            give()
+
+
+def test_bounds_that_contradict_each_other():
+    for low, high in ((0.8, 0.2), (-0.1, 0.9), (0.1, 1.1), (float("nan"), 0.9)):
+        with pytest.raises(ValueError, match="layer bounds must satisfy"):
+            depth_aware(torch.rand(4), 0.5, min_sparsity=low, max_sparsity=high)
+
+
+@pytest.mark.parametrize(
+    ("table", "keep"),
+    [
+        ("all:0.5", [0.5, 0.5, 0.5, 0.5]),
+        ("all:1.", [1.0, 1.0, 1.0, 1.0]),
+        ("all:.25", [0.25, 0.25, 0.25, 0.25]),
+        ("0-3:0.5,2:0.75", [0.5, 0.5, 0.75, 0.5]),
+        ("2:0.75,all:0.5", [0.5, 0.5, 0.5, 0.5]),
+        ("0:0.9,1:0.82,2-2:0.5,3:20", [0.9, 0.82, 0.5, 0.2]),
+        ("all:0", [0.0, 0.0, 0.0, 0.0]),
+        ("all:1,1:200", [0.01, 1.0, 0.01, 0.01]),  # without a point: numbers of neurons
+        (" all : 0.5 , 3 : 0.0 ", [0.5, 0.5, 0.5, 0.0]),
+    ],
+)
+def test_good_tables(table, keep):
+    neurons = [100, 200, 100, 100]
+    pruned = parse_table(table, neurons)
+    assert pruned.dtype is torch.float32
+    assert torch.allclose(1 - pruned, torch.tensor(keep))
+
+
+def test_counts_come_back_as_they_were_given():
+    neurons = [14336] * 40
+    for count in (0, 1, 1200, 4301, 14335, 14336):
+        assert keep_counts(parse_table(f"all:{count}", neurons), neurons) == [count] * 40
+
+
+@pytest.mark.parametrize(
+    ("table", "quoted"),
+    [
+        ("all:0.5,4:0.5", "'4:0.5'"),
+        ("all:0.5,2-4:0.5", "'2-4:0.5'"),
+        ("all:0.5,3-1:0.2", "'3-1:0.2'"),
+        ("all:0.5,0:1.01", "'0:1.01'"),
+        ("all:0.5,1:201", "'1:201'"),
+        ("all:0.5,-1:0.5", "'-1:0.5'"),
+        ("all:0.5,0:", "'0:'"),
+        ("all:0.5,0", "'0'"),
+        ("all:0.5,0:nan", "'0:nan'"),
+        ("all:0.5,0:1e-1", "'0:1e-1'"),
+        ("all:0.5,0:50%", "'0:50%'"),
+        ("all:0.5,0-1-2:0.5", "'0-1-2:0.5'"),
+        ("all:0.5,every:0.5", "'every:0.5'"),
+        ("all:0.5,", "''"),
+        ("0-2:0.5", "layer 3"),
+        ("1-3:0.5", "layer 0"),
+    ],
+)
+def test_errors_quote_the_entry_in_one_line(table, quoted):
+    with pytest.raises(ValueError) as caught:
+        parse_table(table, [100, 200, 100, 100])
+    assert quoted in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_table_is_read_when_it_is_made():
+    with pytest.raises(ValueError, match="budget entry 'rubbish' cannot be read"):
+        Table("all:0.5,rubbish")
+    with pytest.raises(ValueError, match=r"'3-1:0\.5' names the range backwards: write 1-3"):
+        Table("3-1:0.5")
+    with pytest.raises(TypeError, match=r"keep must be text .* got 0\.5"):
+        Table(0.5)
+    with pytest.raises(ValueError, match="early_width must lie in"):
+        DepthAware(early_width="wide")
+
+
+def test_budgets_are_known_by_their_kind():
+    assert budget_kinds.names() == ["depth-aware", "table", "uniform"]
+    assert budget_kinds.get("table") is Table and budget_kinds.name_of(DepthAware) == "depth-aware"
+    with pytest.raises(ValueError, match="did you mean 'uniform'"):
+        budget_kinds.get("uniformly")
+
+
+def test_without_depth_protection_only_sensitivity_counts():
+    angle = torch.linspace(1, 2, 9)
+    pruned = DepthAware(depth_protection=False)(angle, torch.ones(9), 0.4, [10] * 9)
+    assert (pruned[:-1] >= pruned[1:]).all() and pruned[0] > pruned[-1]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dartprune.drift import AttentionDrift, cosine
+from dartprune.drift import KEPT_WINDOWS, AttentionDrift, cosine
 
 
 def topic(generator, tokens, direction, noise=0.6):
@@ -145,3 +145,206 @@ def test_patience_counts_up_and_down():
 def test_settings_that_make_no_sense(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         AttentionDrift(**options)
+
+
+def test_with_the_defaults_a_change_fires_within_three_windows_and_not_before():
+    for seed in range(200):
+        g = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(2, 256, generator=g)
+        drift = AttentionDrift()
+        drift.reference(topic(g, 128, a))
+        before = [drift.observe(topic(g, 8, a)) for _ in range(16)]
+        after = [drift.observe(topic(g, 8, b)) for _ in range(3)]
+        assert not any(before), f"seed {seed} fired on the first topic"
+        assert any(after), f"seed {seed} did not notice the change"
+
+
+def test_one_call_fires_if_any_of_its_pieces_does():
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(2, 64, generator=g)
+        reference = topic(g, 90, a, 2.0)
+        decoded = torch.cat((topic(g, 21, a, 2.0), topic(g, 8 * (seed % 5), b, 2.0), topic(g, 19, a, 2.0)))
+        decisions = []
+        for pieces in ([len(decoded)], [1] * len(decoded), [7] * 20, [3, 30, 100], [16, 1, 1, 100]):
+            drift = AttentionDrift()
+            for part in reference.split(sum(pieces[:1]) + 3):
+                drift.reference(part)
+            fired, start = [], 0
+            for size in pieces:
+                fired.append(drift.observe(decoded[start : start + size]))
+                start += size
+            decisions.append((any(fired), drift._counter, drift.reference_tokens))
+        assert len(set(decisions)) == 1, (seed, decisions)
+
+
+def test_empty_pieces_change_nothing():
+    g = torch.Generator().manual_seed(0)
+    drift = AttentionDrift()
+    drift.reference(torch.zeros(0, 16))
+    assert drift.reference_tokens == 0 and not drift.observe(torch.zeros(0, 16))
+    drift.reference(topic(g, 20, torch.randn(16, generator=g)))
+    assert drift.reference_tokens == 20 and drift.ready
+
+
+def test_only_the_last_windows_are_kept_and_nothing_behind_them():
+    g = torch.Generator().manual_seed(4)
+    a = torch.randn(24, generator=g)
+    reference = topic(g, 8 * 100 + 5, a, 2.0)
+    drift = AttentionDrift()
+    drift.reference(reference)
+    assert len(drift._means) == KEPT_WINDOWS and drift.reference_tokens == 805
+    torch.testing.assert_close(drift._means[0], reference[8 * 68 : 8 * 69].mean(0))
+    held = {mean.untyped_storage().data_ptr(): mean.untyped_storage().nbytes() for mean in drift._means}
+    assert sum(held.values()) == KEPT_WINDOWS * 24 * 4, "a view keeps the whole prompt's windows alive"
+    assert sum(held.values()) + 24 * 4 == drift.bytes_held(24)
+
+
+def test_a_reference_does_not_change_with_its_source():
+    g = torch.Generator().manual_seed(4)
+    source = topic(g, 16, torch.randn(24, generator=g))
+    drift = AttentionDrift()
+    drift.restart([source[:8].mean(0), source[8:].mean(0)])
+    mean = torch.randn(24, generator=g)
+    drift.absorb(mean)
+    before = drift.compare(source[3])
+    mean.zero_()
+    source_copy = source[3].clone()
+    source.zero_()
+    assert torch.equal(drift.compare(source_copy), before)
+
+
+def test_leave_one_out_by_hand():
+    reference = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    out, within = AttentionDrift(window=2), AttentionDrift(window=2, leave_one_out=False)
+    out.reference(reference)
+    within.reference(reference)
+    half = math.sqrt(0.5)
+    assert out.compare(torch.tensor([1.0, 0.0])).tolist() == pytest.approx([half, 0.0, 0.0], abs=1e-6)
+    assert within.compare(torch.tensor([1.0, 0.0])).tolist() == pytest.approx([half, half, 0.0], abs=1e-6)
+
+
+def test_tokens_beside_the_windows_count_in_the_mean():
+    drift = AttentionDrift(window=2)
+    drift.reference(torch.tensor([[1.0, 0.0]] * 4 + [[0.0, 4.0]]))
+    assert len(drift._means) == 2 and drift.reference_tokens == 5
+    assert drift.compare(torch.tensor([0.0, 1.0]))[0] == pytest.approx(math.sqrt(0.5))
+    assert drift.compare(torch.tensor([0.0, 1.0]))[1] == pytest.approx(2 / math.sqrt(20))
+
+
+def test_the_published_settings():
+    drift = AttentionDrift(window=5, delta=0.1, min_drop=0.1, patience=1, leave_one_out=False)
+    g = torch.Generator().manual_seed(6)
+    a, b = torch.randn(2, 64, generator=g)
+    drift.reference(topic(g, 50, a))
+    assert not drift.observe(topic(g, 50, a)) and drift.observe(topic(g, 5, b))
+    assert drift.similarity_threshold(0.9, 0.2) == pytest.approx(0.8)
+    assert drift.similarity_threshold(0.9, 2.0) == pytest.approx(0.7)
+
+
+def test_the_threshold_is_where_decide_turns():
+    for mu, sigma in ((0.9, 0.0), (0.6, 0.2), (0.1, 1.0)):
+        threshold = AttentionDrift(patience=1).similarity_threshold(mu, sigma)
+        assert AttentionDrift(patience=1).decide(threshold - 1e-6, mu, sigma)
+        assert not AttentionDrift(patience=1).decide(threshold + 1e-6, mu, sigma)
+
+
+def test_the_counter_starts_again_after_it_fired_and_after_a_restart():
+    drift = AttentionDrift(patience=2)
+    assert [drift.decide(0.0, 0.9, 0.0) for _ in range(6)] == [False, True] * 3
+    drift.decide(0.0, 0.9, 0.0)
+    drift.restart([torch.ones(4), torch.ones(4)])
+    assert not drift.decide(0.0, 0.9, 0.0)
+    for _ in range(5):
+        drift.decide(0.9, 0.9, 0.0)
+    assert not drift.decide(0.0, 0.9, 0.0), "good windows do not pile up below zero, one bad one is one"
+    assert drift.decide(0.0, 0.9, 0.0)
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 8, 15])
+def test_fewer_than_two_windows_absorb_and_then_judge(tokens):
+    g = torch.Generator().manual_seed(tokens)
+    a, b = torch.randn(2, 64, generator=g)
+    drift = AttentionDrift(patience=1)
+    if tokens:
+        drift.reference(topic(g, tokens, a))
+    windows = 0
+    while not drift.ready:
+        # even another topic can not fire before there is a reference to leave
+        assert not drift.observe(topic(g, 8, b if windows == 0 and tokens < 8 else a))
+        windows += 1
+    assert windows == 2 - tokens // 8
+    assert drift.reference_tokens == tokens + 8 * windows
+    assert drift.observe(topic(g, 8, -a))
+
+
+def test_the_split_form_follows_observe_through_a_whole_life():
+    for seed in range(10):
+        g = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(2, 32, generator=g)
+        one, two = AttentionDrift(), AttentionDrift()
+        for length, direction in ((11, a), (21, a), (5, b)):
+            reference = topic(g, length, direction, 2.0)
+            one.reference(reference)
+            two.reference(reference)
+            for window in topic(g, 64, b, 2.0).split(8):
+                mean = window.mean(0)
+                fired = two.decide(*two.compare(mean).tolist()) if two.ready else two.absorb(mean) or False
+                assert one.observe(window) == fired
+        assert one.reference_tokens == two.reference_tokens and one._counter == two._counter
+        torch.testing.assert_close(one.compare(a), two.compare(a))
+
+
+def test_a_window_never_spans_decoded_tokens():
+    drift = AttentionDrift(window=4)
+    drift.reference(torch.ones(10, 2))
+    drift.observe(torch.ones(4, 2))
+    drift.reference(torch.full((4, 2), 2.0))
+    assert drift.reference_tokens == 14
+    assert torch.equal(drift._means[-1], torch.full((2,), 2.0)), "two old tokens slipped into the new window"
+
+
+def test_a_copy_lives_its_own_life():
+    g = torch.Generator().manual_seed(9)
+    a, b = torch.randn(2, 32, generator=g)
+    drift = AttentionDrift()
+    drift.reference(topic(g, 64, a))
+    drift.observe(topic(g, 8 + 3, b))  # a counter of one and three tokens of the next window
+    twin = drift.copy()
+    probe = torch.randn(32, generator=g)
+    before = drift.compare(probe)
+    twin.observe(topic(g, 40, b))
+    twin.reference(topic(g, 64, b))
+    twin.restart([b, b])
+    assert torch.equal(drift.compare(probe), before)
+    assert drift.observe(topic(g, 5, b)), "the second bad window fires in the first one, whatever its copy did"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    g = torch.Generator().manual_seed(8)
+    a, b = 2000 * torch.randn(2, 64, generator=g)
+    reference, same, other = (topic(g, n, d, 600.0).to(dtype) for n, d in ((512, a), (64, a), (24, b)))
+    assert reference.abs().max() > 256 and not torch.isfinite(reference.half().square().sum())
+    half, full = AttentionDrift(), AttentionDrift()
+    half.reference(reference)
+    full.reference(reference.float())
+    assert torch.equal(half.compare(same[0]), full.compare(same[0].float()))
+    assert torch.isfinite(half.compare(same[0])).all()
+    assert not half.observe(same) and half.observe(other)
+
+
+def test_zero_and_tiny_vectors():
+    for size in (0.0, 1e-45, 1e-38, 1e-30, 1e-20, 1e-10, 1.0, 1e18):
+        v = torch.full((64,), size)
+        for pair in ((v, torch.ones(64)), (torch.ones(64), v), (v, v), (v, -v)):
+            assert -1 - 1e-5 <= float(cosine(*pair)) <= 1 + 1e-5, size
+    assert float(cosine(torch.zeros(4), torch.zeros(4))) == 0.0
+    drift = AttentionDrift(patience=1)
+    drift.reference(torch.ones(64, 16))
+    figures = drift.compare(torch.zeros(16))
+    assert figures.tolist() == pytest.approx([0.0, 1.0, 0.0], abs=1e-6)
+    assert drift.observe(torch.zeros(8, 16)), "silence is not the topic"
+    mixed = AttentionDrift()
+    mixed.reference(torch.cat((torch.zeros(32, 16), torch.ones(32, 16))))
+    assert torch.isfinite(mixed.compare(torch.ones(16))).all()

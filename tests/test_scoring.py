@@ -1,4 +1,4 @@
-"""Scores against a naive loop; selection's ties; the registry."""
+"""Scores against a naive loop; selection's ties; the registry of scorers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 import pytest
 import torch
 
-from dartprune.names import Registry, unknown
-from dartprune.proxy import cached_forward_proxy, forward_proxy, forward_proxy_flops
 from dartprune.scoring import keep_above_mean, keep_top, register_scorer, scorer, scorer_names
 
 
@@ -74,37 +72,54 @@ def test_a_new_scorer_is_a_function_and_a_line():
     del scoring._scorers._values["test-only"]
 
 
-def test_names():
-    assert "did you mean 'magnitude'? " in str(unknown("scorer", "magnitud", ["magnitude", "peak"]))
-    assert "did you mean" not in str(unknown("scorer", "zzz", ["magnitude"]))
-    registry: Registry[int] = Registry("thing")
-    registry.register("one", 1)
-    assert registry.get("one") == 1 and registry.name_of(1) == "one"
-    with pytest.raises(ValueError, match="unknown thing 'two'"):
-        registry.get("two")
-    with pytest.raises(ValueError, match="not a registered thing"):
-        registry.name_of(3)
+def by_sorting(scores, k):
+    """Straight from the words: highest first, the lower neuron first among equals."""
+    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k])
 
 
-def test_the_proxy_in_blocks_and_from_disk(tmp_path, monkeypatch):
-    import dartprune.proxy as proxy
+@pytest.mark.parametrize("seed", range(30))
+def test_top_neurons_against_plain_sorting(seed):
+    g = torch.Generator().manual_seed(seed)
+    neurons = int(torch.randint(1, 400, (1,), generator=g))
+    # every third case has few different values, so that most cuts fall among equals
+    scores = torch.rand(neurons, generator=g) if seed % 3 else torch.randint(0, 4, (neurons,), generator=g).float()
+    for k in {0, 1, neurons // 3, neurons - 1, neurons}:
+        assert keep_top(scores, k).tolist() == by_sorting(scores.tolist(), k)
 
-    down, unembedding = torch.randn(11, 8), torch.randn(37, 8).bfloat16()
-    whole = (down @ unembedding.float().t()).abs()
-    monkeypatch.setattr(proxy, "BLOCK", 40)
-    highest, mean = forward_proxy(down, unembedding)
-    torch.testing.assert_close(highest, whole.amax(1))
-    torch.testing.assert_close(mean, whole.mean(1))
-    assert forward_proxy_flops(11, 8, 37) == 2 * 11 * 8 * 37
-    first = cached_forward_proxy(down, unembedding, tmp_path)
-    (path,) = tmp_path.iterdir()
-    monkeypatch.setattr(proxy, "forward_proxy", lambda *a: pytest.fail("the cache was not used"))
-    again = cached_forward_proxy(down, unembedding, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    monkeypatch.setattr(proxy, "forward_proxy", forward_proxy)
-    cached_forward_proxy(down + 1, unembedding, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
-    path.write_bytes(b"broken")
-    with pytest.warns(UserWarning, match="worked out again"):
-        again = cached_forward_proxy(down, unembedding, tmp_path)
-    assert torch.equal(again[0], first[0])
+
+def test_top_neurons_of_a_whole_layer_with_many_equal_scores():
+    scores = torch.randint(0, 5, (3, 14336), generator=torch.Generator().manual_seed(0)).float()
+    kept = keep_top(scores, 4300)
+    for line, row in zip(kept, scores, strict=True):
+        assert line.tolist() == by_sorting(row.tolist(), 4300)
+    assert keep_top(torch.zeros(14336), 4300).tolist() == list(range(4300))
+    assert keep_top(scores[:, ::2], 9).shape == (3, 9)
+
+
+def test_top_neurons_of_batches_are_those_of_each_line():
+    scores = torch.rand(2, 3, 4, 61)
+    for k in (0, 17, 61):
+        kept = keep_top(scores, k)
+        assert kept.shape == (2, 3, 4, k) and kept.dtype is torch.int32
+        for line, row in zip(kept.reshape(24, k), scores.reshape(24, 61), strict=True):
+            assert line.tolist() == by_sorting(row.tolist(), k)
+
+
+def test_scores_that_are_not_numbers_still_give_k_neurons():
+    scores = torch.rand(3, 50)
+    scores[0, 4] = float("nan")
+    scores[1] = float("nan")
+    kept = keep_top(scores, 20)
+    assert kept.shape == (3, 20) and 4 in kept[0].tolist()
+    assert all(len(set(line.tolist())) == 20 for line in kept)
+    assert kept[2].tolist() == by_sorting(scores[2].tolist(), 20)
+
+
+def test_equal_scores_are_all_at_the_mean_whatever_its_rounding():
+    for value in torch.rand(50, generator=torch.Generator().manual_seed(1)):
+        assert keep_above_mean(value.repeat(14336)).numel() == 14336
+
+
+def test_unknown_scorers_name_the_nearest():
+    with pytest.raises(ValueError, match="unknown scorer 'magnitud': did you mean 'magnitude'"):
+        scorer("magnitud")

@@ -22,6 +22,13 @@ def sensitivity(angle: Tensor, change: Tensor) -> Tensor:
     return angle * change
 
 
+def _check(sparsity: float, min_sparsity: float = 0.0, max_sparsity: float = 1.0) -> None:
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be a number in [0, 1), got {sparsity!r}; 0.7 leaves out 70 % of the neurons")
+    if not 0 <= min_sparsity <= max_sparsity <= 1:
+        raise ValueError(f"layer bounds must satisfy 0 <= min <= max <= 1, got [{min_sparsity!r}, {max_sparsity!r}]")
+
+
 def distribute(pressure: Tensor, sparsity: float, min_sparsity: float = 0.1, max_sparsity: float = 0.9) -> Tensor:
     """Pruned fractions in proportion to a pressure, within bounds, with mean `sparsity`.
 
@@ -33,7 +40,11 @@ def distribute(pressure: Tensor, sparsity: float, min_sparsity: float = 0.1, max
 
     Returns:
         float32 [L] on the host.
+
+    Raises:
+        ValueError: `sparsity` outside [0, 1), or bounds that contradict each other.
     """
+    _check(sparsity, min_sparsity, max_sparsity)
     p = pressure.detach().cpu().double()
     if 0 < sparsity < min_sparsity or sparsity > max_sparsity:  # 0 means what it says: nothing is pruned
         warnings.warn(
@@ -85,8 +96,12 @@ def depth_aware(
 
     Returns:
         float32 [L] on the host with mean `sparsity` (DART section 3.2).
+
+    Raises:
+        ValueError: `sparsity` outside [0, 1), or bounds that contradict each other.
     """
-    s = sensitivity.detach().cpu().double()
+    # 1 - cos of nearly equal vectors may come out a rounding error below 0
+    s = sensitivity.detach().cpu().double().clamp_min(0)
     layers = s.numel()
     mean = float(s.mean())
     spread = float(s.max() - s.min())
@@ -105,8 +120,27 @@ def depth_aware(
 
 
 def uniform(layers: int, sparsity: float) -> Tensor:
-    """The same pruned fraction in every layer, float32 [L]."""
+    """The same pruned fraction in every layer, float32 [L]; ValueError outside [0, 1)."""
+    _check(sparsity)
     return torch.full((layers,), float(sparsity))
+
+
+def _entries(table: str) -> list[tuple[str, int, int | None, str]]:
+    """Each entry's text, first and last layer (None: to the end) and amount; what needs no model is checked."""
+    out: list[tuple[str, int, int | None, str]] = []
+    for entry in (part.strip() for part in table.split(",")):
+        match = re.fullmatch(r"(all|(\d+)(?:-(\d+))?)\s*:\s*(\d+\.\d*|\.\d+|\d+)", entry)
+        if match is None:
+            raise ValueError(f"budget entry {entry!r} cannot be read: write layer:share, first-last:share or all:share")
+        where, first, last, amount = match.groups()
+        if where == "all":
+            out.append((entry, 0, None, amount))
+            continue
+        begin, end = int(first), int(last or first)
+        if begin > end:
+            raise ValueError(f"budget entry {entry!r} names the range backwards: write {end}-{begin}")
+        out.append((entry, begin, end, amount))
+    return out
 
 
 def parse_table(table: str, neurons: Sequence[int]) -> Tensor:
@@ -125,14 +159,8 @@ def parse_table(table: str, neurons: Sequence[int]) -> Tensor:
     """
     layers = len(neurons)
     out = [math.nan] * layers
-    for entry in (part.strip() for part in table.split(",")):
-        match = re.fullmatch(r"(all|(\d+)(?:-(\d+))?)\s*:\s*(\d+\.\d*|\.\d+|\d+)", entry)
-        if match is None:
-            raise ValueError(f"budget entry {entry!r} cannot be read: write layer:share, first-last:share or all:share")
-        where, first, last, amount = match.groups()
-        begin, end = (0, layers - 1) if where == "all" else (int(first), int(last or first))
-        if begin > end:
-            raise ValueError(f"budget entry {entry!r} names the range backwards")
+    for entry, begin, last, amount in _entries(table):
+        end = layers - 1 if last is None else last
         if end >= layers:
             raise ValueError(f"budget entry {entry!r} names layer {end}, but the model has layers 0 to {layers - 1}")
         for layer in range(begin, end + 1):
@@ -188,7 +216,7 @@ class DepthAware:
             "max_sparsity",
         ):
             value = getattr(self, name)
-            if not 0 <= value <= 1:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ValueError(f"DepthAware: {name} must lie in [0, 1], got {value!r}")
         if self.min_sparsity > self.max_sparsity:
             raise ValueError(
@@ -228,6 +256,11 @@ class Table:
 
     kind: ClassVar[str] = "table"
     keep: str = "all:1.0"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.keep, str):
+            raise TypeError(f"Table: keep must be text such as '0:0.9,1-3:0.82,all:0.3', got {self.keep!r}")
+        _entries(self.keep)
 
     def __call__(self, angle: Tensor, change: Tensor, sparsity: float, neurons: Sequence[int]) -> Tensor:
         """Pruned fractions [L] from the table, see `parse_table`."""

@@ -15,9 +15,10 @@ KEPT_WINDOWS = 32
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine along the last axis, float32; 0 where a vector is zero."""
     a32, b32 = a.float(), b.float()
-    tiny = torch.finfo(torch.float32).tiny
-    norm_a = torch.linalg.vector_norm(a32, dim=-1).clamp_min(tiny)
-    norm_b = torch.linalg.vector_norm(b32, dim=-1).clamp_min(tiny)
+    # squares below this vanish in float32: a smaller floor would let the quotient grow far above 1
+    floor = 1e-18
+    norm_a = torch.linalg.vector_norm(a32, dim=-1).clamp_min(floor)
+    norm_b = torch.linalg.vector_norm(b32, dim=-1).clamp_min(floor)
     out: Tensor = ((a32 / norm_a[..., None]) * (b32 / norm_b[..., None])).sum(-1)
     return out
 
@@ -82,7 +83,7 @@ class AttentionDrift:
         self._sum = total if self._sum is None else self._sum + total
         self.reference_tokens += v.shape[0]
         windows, self._partial = self._cut(self._partial, v)
-        self._keep(windows)
+        self._keep(windows[-KEPT_WINDOWS:])
 
     def observe(self, vectors: Tensor) -> bool:
         """Judge decoded tokens [T, H], a window may span calls; True if the detector fired within them."""
@@ -108,6 +109,7 @@ class AttentionDrift:
 
     def decide(self, cosine: float, mu: float, sigma: float) -> bool:
         """Count one judged window; True, with the counter back at 0, when `patience` is reached."""
+        self._partial = None  # decoded tokens lie between it and whatever joins the reference next
         if cosine - mu <= -max(self.delta * sigma, self.min_drop):
             self._counter += 1
         else:
@@ -123,6 +125,7 @@ class AttentionDrift:
 
     def absorb(self, mean: Tensor) -> None:
         """Add one decoded window, by its mean [H], to the reference."""
+        self._partial = None
         m = mean.detach().float()
         self._sum = self.window * m if self._sum is None else self._sum + self.window * m
         self.reference_tokens += self.window
@@ -151,7 +154,8 @@ class AttentionDrift:
         return self._sum
 
     def _keep(self, windows: Sequence[Tensor]) -> None:
-        self._means = [*self._means, *windows][-KEPT_WINDOWS:]
+        # clones: a view would keep every window of a long prompt alive, or change with its owner
+        self._means = [*self._means, *(mean.clone() for mean in windows)][-KEPT_WINDOWS:]
 
     def _cut(self, partial: Tensor | None, vectors: Tensor) -> tuple[list[Tensor], Tensor | None]:
         joined = vectors if partial is None else torch.cat((partial, vectors))

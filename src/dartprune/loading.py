@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from dartprune.demo import model_folder
 
 DEMO = "demo"
+_HUB_SECONDS = 10.0
 
 
 def load(name_or_path: str | None = None, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
@@ -20,20 +22,15 @@ def load(name_or_path: str | None = None, *, dtype: str = "auto", device: str | 
         device: where to put it; None leaves it on the CPU.
 
     Raises:
-        ValueError: nothing can be loaded from there, or the tokenizer has neither a padding nor an end token.
+        ValueError: nothing can be loaded from there, weights are missing from its files, it is no decoder-only model
+            or brings its own code, or the tokenizer has neither a padding nor an end token.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source, local = _source(name_or_path)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    if dtype != "auto" and not _is_float(getattr(torch, dtype, None)):
         raise ValueError(f"unknown dtype {dtype!r}: write auto, float32, bfloat16 or float16")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        model = AutoModelForCausalLM.from_pretrained(source, local_files_only=local, dtype=dtype)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"no model could be loaded from {source!r}: {reason}") from error
+    source, local = _source(name_or_path)
+    model, tokenizer = _load(source, dtype, local)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -41,12 +38,20 @@ def load(name_or_path: str | None = None, *, dtype: str = "auto", device: str | 
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    if model.generation_config is not None and model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     if device is not None:
         try:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"device {device!r} cannot be used: {_one_line(error)}") from error
     return model.eval(), tokenizer
+
+
+def _is_float(value: object) -> bool:
+    import torch
+
+    return isinstance(value, torch.dtype) and value.is_floating_point
 
 
 def _source(name_or_path: str | None) -> tuple[str, bool]:
@@ -62,4 +67,56 @@ def _source(name_or_path: str | None) -> tuple[str, bool]:
     is_name = len(parts) <= 2 and all(parts) and not name_or_path.startswith((".", "~"))
     if path.exists() or not is_name:
         raise ValueError(f"there is no model folder at {name_or_path!r}, and it is no name on the Hugging Face hub")
-    return name_or_path, False
+    return name_or_path, not _hub_has(name_or_path)
+
+
+def _hub_has(name: str) -> bool:
+    """Whether the hub has a model; False when it cannot be asked, so that only cached files are left.
+
+    Asked once, before `from_pretrained`, which repeats each request that fails and takes most of a minute to give up.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(
+            f"no model could be loaded from {name!r}: there is no such folder, and no such model on the Hugging Face "
+            "hub; check the spelling, or log in with `hf auth login` if the model is private"
+        ) from error
+    except (HTTPError, OSError):
+        return False
+    return True
+
+
+def _load(source: str, dtype: str, local: bool) -> tuple[Any, Any]:
+    from huggingface_hub.errors import HTTPError
+    from safetensors import SafetensorError
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    # trust_remote_code=False refuses a model with its own code at once; left out, transformers asks on the terminal
+    options = {"local_files_only": local, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"a {config.model_type} model is no decoder-only language model")
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+        missing = sorted(found["missing_keys"])
+        if missing:  # transformers fills these with random numbers and goes on
+            raise ValueError(f"{len(missing)} weights are not in its files, the first is {missing[0]}")
+    except (OSError, HTTPError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = _one_line(error)
+        if local and isinstance(error, OSError) and not Path(source).is_dir():
+            reason = (
+                "there is no such folder, the Hugging Face hub cannot be reached, and the cache does not hold it: "
+                f"connect, give a folder, or write {DEMO!r} for the model inside the package"
+            )
+        raise ValueError(f"no model could be loaded from {source!r}: {reason}") from error
+    return model, tokenizer
+
+
+def _one_line(error: BaseException) -> str:
+    """The message on one line that can be read: those of transformers run over many."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import warnings
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def forward_proxy(down: Tensor, unembedding: Tensor) -> tuple[Tensor, Tensor]:
     step = max(1, BLOCK // neurons)
     highest = torch.zeros(neurons, device=down.device)
     total = torch.zeros(neurons, device=down.device, dtype=torch.float64)
-    rows = down.float()
+    rows = down.detach().float()
     for first in range(0, vocabulary, step):
         block = (rows @ unembedding[first : first + step].detach().to(down.device).float().t()).abs()
         highest = torch.maximum(highest, block.amax(1))
@@ -51,7 +52,7 @@ def cache_folder() -> Path:
 def cached_forward_proxy(down: Tensor, unembedding: Tensor, folder: Path | None = None) -> tuple[Tensor, Tensor]:
     """The same as `forward_proxy`, kept on disk under a hash of the weights; a broken file is made anew."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     path = (folder or cache_folder()) / f"proxy-{_digest(down, unembedding)}.safetensors"
     if path.exists():
@@ -63,7 +64,10 @@ def cached_forward_proxy(down: Tensor, unembedding: Tensor, folder: Path | None 
     highest, mean = forward_proxy(down, unembedding)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"max": highest.cpu(), "mean": mean.cpu()}, path)
+        # whole or not at all: another process may read the file now, or this one may be stopped
+        part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
+        part.write_bytes(save({"max": highest.cpu(), "mean": mean.cpu()}))
+        part.replace(path)
     except OSError as error:
         warnings.warn(f"the forward proxy cannot be kept in {path.parent}: {error}", stacklevel=2)
     return highest, mean
