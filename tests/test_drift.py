@@ -348,3 +348,27 @@ def test_zero_and_tiny_vectors():
     mixed = AttentionDrift()
     mixed.reference(torch.cat((torch.zeros(32, 16), torch.ones(32, 16))))
     assert torch.isfinite(mixed.compare(torch.ones(16))).all()
+
+
+def test_sigma_is_the_population_deviation():
+    drift = AttentionDrift(window=1, leave_one_out=False)
+    drift.reference(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
+    each = [2 / math.sqrt(5), 2 / math.sqrt(5), 1 / math.sqrt(5)]
+    mu = sum(each) / 3
+    sigma = math.sqrt(sum((value - mu) ** 2 for value in each) / 3)
+    assert drift.compare(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([1 / math.sqrt(5), mu, sigma], abs=1e-6)
+
+
+def test_one_good_window_takes_back_one_bad_one_only():
+    drift = AttentionDrift(patience=3)
+    pattern = [True, True, False, True, True]
+    assert [drift.decide(0.0 if low else 1.0, 0.9, 0.0) for low in pattern] == [False, False, False, False, True]
+
+
+def test_a_restart_forgets_the_tokens_of_the_window_under_way():
+    drift = AttentionDrift(patience=1, window=4)
+    drift.reference(torch.ones(16, 2))
+    drift.observe(-torch.ones(3, 2))
+    drift.restart([torch.ones(2), torch.ones(2)])
+    assert not drift.observe(torch.ones(3, 2)) and not drift.observe(torch.ones(1, 2))
+    assert not drift.observe(-torch.ones(3, 2)) and drift.observe(-torch.ones(1, 2))

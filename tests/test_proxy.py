@@ -99,6 +99,14 @@ def test_cache_misses_when_any_weight_changes(tmp_path, counted):
     assert len(counted) == len(list(tmp_path.iterdir())) == 1 + len(changed)
 
 
+def test_the_same_bytes_in_another_shape_or_dtype_are_other_weights(tmp_path, counted):
+    rows = torch.randn(5, 4)
+    for weights in ((rows[:2], rows[2:]), (rows[:3], rows[3:]), (rows[:2].half(), rows.half())):
+        cached_forward_proxy(*weights, tmp_path)
+    cached_forward_proxy(rows[:2].half().view(torch.bfloat16), rows.half(), tmp_path)
+    assert len(counted) == len(list(tmp_path.iterdir())) == 4
+
+
 @pytest.mark.parametrize("content", [b"", b"broken", b"\xff" * 200, None])
 def test_a_broken_file_is_made_anew_with_a_warning(tmp_path, counted, content):
     down, unembedding = torch.randn(11, 8), torch.randn(37, 8)
