@@ -122,6 +122,21 @@ def test_the_same_at_every_run_and_right_with_any_number_of_threads(rows):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_number_of_threads_of_torch_is_kept(threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        w = make(16, 20, torch.float32, True, False, "silu")
+        BACKEND.prepare(w)
+        assert torch.get_num_threads() == threads
+        index, count = lists(20, [9])
+        BACKEND.ffn(torch.randn(1, 16), w, index, count, torch.tensor([0]))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_two_python_threads():
     cases = []
     for seed in range(2):

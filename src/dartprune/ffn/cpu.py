@@ -60,17 +60,20 @@ def _ffn_cpu(
     lists, counts, owners = index.numpy(), count.numpy(), slots.numpy()
     if rows == 1:
         slot = int(owners[0])
-        partial = torch.empty(threads, hidden).numpy()
-        kernels.single(
-            wide[0].numpy(), *weights, lists[slot], int(counts[slot]), kind, threads, partial, out[0].numpy()
-        )
+        call: tuple[Any, ...] = (wide[0].numpy(), *weights, lists[slot], int(counts[slot]), kind)
+        if threads == 1:
+            kernels.single_alone(*call, out[0].numpy())
+        else:
+            kernels.single(*call, threads, torch.empty(threads, hidden).numpy(), out[0].numpy())
     else:
         for first in range(0, rows, kernels.MOST_ROWS):
             part = slice(first, min(rows, first + kernels.MOST_ROWS))
-            partial = torch.empty(threads, part.stop - first, hidden).numpy()
-            kernels.several(
-                wide[part].numpy(), *weights, lists, counts, owners[part], kind, threads, partial, out[part].numpy()
-            )
+            call = (wide[part].numpy(), *weights, lists, counts, owners[part], kind)
+            if threads == 1:
+                kernels.several_alone(*call, out[part].numpy())
+            else:
+                partial = torch.empty(threads, part.stop - first, hidden).numpy()
+                kernels.several(*call, threads, partial, out[part].numpy())
     if down_bias is not None:
         out += down_bias.float()
     return out.to(x.dtype)
@@ -123,6 +126,14 @@ class CpuBackend:
 
     def prepare(self, weights: FFNWeights) -> None:
         """Compile for this dtype (kept on disk), so that no token waits for it."""
+        threads = torch.get_num_threads()
+        try:
+            self._compile(weights)
+        finally:
+            # both may sit on one OpenMP runtime, where Numba's start sets the number of threads anew
+            torch.set_num_threads(threads)
+
+    def _compile(self, weights: FFNWeights) -> None:
         hidden = weights.hidden
         index = torch.zeros(1, 1, dtype=torch.int32)
         count = torch.ones(1, dtype=torch.int32)

@@ -127,37 +127,23 @@ def _one(x, gated, gate, up, down, gate_bias, up_bias, biased, row, kind, out):
         out[j] += s * _wide(p[j])
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def single(x, gated, gate, up, down, gate_bias, up_bias, biased, index, k, kind, threads, partial, out):
-    """One row: x float32 [H], index int32 [>= k], partial float32 [threads, H], out float32 [H]."""
-    for t in prange(threads):
-        first, last = k * t // threads, k * (t + 1) // threads
-        mine = partial[t]
-        mine[:] = ZERO
-        i = first
-        while i + 1 < last:
-            if gated:
-                _gated_pair(x, gate, up, down, gate_bias, up_bias, biased, index[i], index[i + 1], kind, mine)
-            else:
-                _plain_pair(x, up, down, up_bias, biased, index[i], index[i + 1], kind, mine)
-            i += 2
-        if i < last:
-            _one(x, gated, gate, up, down, gate_bias, up_bias, biased, index[i], kind, mine)
-    for j in range(out.shape[0]):
-        total = ZERO
-        for t in range(threads):
-            total += partial[t, j]
-        out[j] = total
+@njit(nogil=True)
+def _span(x, gated, gate, up, down, gate_bias, up_bias, biased, index, first, last, kind, out):
+    """Add what the neurons index[first:last] give for one row x [H] to out [H], two at a time."""
+    i = first
+    while i + 1 < last:
+        if gated:
+            _gated_pair(x, gate, up, down, gate_bias, up_bias, biased, index[i], index[i + 1], kind, out)
+        else:
+            _plain_pair(x, up, down, up_bias, biased, index[i], index[i + 1], kind, out)
+        i += 2
+    if i < last:
+        _one(x, gated, gate, up, down, gate_bias, up_bias, biased, index[i], kind, out)
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def several(x, gated, gate, up, down, gate_bias, up_bias, biased, index, count, slots, kind, threads, partial, out):
-    """Up to 64 rows, each with its slot's neurons: a weight row in the union is read once and serves all that keep it.
-
-    x float32 [N, H], index int32 [S, W], count int32 [S], slots int64 [N], partial float32 [threads, N, H], out [N, H].
-    """
-    rows = x.shape[0]
-    neurons = up.shape[0]
+@njit(nogil=True)
+def _union(neurons, rows, index, count, slots):
+    """Which rows keep each neuron, as bits, and the neurons that any row keeps."""
     member = np.zeros(neurons, np.uint64)
     for n in range(rows):
         bit = np.uint64(1) << np.uint64(n)
@@ -170,19 +156,68 @@ def several(x, gated, gate, up, down, gate_bias, up_bias, biased, index, count, 
         if member[i] != 0:
             union[k] = i
             k += 1
+    return member, union[:k]
+
+
+@njit(nogil=True)
+def _shared_span(x, gated, gate, up, down, gate_bias, up_bias, biased, member, union, first, last, kind, out):
+    """Add what the neurons union[first:last] give to every row that keeps them: x [N, H], out [N, H]."""
+    for i in range(first, last):
+        row = union[i]
+        word = member[row]
+        for n in range(x.shape[0]):
+            if (word >> np.uint64(n)) & np.uint64(1):
+                _one(x[n], gated, gate, up, down, gate_bias, up_bias, biased, row, kind, out[n])
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def single(x, gated, gate, up, down, gate_bias, up_bias, biased, index, k, kind, threads, partial, out):
+    """One row: x float32 [H], index int32 [>= k], partial float32 [threads, H], out float32 [H]."""
     for t in prange(threads):
+        mine = partial[t]
+        mine[:] = ZERO
         first, last = k * t // threads, k * (t + 1) // threads
+        _span(x, gated, gate, up, down, gate_bias, up_bias, biased, index, first, last, kind, mine)
+    for j in range(out.shape[0]):
+        total = ZERO
+        for t in range(threads):
+            total += partial[t, j]
+        out[j] = total
+
+
+@njit(nogil=True, cache=True)
+def single_alone(x, gated, gate, up, down, gate_bias, up_bias, biased, index, k, kind, out):
+    """The same in the calling thread: no other thread is woken or waited for."""
+    out[:] = ZERO
+    _span(x, gated, gate, up, down, gate_bias, up_bias, biased, index, 0, k, kind, out)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def several(x, gated, gate, up, down, gate_bias, up_bias, biased, index, count, slots, kind, threads, partial, out):
+    """Up to 64 rows, each with its slot's neurons: a weight row in the union is read once and serves all that keep it.
+
+    x float32 [N, H], index int32 [S, W], count int32 [S], slots int64 [N], partial float32 [threads, N, H], out [N, H].
+    """
+    rows = x.shape[0]
+    member, union = _union(up.shape[0], rows, index, count, slots)
+    k = union.shape[0]
+    for t in prange(threads):
         part = partial[t]
         part[:] = ZERO
-        for i in range(first, last):
-            row = union[i]
-            word = member[row]
-            for n in range(rows):
-                if (word >> np.uint64(n)) & np.uint64(1):
-                    _one(x[n], gated, gate, up, down, gate_bias, up_bias, biased, row, kind, part[n])
+        first, last = k * t // threads, k * (t + 1) // threads
+        _shared_span(x, gated, gate, up, down, gate_bias, up_bias, biased, member, union, first, last, kind, part)
     for n in prange(rows):
         for j in range(out.shape[1]):
             total = ZERO
             for t in range(threads):
                 total += partial[t, n, j]
             out[n, j] = total
+
+
+@njit(nogil=True, cache=True)
+def several_alone(x, gated, gate, up, down, gate_bias, up_bias, biased, index, count, slots, kind, out):
+    """The same in the calling thread."""
+    member, union = _union(up.shape[0], x.shape[0], index, count, slots)
+    out[:] = ZERO
+    k = union.shape[0]
+    _shared_span(x, gated, gate, up, down, gate_bias, up_bias, biased, member, union, 0, k, kind, out)
