@@ -64,6 +64,8 @@ class Report:
         steps, replays included.  overhead_bytes: held for all live sequences; overhead_bytes_per_sequence: for one.
     seconds: host time of attaching, tracing, detecting, refreshing and detaching.
     refresh_flops: arithmetic of all replays.
+    pays_after_tokens: decoded tokens after which the time of attaching and detaching is won back, by a measurement in
+        one layer; None where no time is saved.
     """
 
     method: str
@@ -81,6 +83,7 @@ class Report:
     overhead_bytes_per_sequence: int
     seconds: dict[str, float]
     refresh_flops: int
+    pays_after_tokens: int | None
     notes: list[str]
 
     @property
@@ -109,6 +112,12 @@ class Report:
             ("events", _counted([event.kind for event in self.events])),
             ("layers keep", _spread([layer.kept for layer in self.layers], [n.neurons for n in self.layers])),
             ("extra memory", f"{self.overhead_bytes_per_sequence / 1e6:.2f} MB per sequence"),
+            (
+                "attaching pays",
+                "never: no time is saved"
+                if self.pays_after_tokens is None
+                else f"after {self.pays_after_tokens} tokens",
+            ),
             ("seconds", ", ".join(f"{name} {value:.3f}" for name, value in self.seconds.items())),
         ]
         width = max(len(name) for name, _ in rows)

@@ -100,8 +100,9 @@ def _row(report: Report, losses: Any) -> dict[str, Any]:
         "bytes_saved": report.bytes_saved,
         "dense_tokens": report.dense_tokens,
         "pruned_tokens": report.pruned_tokens,
-        "events_before": sum(e.decoded <= change for e in report.events),
-        "events_after": sum(e.decoded > change for e in report.events),
+        # a settle follows every replay by itself and notices nothing
+        "events_before": sum(e.decoded <= change and e.kind != "settle" for e in report.events),
+        "events_after": sum(e.decoded > change and e.kind != "settle" for e in report.events),
         "texts_noticed": len(delays),
         "tokens_until_noticed": delays[len(delays) // 2] if delays else None,
     }
@@ -138,7 +139,14 @@ def _show(data: dict[str, Any]) -> None:
         "The model inside has 4 M parameters and writes plausible fragments, no more."
     )
     table = Table()
-    for column in ("", "perplexity before", "after the change", "realised sparsity", "FFN bytes saved", "mask changes"):
+    for column in (
+        "",
+        "perplexity before",
+        "after the change",
+        "realised sparsity",
+        "FFN bytes saved",
+        "events before + after",
+    ):
         table.add_column(column, justify="left" if not column else "right")
     for row in data["arms"]:
         table.add_row(
@@ -154,7 +162,8 @@ def _show(data: dict[str, Any]) -> None:
     if dart["tokens_until_noticed"] is not None:
         console.print(
             f"DART noticed the change in {dart['texts_noticed']} of {len(texts)} texts, "
-            f"{dart['tokens_until_noticed']} tokens after it (median), and decoded {dart['dense_tokens']} tokens dense."
+            f"{dart['tokens_until_noticed']} tokens after it (median), and decoded {dart['dense_tokens']} dense. "
+            f"Before it, it fired {dart['events_before']} times in {len(texts) * halves[0]} tokens of one domain."
         )
     else:
         console.print("DART noticed no change of domain at this sparsity.")
