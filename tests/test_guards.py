@@ -115,6 +115,14 @@ def test_a_direct_call_needs_a_phase(llama):
             run.slots_of(object())
 
 
+def test_the_call_decides_about_the_cache_before_the_config(llama):
+    llama.config.use_cache = False
+    with Dart()(llama) as run, run.phase("prefill"), torch.no_grad():
+        with pytest.raises(ValueError, match="use_cache=False"):
+            llama(input_ids=tokens(llama))
+        assert llama(input_ids=tokens(llama), use_cache=True).past_key_values is not None
+
+
 def test_a_prompt_beyond_the_context(llama):
     most = llama.config.max_position_embeddings
     with Dart()(llama), pytest.raises(ValueError, match=f"more than the model's context of {most}"):

@@ -198,6 +198,23 @@ def test_a_new_policy_is_one_class():
     assert report.pruned_tokens == 5 and report.dense_tokens == 5
 
 
+@torch.no_grad()
+def test_a_replay_of_a_batch_reads_the_weights_once(llama):
+    saved = []
+    pruner = Dart(sparsity=0.5, refresh=ClockRefresh(every=8, dense=None, replay=8))
+    for every in (pruner, Static(sparsity=0.5)):
+        with every(llama, backend="reference") as run:
+            with run.phase("prefill"):
+                cache = llama(input_ids=tokens(llama, lines=2, length=24), use_cache=True).past_key_values
+            with run.phase("decode"):
+                for token in tokens(llama, lines=2, length=8, seed=4).T:
+                    llama(input_ids=token[:, None], past_key_values=cache)
+            saved.append((run.report().bytes_saved, len(run.report().events)))
+    assert [events for _, events in saved] == [2, 0]
+    # both lines replayed together: gate and up, two thirds of the FFN, once in eight steps
+    assert saved[1][0] - saved[0][0] == pytest.approx(2 / 3 / 8, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

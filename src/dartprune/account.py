@@ -42,7 +42,7 @@ class Account:
             "detaching": 0.0,
         }
         self.notes = list(parts.notes)
-        self.refresh_flops = 0
+        self.refresh_flops = self.replays = 0
         self.saving = saving_per_token(parts.layers, method.sparsity) if method.prunes else None
         self._read = 0.0
         self._whole = 0.0
@@ -74,11 +74,15 @@ class Account:
                 total += size
         return total
 
-    def replayed(self, sequences: int) -> None:
-        """Gate and up of all layers were read for a refresh."""
-        for layer, size in zip(self.parts.layers, self._layer_bytes, strict=True):
-            gated = layer.layer.gate is not None or layer.layer.fused
-            self._read += size * (2 / 3 if gated else 1 / 2)
+    def _bytes_saved(self) -> float:
+        """Share of the FFN's weight bytes that was left unread; every replay reads gate and up of all layers."""
+        if not self._whole or not self._gathers:
+            return 0.0
+        once = sum(
+            size * (2 / 3 if layer.layer.gated else 1 / 2)
+            for layer, size in zip(self.parts.layers, self._layer_bytes, strict=True)
+        )
+        return 1 - (self._read + self.replays * once) / self._whole
 
     def close(self, slot: Slot) -> None:
         """Keep what a sequence did, before its slot is used again."""
@@ -113,7 +117,7 @@ class Account:
             saves_time=self.method.prunes and all(layer.backend.saves_time for layer in self.parts.layers),
             target_sparsity=float(self.method.sparsity),
             realised_sparsity=saved / (dense + pruned) if dense + pruned else 0.0,
-            bytes_saved=1 - self._read / self._whole if self._whole and self._gathers else 0.0,
+            bytes_saved=self._bytes_saved(),
             dense_tokens=dense,
             pruned_tokens=pruned,
             prompt_tokens=sum(s.prompt_tokens for s in sequences),

@@ -6,6 +6,7 @@ no model and holds no state.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, TypeVar
@@ -29,7 +30,7 @@ def _positive(owner: str, **values: int | None) -> None:
 
 
 @dataclass(frozen=True)
-class Refresh:
+class Refresh(ABC):
     """Base of all policies: what a policy needs from the run, and its decision in `due`."""
 
     kind: ClassVar[str] = ""
@@ -59,6 +60,7 @@ class Refresh:
         """Dense tokens of a relearn."""
         return 0
 
+    @abstractmethod
     def due(self, decoded: int, since_mask: int, fired: bool) -> Action | None:
         """What a pruned sequence should do now.
 
@@ -67,7 +69,6 @@ class Refresh:
             since_mask: decode forwards since its masks were made.
             fired: whether the detector fired in this forward.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define due()")
 
 
 R = TypeVar("R", bound=type[Refresh])

@@ -38,6 +38,7 @@ class Renewal:
         self.counters = counters
         self.scorer = scorer(method.scorer)
         self.flops = 0
+        self.replays = 0
         self.version = 0  # counts changes of any mask
         self._facts = facts
 
@@ -54,6 +55,7 @@ class Renewal:
 
     def replay(self, slots: Sequence[Slot]) -> list[Tensor]:
         """Renew the statistics from the buffered inputs and choose anew within the budgets in force."""
+        self.replays += 1
         length = self.method.refresh.replay_tokens
         host_rows = torch.tensor([slot.id for slot in slots])
         places = torch.stack([(slot.ring_next - length + torch.arange(length)) % length for slot in slots])
@@ -66,7 +68,7 @@ class Renewal:
             x = layer.ring.read(rows, places.to(device))
             a = layer.layer.activations(x)
             layer.trace.blend(a, rows, weight.to(device), self.method.refresh.replay_memory)
-            matrices = 2 if layer.layer.gate is not None or layer.layer.fused else 1
+            matrices = 2 if layer.layer.gated else 1
             self.flops += 2 * matrices * layer.layer.neurons * layer.layer.hidden * length * len(slots)
         for slot in slots:
             slot.former = list(slot.keep) if slot.keep is not None else None
@@ -141,5 +143,4 @@ class Renewal:
 
 
 def _weights(layer: LayerRun) -> int:
-    gated = layer.layer.gate is not None or layer.layer.fused
-    return (3 if gated else 2) * layer.layer.neurons * layer.layer.hidden
+    return (3 if layer.layer.gated else 2) * layer.layer.neurons * layer.layer.hidden

@@ -28,6 +28,7 @@ from dartprune.slots import Slot, State
 from dartprune.stepper import Stepper
 from dartprune.watch import Watch
 
+NO_CACHE = "use_cache=False would rerun the whole text at every step: pruned decoding needs a cache"
 WHAT_PHASE = (
     "this forward needs a phase: wrap it in `with run.phase('prefill'):` for given text or "
     "`with run.phase('decode'):` for new tokens, or use model.generate()"
@@ -125,7 +126,7 @@ class Run(Refuses):
             self._account.seconds |= self._stepper.seconds
             states = {id(layer.state): layer.state for layer in self._parts.layers}
             self._account.seconds["tracing"] = sum(state.tracing_seconds for state in states.values())
-            self._account.refresh_flops = self._renewal.flops
+            self._account.refresh_flops, self._account.replays = self._renewal.flops, self._renewal.replays
             return self._account.report(list(self._pool.live.values()))
 
     @contextmanager
@@ -187,11 +188,9 @@ class Run(Refuses):
 
     def prepared(self, inputs: dict[str, Any], call: dict[str, Any]) -> None:
         """`generate()` is about to run this forward."""
-        if self._core.training:
-            raise ValueError("the model is in training mode: call model.eval() before decoding")
         cache = inputs.get("past_key_values")
-        if cache is None or inputs.get("use_cache") is False:
-            raise ValueError("use_cache=False would rerun the whole text at every step: pruned decoding needs a cache")
+        self._check_usable(cache is not None and inputs.get("use_cache") is not False)
+        assert cache is not None
         tokens = inputs.get("input_ids")
         if tokens is None:
             tokens = inputs["inputs_embeds"]
@@ -221,10 +220,8 @@ class Run(Refuses):
             return
         if self._phase is None and not self._paused:
             raise ValueError(WHAT_PHASE)
-        if self._core.training:
-            raise ValueError("the model is in training mode: call model.eval() before decoding")
-        if call.get("use_cache") is False or not getattr(self._core.config, "use_cache", True):
-            raise ValueError("use_cache=False would rerun the whole text at every step: pruned decoding needs a cache")
+        asked = call.get("use_cache")
+        self._check_usable(getattr(self._core.config, "use_cache", True) if asked is None else asked)
         if tokens is None:
             raise ValueError("the forward got neither input_ids nor inputs_embeds")
         explicit = self._phase if self._phase is not None else (Phase.DECODE, None)
@@ -348,6 +345,12 @@ class Run(Refuses):
             self._pool.bind(cache, ids)
         return ids
 
+    def _check_usable(self, cached: bool) -> None:
+        if self._core.training:
+            raise ValueError("the model is in training mode: call model.eval() before decoding")
+        if not cached:
+            raise ValueError(NO_CACHE)
+
     def _check_unmoved(self) -> None:
         for layer in self._parts.layers:
             if place(layer.layer) != layer.place:
@@ -391,8 +394,6 @@ class Run(Refuses):
 
     def _happened(self, slot: Slot, event: Event, changed: Tensor | None) -> None:
         slot.events.append((event, changed))
-        if event.kind in ("replay", "settle"):
-            self._account.replayed(1)
         if self._callbacks:
             told = replace(event, changed=None if changed is None else int(changed))
             for callback in self._callbacks:

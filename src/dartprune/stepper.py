@@ -19,6 +19,8 @@ from dartprune.report import Event
 from dartprune.slots import Counters, Slot, State
 from dartprune.watch import Watch
 
+KEPT = 64  # small tensors that are remembered between tokens
+
 
 @dataclass
 class Pending:
@@ -59,6 +61,16 @@ class Stepper:
         self._paused = False
         self._counted: Tensor | None = None
         self._plan: tuple[Any, dict[torch.device, Step], list[int]] | None = None
+        self._kept: dict[Any, Tensor] = {}
+
+    def _once(self, values: Sequence[int] | Sequence[bool], device: torch.device) -> Tensor:
+        """These values as a tensor on a device, made once: a copy from the host would make every token wait."""
+        key = (device, *map(type, values[:1]), *values)
+        if key not in self._kept:
+            if len(self._kept) >= KEPT:
+                self._kept.clear()
+            self._kept[key] = torch.tensor(values, device=device)
+        return self._kept[key]
 
     # ---- before the layers run
 
@@ -124,14 +136,12 @@ class Stepper:
             step.masking = any(pruned) and not step.gathering
             steps = self._spread(step)
             self._plan = (key, steps, places) if rows.tokens == 1 else None
-        self._counted = None
         if any(learning) and not verify:
-            weight = torch.tensor(learning, dtype=torch.float32)[:, None].expand(-1, rows.tokens)
-            self._counted = weight
             for device, step in steps.items():
-                counted = weight.to(device)
-                step.weight = counted if ended is None else counted * (~ended).to(device)[:, None]
-                step.impact_weight = step.weight
+                counted = self._once(learning, device)
+                if ended is not None:
+                    counted = counted & ~ended.to(device)
+                step.weight = step.impact_weight = counted.float()[:, None].expand(-1, rows.tokens)
         return steps
 
     def _make_ready(self, slots: Sequence[Slot]) -> None:
@@ -244,10 +254,10 @@ class Stepper:
     def _after(self, slots: list[Slot], tokens: int, attention: Tensor | None, ended: Tensor | None) -> None:
         """Count `tokens` decoded tokens of each sequence, feed the detectors, act."""
         device = self.counters.device
-        ids = torch.tensor([slot.id for slot in slots], device=device)
+        ids = self._once([slot.id for slot in slots], device)
         pruned = [slot.state is State.PRUNED and not self._paused for slot in slots]
         alive = torch.ones(len(slots), device=device) if ended is None else (~ended).to(device).float()
-        mask = torch.tensor(pruned, device=device)
+        mask = self._once(pruned, device)
         self.counters.pruned.index_add_(0, ids, (alive * mask * tokens).long())
         self.counters.dense.index_add_(0, ids, (alive * ~mask * tokens).long())
         self.counters.saved.index_add_(0, ids, alive * mask * tokens * self.counters.share.index_select(0, ids))
@@ -289,7 +299,7 @@ class Stepper:
                     slot.drift.reference(attention[line, t : t + 1])
             if watched:
                 every = len(watched) == len(slots)
-                lines = torch.tensor(watched, device=attention.device)
+                lines = self._once(watched, attention.device)
                 new_fired, new_settled = self.watch.feed(
                     [slots[line] for line in watched],
                     ids.to(attention.device) if every else ids.to(attention.device)[lines],

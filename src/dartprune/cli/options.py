@@ -37,7 +37,7 @@ def make_pruner(method: str, sparsity: float) -> Pruner:
     from dartprune.pruner import presets
 
     cls = presets.get(method)
-    return cls() if not cls.prunes and sparsity == cls.sparsity else cls(sparsity=sparsity if cls.prunes else 0.0)
+    return cls(sparsity=sparsity if cls.prunes else 0.0)
 
 
 def check_plot(path: Path | None) -> None:

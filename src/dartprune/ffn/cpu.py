@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dartprune.ffn.backend import row_bytes
+from dartprune.ffn.backend import row_bytes, same_shape
 from dartprune.ffn.weights import FFNWeights
 
 WORDS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
@@ -79,21 +79,7 @@ def _ffn_cpu(
     return out.to(x.dtype)
 
 
-@_ffn_cpu.register_fake
-def _(
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    index: Tensor,
-    count: Tensor,
-    slots: Tensor,
-    act: str,
-) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+_ffn_cpu.register_fake(same_shape)
 
 
 def _use_threads(threads: int) -> None:
@@ -143,19 +129,7 @@ class CpuBackend:
 
     def ffn(self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
         """Compute the pruned FFN of x [N, H]; see `Backend.ffn`."""
-        out: Tensor = _ffn_cpu(
-            x,
-            weights.gate,
-            weights.up,
-            weights.down,
-            weights.gate_bias,
-            weights.up_bias,
-            weights.down_bias,
-            index,
-            count,
-            slots,
-            weights.activation,
-        )
+        out: Tensor = _ffn_cpu(x, *weights.tensors(), index, count, slots, weights.activation)
         return out
 
     def bytes_read(self, weights: FFNWeights, kept: Sequence[Tensor]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dartprune.ffn.backend import activation, row_bytes
+from dartprune.ffn.backend import activation, row_bytes, same_shape
 from dartprune.ffn.weights import FFNWeights
 
 
@@ -25,7 +25,7 @@ def _ffn_reference(
     slots: Tensor,
     act: str,
 ) -> Tensor:
-    out = torch.empty_like(x)
+    out = x.new_empty(x.shape)
     for slot in slots.unique().tolist():
         rows = (slots == slot).nonzero()[:, 0]
         kept = index[slot, : int(count[slot])].long()
@@ -41,21 +41,7 @@ def _ffn_reference(
     return out
 
 
-@_ffn_reference.register_fake
-def _(
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    index: Tensor,
-    count: Tensor,
-    slots: Tensor,
-    act: str,
-) -> Tensor:
-    return torch.empty_like(x)
+_ffn_reference.register_fake(same_shape)
 
 
 class ReferenceBackend:
@@ -79,19 +65,7 @@ class ReferenceBackend:
 
     def ffn(self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
         """Compute the pruned FFN of x [N, H]; see `Backend.ffn`."""
-        out: Tensor = _ffn_reference(
-            x,
-            weights.gate,
-            weights.up,
-            weights.down,
-            weights.gate_bias,
-            weights.up_bias,
-            weights.down_bias,
-            index,
-            count,
-            slots,
-            weights.activation,
-        )
+        out: Tensor = _ffn_reference(x, *weights.tensors(), index, count, slots, weights.activation)
         return out
 
     def bytes_read(self, weights: FFNWeights, kept: Sequence[Tensor]) -> int:

@@ -26,6 +26,10 @@ class FFNWeights:
     activation: str
     act: Callable[[Tensor], Tensor]
 
+    def tensors(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """gate, up, down and the three biases, in the order in which the operators take them."""
+        return self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias
+
     @property
     def neurons(self) -> int:
         """Number of neurons, I."""
