@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import assert_untouched, masked_by_hand, masks_of, snapshot
-from tiny import FAMILIES
 
 from dartprune import Clock, Dart, Dense, Detector, Relearn, Static
 from dartprune.evaluation import protocol as module
 from dartprune.evaluation.protocol import Protocol
+from oracle import assert_untouched, masked_by_hand, masks_of, snapshot
+from tiny import FAMILIES
 
 EAGER = Dart(sparsity=0.5, detector=Detector(window=2, delta=0.0, min_drop=0.0, patience=1))
 
@@ -104,7 +104,9 @@ def test_prefilled_once(monkeypatch):
         lambda self, m, run, contexts, pad: (seen.extend(contexts), original(self, m, run, contexts, pad))[1],
     )
     contexts = draw(20, 22)
-    Protocol(model, Static(), padding=0, batch=1).score([(c, a) for _ in range(3) for c in contexts for a in ([5], [6, 7])])
+    Protocol(model, Static(), padding=0, batch=1).score(
+        [(c, a) for _ in range(3) for c in contexts for a in ([5], [6, 7])]
+    )
     assert sorted(map(len, seen)) == [20, 22]
 
 

@@ -1,8 +1,8 @@
 """The protocol that every arm is measured by: masks are in force for each token that is scored or written.
 
 All of a context but its last token is prefilled dense and traced. The last context token and all that follow it are
-decode tokens: teacher-forced to score given answers, freely chosen to write. So an answer of one token is already pruned,
-where one forward over context and answer would compute it dense.
+decode tokens: teacher-forced to score given answers, freely chosen to write. So an answer of one token is already
+pruned, where one forward over context and answer would compute it dense.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,16 @@ class Tally:
         self.backend = other.backend
         self.notes += [note for note in other.notes if note not in self.notes]
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Tally:
+        """The tally that `to_dict` described."""
+        names = ("contexts", "contexts_too_short", "contexts_cut", "dense_tokens", "pruned_tokens", "backend")
+        tally = cls(**{name: data[name] for name in names}, events=Counter(data["events"]), notes=list(data["notes"]))
+        tally._forwards = data["decode_forwards"]
+        tally._unread = data["bytes_saved"] * tally._forwards
+        tally._left_out = data["realised_sparsity"] * (tally.dense_tokens + tally.pruned_tokens)
+        return tally
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return {
@@ -86,6 +97,7 @@ class Tally:
             "dense_tokens": self.dense_tokens,
             "pruned_tokens": self.pruned_tokens,
             "events": dict(self.events),
+            "decode_forwards": self._forwards,
             "backend": self.backend,
             "notes": list(self.notes),
         }
