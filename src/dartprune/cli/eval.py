@@ -10,12 +10,10 @@ import typer
 from dartprune.cli import options as o
 
 if TYPE_CHECKING:
-    from dartprune.evaluation.measure import Measured
-    from dartprune.evaluation.plan import Plan
+    from dartprune.evaluation.execute import Measured
+    from dartprune.evaluation.recipe import Recipe
 
 EXAMPLE = "Example: dartprune eval --perplexity notes.txt --method dense,static,dart --sparsity 0.5,0.7 --window 256"
-
-Names = Annotated[str | None, typer.Option(show_default=False)]
 
 
 def evaluate(
@@ -74,7 +72,7 @@ def evaluate(
     if recipe == "list":
         _list_recipes(as_json)
         return
-    plan = _plan(suite, tasks, perplexity, summaries, recipe, more or [], shots).but(
+    asked = _asked(suite, tasks, perplexity, summaries, recipe, more or [], shots).but(
         methods=_methods(method),
         sparsities=_numbers(sparsity),
         limit=limit,
@@ -85,20 +83,20 @@ def evaluate(
         chat=chat or None,
         include_path=include_path,
     )
-    if plan.measure == "layers":
+    if asked.measure == "layers":
         from dartprune.cli.layers import carry_out
 
-        carry_out(plan, model, backend, dtype, device, out, as_json)
+        carry_out(asked, model, backend=backend, dtype=dtype, device=device, out=out, as_json=as_json)
         return
-    from dartprune.evaluation.measure import check, measure
+    from dartprune.evaluation.execute import execute, gather
     from dartprune.loading import DEMO, load
 
-    check(plan)
+    gathered = gather(asked)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)
-    measured = measure(plan, loaded, tokenizer, name=model or DEMO, backend=backend, out=out, silent=as_json)
+    measured = execute(asked, gathered, loaded, tokenizer, name=model or DEMO, backend=backend, out=out, silent=as_json)
     written = measured.write(out) if out is not None else []
     if as_json:
         o.print_json(measured.to_dict())
@@ -108,7 +106,7 @@ def evaluate(
         typer.echo(f"written: {path}")
 
 
-def _plan(
+def _asked(
     suite: str | None,
     tasks: str | None,
     perplexity: str | None,
@@ -116,9 +114,9 @@ def _plan(
     recipe: str | None,
     more: list[str],
     shots: int | None,
-) -> Plan:
-    from dartprune.evaluation.plan import Plan
-    from dartprune.evaluation.plan import recipe as read_recipe
+) -> Recipe:
+    from dartprune.evaluation.recipe import Recipe
+    from dartprune.evaluation.recipe import recipe as read_recipe
     from dartprune.evaluation.tasks import suite as read_suite
 
     given = {"tasks": tasks, "perplexity": perplexity, "summaries": summaries}
@@ -128,14 +126,14 @@ def _plan(
     base = read_recipe(recipe) if recipe is not None else None
     if suite is not None:
         what = read_suite(suite)
-        return Plan("tasks", what if shots is None else dict.fromkeys(what, shots))
+        return Recipe("tasks", what if shots is None else dict.fromkeys(what, shots))
     if not named:
         assert base is not None
         return base if shots is None else base.but(what=dict.fromkeys(base.what, shots))
     measure = named[0]
     names = [*_split(given[measure]), *more]
     if base is None:
-        return Plan(measure, dict.fromkeys(names, shots))
+        return Recipe(measure, dict.fromkeys(names, shots))
     if base.measure != measure:
         raise ValueError(f"the recipe {recipe!r} measures {base.measure}: --{measure} does not fit it")
     # a recipe on other data: its numbers of examples stay
@@ -160,16 +158,14 @@ def _numbers(text: str | None) -> tuple[float, ...] | None:
 
 
 def _list_recipes(as_json: bool) -> None:
-    from dartprune.evaluation.plan import recipe, recipe_names
+    from dartprune.evaluation.recipe import recipe, recipe_names
 
     found: dict[str, Any] = {name: recipe(name) for name in recipe_names()}
     if as_json:
-        o.print_json(
-            {name: {"title": plan.title, "about": plan.about, "ran": plan.ran} for name, plan in found.items()}
-        )
+        o.print_json({name: {"title": r.title, "about": r.about, "ran": r.ran} for name, r in found.items()})
         return
-    for name, plan in found.items():
-        typer.echo(f"{name}: {plan.title}")
+    for name, listed in found.items():
+        typer.echo(f"{name}: {listed.title}")
 
 
 def _show(measured: Measured) -> None:
@@ -177,8 +173,8 @@ def _show(measured: Measured) -> None:
     from rich.table import Table
 
     console = Console()
-    if measured.plan.title:
-        console.print(measured.plan.title, markup=False, highlight=False)
+    if measured.recipe.title:
+        console.print(measured.recipe.title, markup=False, highlight=False)
     for shown in measured.tables():
         table = Table(title=shown.title, title_justify="left")
         for column in shown.columns:

@@ -12,6 +12,8 @@ from rich.progress import Progress
 @contextmanager
 def bar(text: str, total: int, *, silent: bool = False) -> Iterator[Callable[[int], None]]:
     """Show how much of a piece of work is done; gives a function that is told of each further part."""
-    with Progress(console=Console(stderr=True), transient=True, disable=silent) as progress:
+    console = Console(stderr=True)
+    # elsewhere than on a terminal it would leave empty lines
+    with Progress(console=console, transient=True, disable=silent or not console.is_terminal) as progress:
         task = progress.add_task(text, total=total)
         yield lambda done: progress.advance(task, done)

@@ -1,4 +1,4 @@
-"""What to measure, checked before the long work; recipes are plans in files."""
+"""What to measure, checked before the long work; those of the paper's tables and figures are files of the package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
-from dartprune.evaluation.outcome import arms
+from dartprune.evaluation.results import arms
 from dartprune.names import unknown
 
 MEASURES = ("tasks", "perplexity", "summaries", "layers")
@@ -16,14 +16,15 @@ METHODS = ("dense", "static", "griffin", "dart")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Recipe:
     """One table or figure.
 
     measure: one of MEASURES.  what: tasks with their number of examples in the prompt (None: the task's own), or names
     of texts or summaries, each with None.  methods, sparsities: the arms; of `layers`, sparsities are the shares left
-    out of a layer.  limit: documents, windows or summaries of each, at most.  window: tokens, of perplexity; of
-    `layers`, of a text.  input_tokens, output_tokens: of summaries (None: the data set's own).  chat: use the chat
-    template.  include_path: folder of further YAML tasks.  title, about, ran: of a recipe, for people.
+    out of a layer.  limit: documents, windows or summaries of each, at most; of `layers`, texts in all.  window: tokens
+    of perplexity's windows, half of them context; of the texts of `layers`, half of them prompt.  input_tokens,
+    output_tokens: of summaries (None: the data set's own).  chat: use the chat template.  include_path: folder of
+    further YAML tasks.  title, about, ran: for people; `ran` says what was really run with it, and where.
     """
 
     measure: str
@@ -53,8 +54,8 @@ class Plan:
         if self.measure != "layers":
             arms(self.methods, self.sparsities)
 
-    def but(self, **changes: Any) -> Plan:
-        """The same plan with what was given changed; None changes nothing."""
+    def but(self, **changes: Any) -> Recipe:
+        """The same recipe with what was given changed; None changes nothing."""
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     def settings(self) -> dict[str, Any]:
@@ -68,16 +69,16 @@ def recipe_names() -> list[str]:
     return sorted(path.name.removesuffix(".json") for path in _folder().iterdir() if path.name.endswith(".json"))
 
 
-def recipe(name: str) -> Plan:
+def recipe(name: str) -> Recipe:
     """A recipe by name; ValueError naming the nearest for an unknown one."""
     if name not in recipe_names():
         raise unknown("recipe", name, recipe_names())
-    return plan_from(json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8")))
+    return recipe_from(json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8")))
 
 
-def plan_from(data: Mapping[str, Any]) -> Plan:
-    """The plan that plain data describes; ValueError naming the nearest key for an unknown one."""
-    known = [item.name for item in fields(Plan)]
+def recipe_from(data: Mapping[str, Any]) -> Recipe:
+    """The recipe that plain data describes; ValueError naming the nearest key for an unknown one."""
+    known = [item.name for item in fields(Recipe)]
     for key in data:
         if key not in known:
             raise unknown("recipe setting", key, known)
@@ -85,7 +86,7 @@ def plan_from(data: Mapping[str, Any]) -> Plan:
     named = what if isinstance(what, Mapping) else dict.fromkeys(what)
     lists: dict[str, Sequence[Any]] = {key: tuple(data[key]) for key in ("methods", "sparsities") if key in data}
     about = {key: " ".join(data[key]) for key in ("about", "ran") if isinstance(data.get(key), list)}
-    return Plan(**{**data, "what": named, **lists, **about})
+    return Recipe(**{**data, "what": named, **lists, **about})
 
 
 def _folder() -> Any:
