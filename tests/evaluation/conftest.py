@@ -16,7 +16,7 @@ def demo():
     return model, tokenizer
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_network(monkeypatch, tmp_path_factory):
     """Data sets are read from local files or not at all, and nothing is left in the home of whoever runs the tests."""
     import datasets

@@ -14,6 +14,7 @@ from dartprune.evaluation.tasks import PAPER, load_tasks, run_task, suite
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 harness = pytest.importorskip("dartprune.evaluation.harness")
+pytestmark = pytest.mark.usefixtures("no_network")
 
 CONTEXT = "Question: What are the symptoms of a cold, and how is it treated? Answer:"
 LITTLE = [

@@ -190,8 +190,8 @@ def _show(tables: list[tuple[str, list[str], list[list[str]]]], found: Layers) -
         console.print(table)
     along = found.overlap["over_time"]
     if along:
+        shares = ", ".join(f"{value:.2f}" for value in along)
         console.print(
-            f"Kept neurons in common along a text, {found.overlap['keep']:.0%} kept: "
-            + ", ".join(f"{value:.2f}" for value in along)
-            + f" (pieces of {found.overlap['piece']} tokens, 1 to {len(along)} apart; chance {found.overlap['chance']:.2f})"
+            f"Kept neurons two pieces of a text have in common, {found.overlap['keep']:.0%} kept, "
+            f"{found.overlap['piece']} tokens each, 1 to {len(along)} pieces apart: {shares} (chance {found.overlap['chance']:.2f})"
         )

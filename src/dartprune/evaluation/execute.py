@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dartprune.evaluation.curves import curves
 from dartprune.evaluation.models import context_length
 from dartprune.evaluation.perplexity import cut, perplexity
 from dartprune.evaluation.progress import bar
@@ -18,6 +19,7 @@ from dartprune.evaluation.summaries import summarise
 from dartprune.evaluation.tasks import load_tasks, run_task
 from dartprune.journal import Journal
 from dartprune.page import Page
+from dartprune.plot import save
 from dartprune.pruner import Pruner
 
 PROTOCOL = (
@@ -55,7 +57,7 @@ class Measured:
         }
 
     def write(self, folder: Path) -> list[Path]:
-        """Write `results.json` and `report.html` into a folder."""
+        """Write `results.json`, `report.html` and, for several sparsities, `curves.png` into a folder."""
         data = folder / "results.json"
         data.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         page = Page(self.recipe.title or f"{self.recipe.measure}: {', '.join(self.recipe.what)}")
@@ -63,12 +65,18 @@ class Measured:
         for table in self.tables():
             page.heading(table.title)
             page.table(table.columns, table.rows)
+        written = [data]
+        if len({outcome.pruner.sparsity for outcome in self.outcomes if outcome.pruner.prunes}) > 1:
+            figure = curves(self.outcomes, averaged=self.recipe.measure == "tasks")
+            page.picture(figure, "Scores against realised sparsity.")
+            written.append(folder / "curves.png")
+            save(figure, written[-1])
         for note in self.notes:
             page.text(note)
         page.settings(self.recipe.settings())
-        report = folder / "report.html"
-        page.write(report)
-        return [data, report]
+        written.append(folder / "report.html")
+        page.write(written[-1])
+        return written
 
 
 def gather(recipe: Recipe) -> dict[str, Any]:
