@@ -192,6 +192,7 @@ def _show(tables: list[tuple[str, list[str], list[list[str]]]], found: Layers) -
     if along:
         shares = ", ".join(f"{value:.2f}" for value in along)
         console.print(
-            f"Kept neurons two pieces of a text have in common, {found.overlap['keep']:.0%} kept, "
-            f"{found.overlap['piece']} tokens each, 1 to {len(along)} pieces apart: {shares} (chance {found.overlap['chance']:.2f})"
+            f"Kept neurons that two pieces of a text have in common, {found.overlap['keep']:.0%} kept, "
+            f"{found.overlap['piece']} tokens each, 1 to {len(along)} pieces apart: {shares} "
+            f"(chance {found.overlap['chance']:.2f})"
         )

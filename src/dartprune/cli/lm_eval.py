@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 
 import typer
 
@@ -39,5 +40,18 @@ def lm_eval(context: typer.Context) -> None:
     try:
         cli = HarnessCLI()
         cli.execute(cli.parse_args())
+    except (KeyError, ValueError) as error:
+        if not _about_arguments(error):
+            raise
+        raise ValueError(textwrap.shorten(str(error.args[0]), 300, placeholder=" ...")) from error
     finally:
         sys.argv = before
+
+
+def _about_arguments(error: BaseException) -> bool:
+    """Whether lm_eval raised the error while it read its arguments, and not in the work itself."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return where.startswith(("lm_eval.config", "lm_eval._cli", "lm_eval.api.registry"))
