@@ -81,7 +81,7 @@ def test_recipes_are_listed_and_take_other_data(run, text):
     listed = json.loads(run("eval", "--recipe", "list", "--json")[1])
     for name, recipe in listed.items():
         assert recipe["title"] and recipe["about"] and recipe["ran"].startswith("2026-"), name
-    how = ("--perplexity", text, "--window", 64, "--limit", 2, "--sparsity", 0.5, "--method", "dart", "--json")
+    how = (text, "--window", 64, "--limit", 2, "--sparsity", 0.5, "--method", "dart", "--json")
     data = json.loads(run("eval", "--recipe", "perplexity", *how)[1])
     assert data["title"].startswith("Perplexity") and [arm["arm"] for arm in data["arms"]] == ["dart 0.5"]
 
@@ -149,7 +149,8 @@ def test_help(run):
         (("eval", "--tasks", "boolq", "--suite", "paper"), "give one of --suite"),
         (("eval", "--suite", "papper"), "did you mean 'paper'"),
         (("eval", "--recipe", "benchmark"), "did you mean 'benchmarks'"),
-        (("eval", "--recipe", "benchmarks", "--perplexity", "c4"), "measures tasks: --perplexity does not fit"),
+        (("eval", "--recipe", "benchmarks", "--perplexity", "c4"), "give one of --suite"),
+        (("eval", "--recipe", "layers", "c44"), "did you mean 'c4'"),
         (("eval", "--perplexity", "nothing.txt"), "there is no such file or folder"),
         (("eval", "--perplexity", "c44"), "did you mean 'c4'"),
         (("eval", "--perplexity", "c4", "--sparsity", "0.5,x"), "--sparsity must be numbers"),

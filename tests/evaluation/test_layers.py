@@ -168,6 +168,6 @@ def test_written(found, tmp_path):
     assert data["alone"] == found.alone and data["settings"] == {"seed": 1}
     page = paths[-1].read_text()
     assert "a &lt;tiny&gt; model" in page and page.count("<img") == 3
-    (_, columns, rows), several, ranks = tables(found)
-    assert len(rows) == 3 and columns[0] == "layer" and len(several[2]) == 2 and len(ranks[2]) == 2
-    assert rows[0][2].startswith(f"{found.alone[0][0]:.3f}"), "75 % is the middle one of two"
+    single, several, ranks = tables(found)
+    assert len(single.rows) == 3 and single.columns[0] == "layer" and len(several.rows) == len(ranks.rows) == 2
+    assert single.rows[0][2].startswith(f"{found.alone[0][0]:.3f}"), "75 % is the middle one of two"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
+from dartprune.cli.parts import numbers, show, words
 
 if TYPE_CHECKING:
-    from dartprune.evaluation.execute import Measured
     from dartprune.evaluation.recipe import Recipe
 
 EXAMPLE = "Example: dartprune eval --perplexity notes.txt --method dense,static,dart --sparsity 0.5,0.7 --window 256"
@@ -18,7 +18,8 @@ EXAMPLE = "Example: dartprune eval --perplexity notes.txt --method dense,static,
 
 def evaluate(
     more: Annotated[
-        list[str] | None, typer.Argument(help="Further tasks, texts or summaries.", show_default=False)
+        list[str] | None,
+        typer.Argument(help="Further names; of a recipe: instead of its data.", show_default=False),
     ] = None,
     suite: Annotated[str | None, typer.Option("--suite", help="A set of tasks: paper (the ten benchmarks).")] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-evaluation-harness, with commas.")] = None,
@@ -73,8 +74,8 @@ def evaluate(
         _list_recipes(as_json)
         return
     asked = _asked(suite, tasks, perplexity, summaries, recipe, more or [], shots).but(
-        methods=_methods(method),
-        sparsities=_numbers(sparsity),
+        methods=tuple(words(method)) if method is not None else None,
+        sparsities=numbers("--sparsity", sparsity) if sparsity is not None else None,
         limit=limit,
         batch=batch_size,
         window=window,
@@ -101,9 +102,8 @@ def evaluate(
     if as_json:
         o.print_json(measured.to_dict())
         return
-    _show(measured)
-    for path in written:
-        typer.echo(f"written: {path}")
+    lines = [*measured.notes, *(f"written: {path}" for path in written)]
+    show(measured.tables(), before=asked.title, after=lines)
 
 
 def _asked(
@@ -119,42 +119,19 @@ def _asked(
     from dartprune.evaluation.recipe import recipe as read_recipe
     from dartprune.evaluation.tasks import suite as read_suite
 
-    given = {"tasks": tasks, "perplexity": perplexity, "summaries": summaries}
-    named = [measure for measure, value in given.items() if value is not None]
-    if len(named) + (suite is not None) > 1 or not (named or suite or recipe) or (suite and recipe):
+    given = {"suite": suite, "tasks": tasks, "perplexity": perplexity, "summaries": summaries, "recipe": recipe}
+    named = [kind for kind, value in given.items() if value is not None]
+    if len(named) != 1:
         raise ValueError("give one of --suite, --tasks, --perplexity, --summaries and --recipe")
-    base = read_recipe(recipe) if recipe is not None else None
+    if recipe is not None:
+        asked = read_recipe(recipe)
+        # a recipe on other data: its numbers of examples stay
+        asked = asked.but(what={name: asked.what.get(name) for name in more} or None)
+        return asked if shots is None else asked.but(what=dict.fromkeys(asked.what, shots))
     if suite is not None:
-        what = read_suite(suite)
+        what = {**read_suite(suite), **dict.fromkeys(more)}
         return Recipe("tasks", what if shots is None else dict.fromkeys(what, shots))
-    if not named:
-        assert base is not None
-        return base if shots is None else base.but(what=dict.fromkeys(base.what, shots))
-    measure = named[0]
-    names = [*_split(given[measure]), *more]
-    if base is None:
-        return Recipe(measure, dict.fromkeys(names, shots))
-    if base.measure != measure:
-        raise ValueError(f"the recipe {recipe!r} measures {base.measure}: --{measure} does not fit it")
-    # a recipe on other data: its numbers of examples stay
-    return base.but(what={name: base.what.get(name) if shots is None else shots for name in names})
-
-
-def _split(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _methods(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(_split(text))
-
-
-def _numbers(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in _split(text))
-    except ValueError:
-        raise ValueError(f"--sparsity must be numbers with commas between them, got {text!r}") from None
+    return Recipe(named[0], dict.fromkeys([*words(given[named[0]]), *more], shots))
 
 
 def _list_recipes(as_json: bool) -> None:
@@ -166,21 +143,3 @@ def _list_recipes(as_json: bool) -> None:
         return
     for name, listed in found.items():
         typer.echo(f"{name}: {listed.title}")
-
-
-def _show(measured: Measured) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if measured.recipe.title:
-        console.print(measured.recipe.title, markup=False, highlight=False)
-    for shown in measured.tables():
-        table = Table(title=shown.title, title_justify="left")
-        for column in shown.columns:
-            table.add_column(column, justify="right" if column else "left")
-        for row in shown.rows:
-            table.add_row(*row)
-        console.print(table)
-    for note in measured.notes:
-        console.print(note, markup=False, highlight=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
+from dartprune.cli.parts import numbers, show, words
 
 if TYPE_CHECKING:
     from dartprune.evaluation.layers import Layers
@@ -48,8 +49,8 @@ def layers(
     """Prune one layer at a time, groups, and all but one; compare with sensitivity; see which neurons are kept."""
     from dartprune.evaluation.recipe import Recipe
 
-    keeps = _numbers("--keep", keep)
-    names = [part.strip() for part in texts.split(",") if part.strip()] if texts is not None else [INSIDE]
+    keeps = numbers("--keep", keep)
+    names = words(texts) if texts is not None else [INSIDE]
     recipe = Recipe(
         "layers",
         dict.fromkeys(names),
@@ -100,9 +101,7 @@ def carry_out(
     if as_json:
         o.print_json({"model": model or DEMO, "settings": settings, **found.to_dict()})
         return
-    _show(layer_pictures.tables(found), found)
-    for path in written:
-        typer.echo(f"written: {path}")
+    show(layer_pictures.tables(found), after=[*_along(found), *(f"written: {path}" for path in written)])
 
 
 def _study(
@@ -156,13 +155,6 @@ def _study(
     return found, settings
 
 
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} must be numbers with commas between them, got {text!r}") from None
-
-
 def _groups(text: str | None) -> dict[str, tuple[int, int]] | None:
     if text is None:
         return None
@@ -176,23 +168,13 @@ def _groups(text: str | None) -> dict[str, tuple[int, int]] | None:
     return out
 
 
-def _show(tables: list[tuple[str, list[str], list[list[str]]]], found: Layers) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    for title, columns, rows in tables:
-        table = Table(title=title, title_justify="left")
-        for column in columns:
-            table.add_column(column, justify="right" if column else "left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    along = found.overlap["over_time"]
-    if along:
-        shares = ", ".join(f"{value:.2f}" for value in along)
-        console.print(
-            f"Kept neurons that two pieces of a text have in common, {found.overlap['keep']:.0%} kept, "
-            f"{found.overlap['piece']} tokens each, 1 to {len(along)} pieces apart: {shares} "
-            f"(chance {found.overlap['chance']:.2f})"
-        )
+def _along(found: Layers) -> list[str]:
+    values = found.overlap["over_time"]
+    if not values:
+        return []
+    shares = ", ".join(f"{value:.2f}" for value in values)
+    return [
+        f"Kept neurons that two pieces of a text have in common, {found.overlap['keep']:.0%} kept, "
+        f"{found.overlap['piece']} tokens each, 1 to {len(values)} pieces apart: {shares} "
+        f"(chance {found.overlap['chance']:.2f})"
+    ]

@@ -91,6 +91,18 @@ class DartLM(TemplateLM):  # type: ignore[misc]
         self.max_length = context_length(self.model) if max_length is None else int(max_length)
         self.tallies: dict[str, Tally] = {}
         self.rolling = {"tokens_scored": 0, "tokens_as_context": 0}
+        self._begin()
+
+    def _begin(self) -> None:
+        """Count from nothing."""
+        self._shortened: set[tuple[int, ...]] = set()
+        self._protocol = Protocol(
+            self.model,
+            self.pruner,
+            padding=self.tokenizer.pad_token_id,
+            batch=self.batch_size,
+            backend=self.backend_name,
+        )
 
     # ---- what lm_eval asks of a model that tokenizes
 
@@ -220,15 +232,10 @@ class DartLM(TemplateLM):  # type: ignore[misc]
             of.setdefault(request.task_name or "requests", []).append(number)
         out: list[Any] = [None] * len(requests)
         for task, numbers in of.items():
-            self._protocol = Protocol(
-                self.model,
-                self.pruner,
-                padding=self.tokenizer.pad_token_id,
-                batch=self.batch_size,
-                backend=self.backend_name,
-            )
+            self._begin()
             for number, result in zip(numbers, ask([requests[n] for n in numbers]), strict=True):
                 out[number] = result
+            self._protocol.tally.contexts_cut = len(self._shortened)
             self.tallies.setdefault(task, Tally()).merge(self._protocol.tally)
         return out
 
@@ -238,7 +245,7 @@ class DartLM(TemplateLM):  # type: ignore[misc]
         if most < 1:
             raise ValueError(f"an answer of {room} tokens does not fit the model's {self.max_length}")
         if len(context) > most:
-            self._protocol.tally.contexts_cut += 1
+            self._shortened.add(tuple(context))
         return context[-most:]
 
     def summary(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from dartprune.evaluation.layers import Layers
+from dartprune.evaluation.results import Table
 from dartprune.page import Page
 from dartprune.plot import BLUE, GREEN, GREY, ORANGE, save
 
@@ -56,6 +57,8 @@ def foretelling(found: Layers) -> Figure:
             axes.annotate(str(layer), (x, y), textcoords="offset points", xytext=(4, 3), fontsize="small")
         axes.set_xlabel("sensitivity S of the layer")
         axes.set_ylabel("nats")
+        if min(found.sensitivity) > 0 and max(found.sensitivity) > 10 * min(found.sensitivity):
+            axes.set_xscale("log")  # a first layer's may be a hundred times the others'
         rho = found.foretold[name][k]
         said = "constant" if rho is None else f"rank correlation {rho:.2f}"
         axes.set_title(f"{title}, {found.keeps[k]:.0%} kept\n{said}", loc="left", fontsize="medium")
@@ -84,8 +87,8 @@ def overlap(found: Layers) -> Figure:
     return figure
 
 
-def tables(found: Layers) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, columns and rows, for people."""
+def tables(found: Layers) -> list[Table]:
+    """For people."""
     k = _middle(found)
     keep = f"{found.keeps[k]:.0%}"
     rows = [
@@ -109,9 +112,9 @@ def tables(found: Layers) -> list[tuple[str, list[str], list[list[str]]]]:
         for name, said in (("alone", "one layer pruned"), ("spared", "one layer spared"))
     ]
     return [
-        ("one layer at a time (loss over dense in nats)", columns, rows),
-        ("several layers (loss over dense in nats)", ["", *shares], several),
-        ("rank correlation of sensitivity with the damage", ["", *shares], ranks),
+        Table("one layer at a time (loss over dense in nats)", columns, rows),
+        Table("several layers (loss over dense in nats)", ["", *shares], several),
+        Table("rank correlation of sensitivity with the damage", ["", *shares], ranks),
     ]
 
 
@@ -125,9 +128,9 @@ def write(found: Layers, folder: Path, name: str, settings: dict[str, Any]) -> l
         "Masks are made from each text's prompt and stay; the tokens after it are decoded teacher-forced. Loss over "
         "dense in nats, with standard errors over texts."
     )
-    for title, columns, rows in tables(found):
-        page.heading(title)
-        page.table(columns, rows)
+    for table in tables(found):
+        page.heading(table.title)
+        page.table(table.columns, table.rows)
     for stem, make, caption in (
         ("curves", curves, "Loss over dense against the share of neurons kept."),
         ("sensitivity", foretelling, "Does the sensitivity of a layer foretell what pruning it costs?"),
