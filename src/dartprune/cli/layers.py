@@ -127,7 +127,7 @@ def _study(
     drawn = streams(pieces(documents, tokenizer, length), (length,), recipe.limit or STREAMS, seed=seed)
     count = len(describe(model).layers)
     groups = thirds(count) if groups is None else groups
-    keeps = [1 - share for share in recipe.sparsities]
+    keeps = [round(1 - share, 6) for share in recipe.sparsities]
     settings = {
         **recipe.settings(),
         "keeps": keeps,
