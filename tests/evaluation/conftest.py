@@ -19,8 +19,9 @@ def demo():
 @pytest.fixture
 def no_network(monkeypatch, tmp_path_factory):
     """Data sets are read from local files or not at all, and nothing is left in the home of whoever runs the tests."""
-    import datasets
     import huggingface_hub.constants
+
+    datasets = pytest.importorskip("datasets", reason="needs the extra eval")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

@@ -134,6 +134,7 @@ def test_long_contexts_lose_their_beginning(arm):
         ({"min_tracd": 3}, "did you mean 'min_traced'"),
         ({"refresh": "relern"}, "did you mean 'relearn'"),
         ({"batch_size": "auto"}, "batch_size must be a number"),
+        ({"max_batch_size": 8}, "give batch_size"),
     ],
 )
 def test_bad_arguments(arm, how, said):

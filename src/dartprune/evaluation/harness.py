@@ -68,7 +68,7 @@ class DartLM(TemplateLM):  # type: ignore[misc]
             tokenizer: of a model that was loaded before.
             pruner: instead of method, sparsity and settings.
             batch_size: contexts at a time; their answers come on top.
-            max_batch_size: lm_eval hands it to every model; there is no automatic batch size here.
+            max_batch_size: of lm_eval's automatic batch sizes, which do not exist here: refused.
             device: where to put the model; None leaves it where it is.
             dtype: of a model that is loaded here.
             max_length: most tokens of a context with its answer; None takes the model's.
@@ -80,6 +80,8 @@ class DartLM(TemplateLM):  # type: ignore[misc]
             ValueError: nothing can be loaded, an unknown method or setting, a batch size that is no number.
         """
         super().__init__()
+        if max_batch_size is not None:
+            raise ValueError("max_batch_size bounds an automatic batch size, and there is none here: give batch_size")
         self.pruner = pruner if pruner is not None else pruner_from(method, sparsity, settings)
         if tokenizer is None:
             pretrained, tokenizer = load(pretrained, dtype=dtype, device=device)
