@@ -25,7 +25,8 @@ GAUSSIAN_STEP = {2: 1.224, 3: 0.651, 4: 0.353, 5: 0.194, 6: 0.106, 7: 0.0575, 8:
 _BLOCK = 1 << 22  # weights packed at a time, for the memory
 
 
-class TokenRows(NamedTuple):
+@dataclass(frozen=True)
+class TokenRows:
     """What a per-token FFN gives.
 
     out: [N, H] in x's dtype.
@@ -328,7 +329,8 @@ def chosen_mask(index: Tensor, count: Tensor, neurons: int) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.float(), None if bias is None else bias.float())
+    out: Tensor = F.linear(x, weight.float(), None if bias is None else bias.float())
+    return out
 
 
 def _by_row(importance: Tensor, slots: Tensor) -> Tensor:
