@@ -120,7 +120,7 @@ def gated_rows(
 
     Candidate i scores `|act(gate_i . x + bias)| * importance_i`; without a gate matrix `|act(up_i . x + bias)| *
     importance_i`, which is exact where importance is the norm of the down row. Chosen are the `wanted` highest,
-    ties to the earlier candidate; or, where a threshold is given, all that reach it. A score of 0 is never chosen.
+    ties to the lower neuron; or, where a threshold is given, all that reach it. A score of 0 is never chosen.
 
     Args:
         x: [N, H], any float dtype; everything is computed in float32.
@@ -133,23 +133,16 @@ def gated_rows(
         importance: float32 [S, I], or [1, I] for all slots alike, not negative; None counts every neuron alike.
 
     Returns:
-        `TokenRows`, its index as wide as `index` and in the candidates' order.
+        `TokenRows`, its index as wide as `index`, ascending.
     """
-    neurons = index.long()[slots]
     wide = x.float()
     if weights.gate is None:
         first = activation(weights.activation, _linear(wide, weights.up, weights.up_bias))
     else:
         first = activation(weights.activation, _linear(wide, weights.gate, weights.gate_bias))
     score = first.abs() if importance is None else first.abs() * _by_row(importance, slots)
-    valid = torch.arange(index.shape[1], device=x.device) < count[slots, None]
-    neurons = torch.where(valid, neurons, 0)
-    score = torch.where(valid, score.gather(1, neurons), 0.0)
-    position, chosen, cut = chosen_rows(
-        score, wanted[slots], index.shape[1], None if threshold is None else threshold[slots]
-    )
-    kept = neurons.gather(1, position.long()).int()
-    return TokenRows(_exact(wide, weights, kept, chosen).to(x.dtype), kept, chosen, cut)
+    score = score.masked_fill(~chosen_mask(index, count, weights.neurons)[slots], 0)
+    return _finish(x, weights, score, wanted, slots, index.shape[1], threshold)
 
 
 def sketched_rows(
@@ -178,8 +171,7 @@ def sketched_rows(
         `TokenRows`, its index ascending.
     """
     score = sketch_scores(x, weights, sketch, _by_row(importance, slots))
-    index, count, cut = chosen_rows(score, wanted[slots], width, None if threshold is None else threshold[slots])
-    return TokenRows(_exact(x.float(), weights, index, count).to(x.dtype), index, count, cut)
+    return _finish(x, weights, score, wanted, slots, width, threshold)
 
 
 def chosen_rows(
@@ -291,7 +283,7 @@ def sketch_integers(x: InputPlanes, sketch: SketchPlanes) -> Tensor:
     top = 2**sketch.bits - 1
     level = 2 * _unpack(sketch.planes, sketch.hidden, signed=False) - top
     rounded = _unpack(x.planes, sketch.hidden, signed=True)
-    bound = top * 2 ** (x.planes.shape[1] - 1) * sketch.hidden
+    bound = top * sketch.hidden << (x.planes.shape[1] - 1)
     exact = torch.float32 if bound < 2**24 else torch.float64
     return (rounded.to(exact) @ level.to(exact).T).int()
 
@@ -335,6 +327,20 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _by_row(importance: Tensor, slots: Tensor) -> Tensor:
     return importance if importance.shape[0] == 1 else importance[slots]
+
+
+def _finish(
+    x: Tensor,
+    weights: FFNWeights,
+    score: Tensor,
+    wanted: Tensor,
+    slots: Tensor,
+    width: int,
+    threshold: Tensor | None,
+) -> TokenRows:
+    """Choose by scores float32 [N, I] and compute the chosen exactly."""
+    index, count, cut = chosen_rows(score, wanted[slots], width, None if threshold is None else threshold[slots])
+    return TokenRows(_exact(x.float(), weights, index, count).to(x.dtype), index, count, cut)
 
 
 def _exact(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor) -> Tensor:
