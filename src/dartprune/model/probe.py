@@ -47,7 +47,8 @@ def probed_columns(
 def down_norms(layer: Layer, weights: FFNWeights | str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The norm of each neuron's column of the down projection, float32 [I]; probed where rows cannot be read."""
     if not isinstance(weights, str):
-        return torch.linalg.vector_norm(weights.down, dim=1, dtype=torch.float32)
+        known: Tensor = torch.linalg.vector_norm(weights.down, dim=1, dtype=torch.float32)
+        return known
     norms = torch.empty(layer.neurons, device=device)
     for part, columns in probed_columns(layer.down, layer.neurons, device, dtype):
         norms[part] = torch.linalg.vector_norm(columns, dim=1)

@@ -45,7 +45,7 @@ def register_token(cls: T) -> T:
 @register_token
 @dataclass(frozen=True)
 class Exact(TokenSelector):
-    """The k highest `|a_i| * |W_down[:, i]|` of the token itself: all is computed, so this is a ceiling (WINA, TEAL)."""
+    """The k highest `|a_i| * |W_down[:, i]|` of the token itself: all is computed, a ceiling (WINA, TEAL)."""
 
     kind: ClassVar[str] = "exact"
     ceiling: ClassVar[bool] = True
