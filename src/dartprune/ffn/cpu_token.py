@@ -215,11 +215,20 @@ def _sketched_cpu(
 
     call = _Call(x, (gate, up, down, gate_bias, up_bias), wanted, threshold, width)
     up_sketch = up_planes.numpy(), up_scale.numpy()
-    both = up_sketch if gate_planes is None or gate_scale is None else (gate_planes.numpy(), gate_scale.numpy())
+    first = up_sketch if gate_planes is None or gate_scale is None else (gate_planes.numpy(), gate_scale.numpy())
     weight, owners, kind = importance.float().numpy(), slots.numpy(), kernels.ACTIVATIONS[act]
     for part, results in call.parts():
         rounded = tuple(array.numpy() for array in quantise_input(call.x[part], activation_bits, outliers))
-        given = call.x[part].numpy(), call.weights, rounded, (both, up_sketch), call.choice, owners[part], weight, kind
+        given = (
+            call.x[part].numpy(),
+            call.weights,
+            rounded,
+            (*first, *up_sketch),
+            call.choice,
+            owners[part],
+            weight,
+            kind,
+        )
         if call.threads == 1:
             kernels.sketch_rows_alone(*given, *results)
         else:

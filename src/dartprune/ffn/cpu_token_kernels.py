@@ -292,9 +292,8 @@ def _integer(planes, x, total):
 
 
 @njit(nogil=True)
-def _estimate(first, last, sketch, x, step, total, place, exact, bias, dots):
+def _estimate(first, last, planes, scale, x, step, total, place, exact, bias, dots):
     """Estimated products float32 [last - first] of the neurons first:last with one rounded row, to dots."""
-    planes, scale = sketch
     bits = planes.shape[1]
     for i in range(first, last):
         dots[i - first] = np.float32(_integer(planes[i], x, total)) * step
@@ -317,16 +316,16 @@ def _estimate(first, last, sketch, x, step, total, place, exact, bias, dots):
 def _score_part(first, last, rounded, weights, sketches, slots, importance, kind, key):
     """Scores of the neurons first:last for every row, to key [N, I]: see `token_ops.sketch_scores`."""
     gated, _, _, _, gate_bias, up_bias, _ = weights
-    gate, up = sketches
+    gate, gate_scale, up, up_scale = sketches
     planes, step, total, place, exact = rounded
     g, u = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for start in range(first, last, BLOCK):
         end = min(start + BLOCK, last)
         for n in range(planes.shape[0]):
             row = (planes[n], step[n], total[n], place[n], exact[n])
-            _estimate(start, end, up, *row, up_bias, u)
+            _estimate(start, end, up, up_scale, *row, up_bias, u)
             if gated:
-                _estimate(start, end, gate, *row, gate_bias, g)
+                _estimate(start, end, gate, gate_scale, *row, gate_bias, g)
                 activate_all(kind, g[: end - start])
                 for i in range(end - start):
                     u[i] *= g[i]
@@ -414,8 +413,8 @@ def sketch_rows_alone(
 ):
     """`token_ops.sketched_rows` for up to 64 rows in the calling thread.
 
-    rounded (planes, step, total, place, exact) from `round_rows`; sketches ((planes, scale) of gate, of up), the
-    second twice where there is no gate; key float32 [N, I], anything; the rest as for `gate_rows_alone`.
+    rounded (planes, step, total, place, exact) from `round_rows`; sketches (planes and scale of gate, of up), the
+    latter twice where there is no gate; key float32 [N, I], anything; the rest as for `gate_rows_alone`.
     """
     neurons = key.shape[1]
     _score_part(0, neurons, rounded, weights, sketches, slots, importance, kind, key)
