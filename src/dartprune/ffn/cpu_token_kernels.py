@@ -14,10 +14,9 @@ from numba import njit, prange
 from dartprune.ffn.cpu_kernels import ACTIVATIONS as ACTIVATIONS
 from dartprune.ffn.cpu_kernels import MOST_ROWS as MOST_ROWS
 from dartprune.ffn.cpu_kernels import ZERO, _activate, _union, _wide
-from dartprune.ffn.cpu_vector import LINE, activate_all, dot, fetch, ones
+from dartprune.ffn.cpu_vector import LINE, activate_all, add_four, common_four, common_ones, dot
 
 BLOCK = 64  # neurons that pass through the nearer caches at a time
-CHUNK = 128  # columns of the output that stay in the nearest one
 BINS = 2048
 INFINITE = np.uint32(0x7F800000)  # the bits of float32 infinity
 
@@ -159,15 +158,6 @@ def _up_part(first, last, x, weights, member, union, kind, known, value):
 
 
 @njit(fastmath={"contract"}, nogil=True)
-def _add_four(out, a, p, b, q, c, r, d, s):
-    for j in range(out.shape[0]):
-        v = out[j] + a * _wide(p[j])
-        v = v + b * _wide(q[j])
-        v = v + c * _wide(r[j])
-        out[j] = v + d * _wide(s[j])
-
-
-@njit(fastmath={"contract"}, nogil=True)
 def _add_one(out, s, p):
     for j in range(out.shape[0]):
         out[j] = out[j] + s * _wide(p[j])
@@ -175,23 +165,20 @@ def _add_one(out, s, p):
 
 @njit(nogil=True)
 def _down_block(first, last, down, rows, ahead, value, out):
-    """Add the down rows of the neurons `rows` to columns first:last of one output row, while `ahead` are fetched."""
-    line = LINE // down.itemsize
-    i = 0
+    """Add the down rows of the neurons `rows` to out, columns first:last of one output row, while `ahead` are fetched.
+
+    `ahead` starts with `rows` themselves.
+    """
+    i, end = 0, ahead.shape[0] - 1
     while i + 4 <= rows.shape[0]:
         a, b, c, d = rows[i], rows[i + 1], rows[i + 2], rows[i + 3]
-        for start in range(first, last, CHUNK):
-            end = min(start + CHUNK, last)
-            for r in range(i + 4, min(i + 8, ahead.shape[0])):
-                row = down[ahead[r]]
-                for j in range(start, end, line):
-                    fetch(row, j)
-            part = out[start:end]
-            p, q, r, s = down[a, start:end], down[b, start:end], down[c, start:end], down[d, start:end]
-            _add_four(part, value[a], p, value[b], q, value[c], r, value[d], s)
+        e, f, g, h = ahead[min(i + 4, end)], ahead[min(i + 5, end)], ahead[min(i + 6, end)], ahead[min(i + 7, end)]
+        following = down[e, first:last], down[f, first:last], down[g, first:last], down[h, first:last]
+        p, q, r, s = down[a, first:last], down[b, first:last], down[c, first:last], down[d, first:last]
+        add_four(out, p, q, r, s, value[a], value[b], value[c], value[d], following)
         i += 4
     while i < rows.shape[0]:
-        _add_one(out[first:last], value[rows[i]], down[rows[i], first:last])
+        _add_one(out, value[rows[i]], down[rows[i], first:last])
         i += 1
 
 
@@ -211,7 +198,7 @@ def _down_part(first, last, down, union, index, count, value, out):
             until = done[n]
             while until < mine.shape[0] and mine[until] <= highest:
                 until += 1
-            _down_block(first, last, down, mine[done[n] : until], mine[done[n] :], value[n], out[n])
+            _down_block(first, last, down, mine[done[n] : until], mine[done[n] :], value[n], out[n, first:last])
             done[n] = until
 
 
@@ -271,40 +258,53 @@ def _round(x, bits, gaussian_step, planes, place, exact):
 @njit(nogil=True)
 def _integer(planes, x, total):
     """`token_ops.sketch_integers` of one neuron and one row: planes int64 [b, words], x int64 [A, words]."""
-    bits, last, words = planes.shape[0], x.shape[0] - 1, planes.shape[1]
+    bits, last = planes.shape[0], x.shape[0] - 1
     d = -(2**bits - 1) * total
     for k in range(bits):
         plane = planes[k]
-        s = 0
         if last == 3:
-            x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
-            for w in range(words):
-                b = plane[w]
-                s += ones(b & x0[w]) + (ones(b & x1[w]) << 1) + (ones(b & x2[w]) << 2) - (ones(b & x3[w]) << 3)
+            s = common_four(plane, x[0], x[1], x[2], x[3])
         else:
-            for p in range(last + 1):
-                t = 0
-                for w in range(words):
-                    t += ones(plane[w] & x[p, w])
-                s += -(t << p) if p == last else t << p
+            s = -(common_ones(plane, x[last]) << last)
+            for p in range(last):
+                s += common_ones(plane, x[p]) << p
         d += s << (k + 1)
     return d
 
 
 @njit(nogil=True)
+def _add_outliers(first, planes, place, exact, dots):
+    """Add what up to four exact entries of x give to dots [B] of the neurons from `first` on.
+
+    Their bits, side by side, are the place in a table of the 16 sums that can come of it.
+    """
+    bits, outliers = planes.shape[1], place.shape[0]
+    table, word, shift = np.zeros(16, np.float32), np.zeros(4, np.int64), np.zeros(4, np.int64)
+    for o in range(outliers):
+        word[o], shift[o] = place[o] >> 6, place[o] & 63
+        for combination in range(16):
+            if combination >> o & 1:
+                table[combination] += exact[o]
+    w0, w1, w2, w3 = word[0], word[1], word[2], word[3]
+    j0, j1, j2, j3 = shift[0], shift[1], shift[2], shift[3]
+    base = table[15] * np.float32(2**bits - 1)
+    for i in range(dots.shape[0]):
+        total = -base
+        for k in range(bits):
+            plane = planes[first + i, k]
+            low = (plane[w0] >> j0 & 1) | (plane[w1] >> j1 & 1) << 1
+            high = (plane[w2] >> j2 & 1) | (plane[w3] >> j3 & 1) << 1
+            total += np.float32(2 << k) * table[low | high << 2]
+        dots[i] += total
+
+
+@njit(nogil=True)
 def _estimate(first, last, planes, scale, x, step, total, place, exact, bias, dots):
     """Estimated products float32 [last - first] of the neurons first:last with one rounded row, to dots."""
-    bits = planes.shape[1]
     for i in range(first, last):
         dots[i - first] = np.float32(_integer(planes[i], x, total)) * step
-    for o in range(place.shape[0]):
-        w, j = place[o] >> 6, place[o] & 63
-        for k in range(bits):
-            one = exact[o] * np.float32(2 << k)
-            for i in range(first, last):
-                dots[i - first] += one * np.float32((planes[i, k, w] >> j) & 1)
-        for i in range(first, last):
-            dots[i - first] -= exact[o] * np.float32(2**bits - 1)
+    for o in range(0, place.shape[0], 4):
+        _add_outliers(first, planes, place[o : o + 4], exact[o : o + 4], dots[: last - first])
     for i in range(first, last):
         dots[i - first] *= scale[i]
     if bias.shape[0]:
