@@ -78,7 +78,7 @@ def rule_of(pruner: Any, run: Any) -> Rule | None:
         elif isinstance(selector, Sketch):
             scores = _sketched(run._parts.layers[layer.index].token.sketch, layer, x) * norms
         elif layer.gated:
-            gate, up = _gate_and_up(layer, x)
+            gate, _ = _gate_and_up(layer, x)
             rows = _gate_and_up(layer, torch.eye(layer.hidden))[1] - _gate_and_up(layer, torch.zeros(layer.hidden))[1]
             scores = layer.act(gate).abs() * norms * rows.norm(dim=0)
         else:
