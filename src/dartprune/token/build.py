@@ -66,4 +66,5 @@ class TokenBuilder:
         if self.selector.importance == "none":
             return None
         up = matrices_of(layer, weights, *self.place[layer.index]).up
-        return norms * torch.linalg.vector_norm(up, dim=1, dtype=torch.float32)
+        importance: Tensor = norms * torch.linalg.vector_norm(up, dim=1, dtype=torch.float32)
+        return importance
