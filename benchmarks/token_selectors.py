@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, nargs="+", required=True)
     parser.add_argument("--split", default="valid")
     parser.add_argument("--model", default=None)
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights; the sketch's share of the bytes follows")
+    parser.add_argument("--dtype", default="auto", help="of the weights; the sketch's share of the bytes follows")
     parser.add_argument("--streams", type=int, default=30)
     parser.add_argument("--sparsities", default="0.5,0.7,0.8")
     parser.add_argument("--bits", type=int, default=2, help="of the sketch in the table of layers")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from dartprune.budget import Uniform
+from dartprune.budget import DepthAware, Uniform
 from dartprune.method import Method, settings_from
 from dartprune.names import Registry
 from dartprune.refresh import Clock as ClockRefresh
@@ -133,8 +133,12 @@ class PerToken(Pruner):
 @register_preset("gated-dart")
 @dataclass(frozen=True)
 class GatedDart(Dart):
-    """DART whose masks name candidates: each token reads their gate rows and computes the best. No extra memory."""
+    """DART whose masks name candidates: each token reads their gate rows and computes the best. No extra memory.
 
+    Even the layers that matter least must name candidates, so the layers differ less than DART's.
+    """
+
+    budget: Any = field(default_factory=lambda: DepthAware(spread=0.3))
     token: TokenSelector | None = field(default_factory=TokenGate)
 
 
