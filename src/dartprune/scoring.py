@@ -1,6 +1,7 @@
 """Trace statistics -> importance of each neuron (DART section 3.1; GRIFFIN, arXiv 2404.01365; Wanda and WINA).
 
-A scorer is a pure function whose parameter names say what it needs; see `STATISTICS`, `WEIGHT_FACTS`, `NOISE` and `LAYER`.
+A scorer is a pure function whose parameter names say what it needs; see `STATISTICS`, `WEIGHT_FACTS`, `NOISE` and
+`LAYER`.
 """
 
 from __future__ import annotations

@@ -217,6 +217,21 @@ def arm(name: str, calibration: Calibration | None = None) -> Arm:
     return Arm(name, lambda sparsity: kind.build(sparsity, number, calibration))
 
 
+def check_arms(names: Sequence[str], *, calibrated: bool) -> None:
+    """Check names before the long work; `calibrated`: whether a calibration text is given.
+
+    Raises:
+        ValueError: what `arm` would raise; a name twice; a calibration text that no arm is made from.
+    """
+    if len(set(names)) < len(names):
+        raise ValueError(f"every arm must be named once, got {', '.join(names)}")
+    for name in names:
+        arm(name, Calibration(None, []) if calibrated else None)
+    if calibrated and not any(needs_calibration(name) for name in names):
+        known = ", ".join(name for name in arm_kinds.names() if arm_kinds.get(name).calibrated)
+        raise ValueError(f"a calibration text is given, but no arm is made from it: add one of {known} to --arms")
+
+
 def _number(name: str, head: str, at: str, tail: str, default: int | None) -> int:
     if default is None:
         if at:

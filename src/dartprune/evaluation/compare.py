@@ -10,7 +10,6 @@ import json
 import warnings
 import zlib
 from collections.abc import Sequence
-
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +19,7 @@ import dartprune
 from dartprune.evaluation.arms import Arm, arm
 from dartprune.evaluation.measures import Measured, Reference, bytes_saved, check_masks, measure, reference
 from dartprune.evaluation.outcomes import Case, Comparison, assemble
-from dartprune.evaluation.protocol import Material, Part, Plan
+from dartprune.evaluation.plan import Material, Part, Plan
 from dartprune.evaluation.tuning import Tuned, tune
 from dartprune.journal import Journal
 from dartprune.pruner import Pruner
@@ -82,7 +81,7 @@ def compare(
     Args:
         model: a decoder in evaluation mode, not attached.
         arms: what is compared, see `dartprune.evaluation.arms`; dense is always added.
-        given: the streams, see `dartprune.evaluation.protocol.material`.
+        given: the streams, see `dartprune.evaluation.plan.material`.
         plan: the settings they were made with.
         journal: made with `journal_settings`, for work that can be interrupted; None keeps everything in memory.
         backend: whose bytes are counted; quality is measured with masks.
@@ -148,7 +147,7 @@ class _Work:
         if needed > HELD:
             raise ValueError(
                 f"the dense distributions of a batch of {plan.batch} streams take {needed / 1e9:.1f} GB, more than "
-                f"{HELD / 1e9:.1f} GB: choose a batch of at most {max(1, plan.batch * HELD // needed)}, or shorter streams"
+                f"{HELD / 1e9:.1f} GB: a batch of {max(1, plan.batch * HELD // needed)} would do, or shorter streams"
             )
 
     def forget(self) -> None:

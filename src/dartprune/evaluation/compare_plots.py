@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dartprune.evaluation.outcomes import Comparison, Outcome
-from dartprune.evaluation.protocol import CHANGING
+from dartprune.evaluation.plan import CHANGING
 
 SMOOTH = 15  # tokens of the moving mean
 # Okabe and Ito's colours without the yellow, which vanishes on white

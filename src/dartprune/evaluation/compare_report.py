@@ -10,7 +10,7 @@ from typing import Any
 from dartprune.evaluation.compare_plots import against_sparsity, curves
 from dartprune.evaluation.measures import Estimate
 from dartprune.evaluation.outcomes import Comparison, Outcome
-from dartprune.evaluation.protocol import CHANGING, ONE
+from dartprune.evaluation.plan import CHANGING, ONE
 from dartprune.page import Page
 
 Rows = tuple[list[str], list[list[str]]]
@@ -19,8 +19,8 @@ UNREACHED = "*"
 _PARTS = {ONE: ("one topic",), CHANGING: ("before", "after")}
 _EXPLAINED = (
     "Every arm decodes the same token streams, teacher-forced: the prompt without its last token runs dense and is "
-    "traced, every later token is computed as a decoded one, with the stream's own masks in force. Losses are in nats a "
-    "token, minus the dense model's on the same tokens; brackets hold 95 % of the means over streams drawn anew. "
+    "traced, every later token is computed as a decoded one, with the stream's own masks in force. Losses are in nats "
+    "a token, minus the dense model's on the same tokens; brackets hold 95 % of the means over streams drawn anew. "
     "realised: one minus the share of the FFN's weights that decoded tokens need, dense ones counted as 0; each arm's "
     "nominal sparsity was tuned until this figure was the wanted one. An arm marked * cannot reach it and is shown as "
     "it is: do not rank it with the others. bytes saved: what the backend left unread, one stream at a time."

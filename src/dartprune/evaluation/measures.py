@@ -115,7 +115,7 @@ def measure(
                 progress(logits.shape[1])
         report = run.report()
     joined = [torch.cat(parts, dim=1).cpu() for parts in (losses, divergence, agreement)]
-    return Measured(*joined, report=report, short=short)
+    return Measured(joined[0], joined[1], joined[2], report, short)
 
 
 def bytes_saved(model: torch.nn.Module, pruner: Pruner, rows: Sequence[Tensor], context: int, backend: str) -> float:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dartprune.evaluation.measures import Bootstrap, Estimate
-from dartprune.evaluation.protocol import CHANGING, ONE, Material, Plan
+from dartprune.evaluation.plan import CHANGING, ONE, Material, Plan
 from dartprune.evaluation.tuning import Tuned
 
 LOSS, DIVERGENCE, AGREEMENT = range(3)  # places in a unit's figures of a part
@@ -60,10 +60,10 @@ class Outcome:
     """What one arm did at one sparsity on one kind of streams.
 
     target: the realised sparsity it is compared at.  nominal: what it was built with.  reached: whether its realised
-    sparsity is the target's.  bytes_saved: of single streams on a backend.  short_contexts: streams whose prompt was too
-    short to trace.  refreshes: of one stream, settles too.  false_alarms_per_200: events in 200 tokens on one topic,
-    None where the topic changes.  noticed: share of the streams with an event after the change.  delay: tokens until
-    the first one, median.  curve: loss over dense at each scored token, mean over streams.
+    sparsity is the target's.  bytes_saved: of single streams on a backend.  short_contexts: streams whose prompt was
+    too short to trace.  refreshes: of one stream, settles too.  false_alarms_per_200: events in 200 tokens on one
+    topic, None where the topic changes.  noticed: share of the streams with an event after the change.  delay: tokens
+    until the first one, median.  curve: loss over dense at each scored token, mean over streams.
     """
 
     arm: str
