@@ -23,6 +23,7 @@ from dartprune.scoring import register_scorer, scorer_names
 
 WINDOW = 256  # tokens of one piece of a calibration text
 LEAST = 64  # fewer tokens than this calibrate nothing
+PIECES = 128  # of a longer text, spread evenly over it
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,16 @@ class Calibration:
 
 
 def cut(tokens: Sequence[int]) -> list[list[int]]:
-    """The pieces of a calibration text: whole windows, or all of a text that is shorter than one.
+    """The pieces of a calibration text: at most 128 whole windows, or all of a text that is shorter than one.
 
     Raises:
         ValueError: too few tokens to calibrate anything.
     """
     if len(tokens) < LEAST:
         raise ValueError(f"the calibration text has {len(tokens)} tokens: give at least {LEAST}")
-    if len(tokens) < WINDOW:
-        return [list(tokens)]
-    return [list(tokens[i : i + WINDOW]) for i in range(0, len(tokens) - WINDOW + 1, WINDOW)]
+    starts = range(0, max(1, len(tokens) - WINDOW + 1), WINDOW)
+    chosen = starts[:: -(-len(starts) // PIECES)]
+    return [list(tokens[start : start + WINDOW]) for start in chosen]
 
 
 def _register(base: str, tables: dict[int, Tensor]) -> str:

@@ -139,6 +139,32 @@ def conduct(comparison: Comparison, target: float) -> Rows:
     return columns, rows
 
 
+def brief(comparison: Comparison, target: float) -> Rows:
+    """What fits on a terminal: every loss, and of the last part of the streams the interval, agreement and events."""
+    kinds = [kind for kind in (ONE, CHANGING) if comparison.of(kind)]
+    parts = [(kind, part) for kind in kinds for part in _PARTS[kind]]
+    columns = ["arm", "realised", "bytes saved", *(part for _, part in parts), "low", "high", "top-1", "events"]
+    rows = []
+    for arm, mine in _by_arm(comparison, target):
+        found = [mine[kind].parts[part] for kind, part in parts]
+        outcome, last = mine[kinds[-1]], found[-1]
+        row = [_marked(arm, mine), f"{outcome.realised_sparsity:.3f}", f"{outcome.bytes_saved:.3f}"]
+        row += [f"{value:.2f}" for value in (*(p.over_dense.mean for p in found), last.over_dense.low)]
+        row += [f"{last.over_dense.high:.2f}", f"{last.agreement.mean:.2f}"]
+        rows.append([*row, "+".join(f"{p.events:.1f}" for p in outcome.parts.values())])
+    return columns, rows
+
+
+def brief_legend(comparison: Comparison) -> str:
+    """What the columns of `brief` are."""
+    last = "after the change" if comparison.of(CHANGING) else "on one topic"
+    return (
+        f"Loss over dense in nats a token, by part of the streams; low and high: 95 % of its means {last}; top-1: how "
+        f"often the likeliest token there is dense's; events: changes of a stream's masks. "
+        f"* cannot realise the wanted sparsity: not to be ranked with the others."
+    )
+
+
 def pairs(comparison: Comparison, target: float) -> Rows:
     """The table of paired differences; no rows where the arm to be paired with is not among the arms."""
     kinds = [kind for kind in (ONE, CHANGING) if comparison.of(kind)]
