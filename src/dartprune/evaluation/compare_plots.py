@@ -129,7 +129,7 @@ def _label(outcome: Outcome) -> str:
 
 def _loss_scale(axes: Axes, low: float, high: float) -> None:
     """Arms differ by a factor of a hundred: logarithmic, but even around 0, which noise may cross."""
-    even = max(0.02, high / 50)
+    even = max(0.02, high / 100)
     axes.set_yscale("symlog", linthresh=even, linscale=0.4)
     axes.set_ylim(min(-0.3 * even, 1.2 * low), max(1.2 * high, 2 * even))
     ticks = [0.0, *(t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if even <= t <= 1.2 * high)]
