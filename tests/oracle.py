@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dartprune.model.families import describe
+from dartprune.model.families import Layer, describe
+from dartprune.token import Exact
+
+# from layer, its a [B, T, I], its x [B, T, H] and the candidates bool [B, I] to what each token uses, bool [B, T, I]
+Rule = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def masked_by_hand(model: nn.Module, masks: list[Tensor]) -> Iterator[None]:
-    """Zero the input of each down projection with masks bool [B, I] of each layer, by plain torch hooks."""
+def masked_by_hand(model: nn.Module, masks: list[Tensor], rule: Rule | None = None) -> Iterator[None]:
+    """Zero the input of each down projection with masks bool [B, I] of each layer, by plain torch hooks.
+
+    With a rule, each token uses of its mask's neurons only those that the rule names.
+    """
     handles = []
     for layer, mask in zip(describe(model).layers, masks, strict=True):
+        inputs: list[Tensor] = []
 
-        def zero(module: nn.Module, args: Any, mask: Tensor = mask) -> Any:
+        def keep(module: nn.Module, args: Any, inputs: list[Tensor] = inputs) -> None:
+            inputs[:] = [args[0]]
+
+        def zero(
+            module: nn.Module, args: Any, layer: Layer = layer, mask: Tensor = mask, inputs: list[Tensor] = inputs
+        ) -> Any:
             a = args[0]
             lines = a.reshape(mask.shape[0], -1, a.shape[-1])
-            return (torch.where(mask[:, None], lines, torch.zeros_like(lines)).reshape(a.shape), *args[1:])
+            used = mask[:, None]
+            if rule is not None:
+                used = rule(layer, lines, inputs[0].reshape(*lines.shape[:2], -1), mask)
+            return (torch.where(used, lines, torch.zeros_like(lines)).reshape(a.shape), *args[1:])
 
+        handles.append(layer.entry.register_forward_pre_hook(keep))
         handles.append(layer.down.register_forward_pre_hook(zero))
     try:
         yield
@@ -42,6 +59,32 @@ def masks_of(run: Any, slots: tuple[int, ...]) -> list[Tensor]:
                 rows[line] = False
                 rows[line, kept.long()] = True
         out.append(rows)
+    return out
+
+
+def rule_of(pruner: Any, run: Any) -> Rule | None:
+    """How the pruner's token selector chooses, in plain loops; None where there is no selector."""
+    if pruner.token is None:
+        return None
+    assert isinstance(pruner.token, Exact)
+
+    def rule(layer: Layer, a: Tensor, x: Tensor, candidates: Tensor) -> Tensor:
+        used = torch.zeros(a.shape, dtype=torch.bool)
+        unit = torch.eye(layer.neurons)
+        norms = (_plain(layer.down, unit) - _plain(layer.down, torch.zeros_like(unit))).norm(dim=1)
+        for line, sequence in enumerate(run.report().sequences):
+            for t in range(a.shape[1]):
+                score = (a[line, t].abs() * norms).tolist()
+                order = sorted(range(layer.neurons), key=lambda i: (-score[i], i))
+                used[line, t, order[: sequence.keep[layer.index]]] = True
+        return used
+
+    return rule
+
+
+def _plain(module: nn.Module, x: Tensor) -> Tensor:
+    """The module's own forward, without the hooks and wrappers of the instance."""
+    out: Tensor = type(module).forward(module, x)
     return out
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from dartprune.budget import DepthAware, Table, Uniform
     from dartprune.method import Detector
     from dartprune.model.families import Family, register_family
-    from dartprune.pruner import Clock, Dart, Dense, Griffin, Pruner, Random, Static, presets
+    from dartprune.pruner import Clock, Dart, Dense, Griffin, PerToken, Pruner, Random, Static, presets
     from dartprune.refresh import Never, Relearn, Release, Replay
     from dartprune.report import Event, Report
     from dartprune.run import Run
@@ -29,6 +29,7 @@ _HOME = {
     "Family": "model.families",
     "Griffin": "pruner",
     "Never": "refresh",
+    "PerToken": "pruner",
     "Pruner": "pruner",
     "Random": "pruner",
     "Relearn": "refresh",
@@ -55,6 +56,7 @@ __all__ = [
     "Family",
     "Griffin",
     "Never",
+    "PerToken",
     "Pruner",
     "Random",
     "Relearn",

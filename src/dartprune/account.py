@@ -114,6 +114,7 @@ class Account:
         return Report(
             method=self.method.name,
             backend="+".join(backends) if self.method.prunes else "none",
+            ceiling=self.method.token is not None and self.method.token.ceiling,
             saves_time=self.method.prunes and all(layer.backend.saves_time for layer in self.parts.layers),
             target_sparsity=float(self.method.sparsity),
             realised_sparsity=saved / (dense + pruned) if dense + pruned else 0.0,
@@ -184,16 +185,25 @@ def _sequence(row: Ended) -> SequenceReport:
         pruned_tokens=pruned,
         realised_sparsity=float(row.saved) / (dense + pruned) if dense + pruned else 0.0,
         events=events,
-        keep=list(slot.keep) if slot.keep is not None else None,
+        keep=_copy(slot.keep if slot.chosen is None else slot.chosen),
         similarities=[item for item in slot.similarities if item[0] <= dense + pruned],
         notes=list(slot.notes),
+        candidates=_copy(None if slot.chosen is None else slot.keep),
     )
 
 
 def _layers(layers: Sequence[LayerRun], sequences: Sequence[SequenceReport]) -> list[LayerReport]:
     keeps = [s.keep for s in sequences if s.keep is not None]
-    out = []
-    for number, layer in enumerate(layers):
-        kept = sum(keep[number] for keep in keeps) / len(keeps) if keeps else None
-        out.append(LayerReport(layer.layer.index, layer.layer.neurons, kept))
-    return out
+    candidates = [s.candidates for s in sequences if s.candidates is not None]
+    return [
+        LayerReport(layer.layer.index, layer.layer.neurons, _mean(keeps, number), _mean(candidates, number))
+        for number, layer in enumerate(layers)
+    ]
+
+
+def _copy(counts: list[int] | None) -> list[int] | None:
+    return None if counts is None else list(counts)
+
+
+def _mean(counts: list[list[int]], number: int) -> float | None:
+    return sum(count[number] for count in counts) / len(counts) if counts else None

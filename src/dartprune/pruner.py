@@ -15,6 +15,7 @@ from dartprune.names import Registry
 from dartprune.refresh import Clock as ClockRefresh
 from dartprune.refresh import Never, Refresh, Replay
 from dartprune.run import Run
+from dartprune.token.selector import Exact, TokenSelector
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,15 @@ class Random(Pruner):
 
     scorer: str = "random"
     budget: Any = field(default_factory=Uniform)
+
+
+@register_preset("per-token")
+@dataclass(frozen=True)
+class PerToken(Pruner):
+    """Each token its own best neurons, known because all are computed: the ceiling of every selector (WINA, TEAL)."""
+
+    budget: Any = field(default_factory=Uniform)
+    token: TokenSelector | None = field(default_factory=Exact)
 
 
 @register_preset("dense")

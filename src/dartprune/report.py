@@ -27,7 +27,10 @@ class Event:
 
 @dataclass
 class SequenceReport:
-    """One sequence: token counts, realised sparsity, events, kept neurons per layer, similarities over its windows."""
+    """One sequence: token counts, realised sparsity, events, kept neurons per layer, similarities over its windows.
+
+    candidates: with a token selector, the neurons of each layer among which each token finds its `keep`.
+    """
 
     sequence: int
     prompt_tokens: int
@@ -39,15 +42,20 @@ class SequenceReport:
     keep: list[int] | None
     similarities: list[tuple[int, float, float]]
     notes: list[str] = field(default_factory=list)
+    candidates: list[int] | None = None
 
 
 @dataclass
 class LayerReport:
-    """One layer: neurons it has, and the mean number kept over the sequences that had a mask (None: none had)."""
+    """One layer: neurons it has, and the mean number kept over the sequences that had a mask (None: none had).
+
+    candidates: with a token selector, among how many each token finds those it keeps.
+    """
 
     index: int
     neurons: int
     kept: float | None
+    candidates: float | None = None
 
     @property
     def pruned_fraction(self) -> float | None:
@@ -62,6 +70,7 @@ class Report:
     realised_sparsity: one minus the share of the FFN's weights that the decoded tokens used, dense ones included, the
         same on every backend.  bytes_saved: what the backend really left unread of the FFN's weights in whole decode
         steps, replays included.  overhead_bytes: held for all live sequences; overhead_bytes_per_sequence: for one.
+    ceiling: everything was computed to find what could have been left out.
     seconds: host time of attaching, tracing, detecting, refreshing and detaching.
     refresh_flops: arithmetic of all replays.
     pays_after_tokens: decoded tokens after which the time of attaching and detaching is won back, by a measurement in
@@ -70,6 +79,7 @@ class Report:
 
     method: str
     backend: str
+    ceiling: bool
     saves_time: bool
     target_sparsity: float
     realised_sparsity: float
@@ -101,7 +111,7 @@ class Report:
 
     def __str__(self) -> str:
         rows = [
-            ("method", self.method),
+            ("method", self.method + (" (ceiling: computes everything)" if self.ceiling else "")),
             ("backend", self.backend + ("" if self.saves_time else " (saves no time)")),
             ("target sparsity", f"{self.target_sparsity:.3f}"),
             ("realised sparsity", f"{self.realised_sparsity:.3f}"),

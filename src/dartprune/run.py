@@ -73,6 +73,7 @@ class Run(Refuses):
                 Watch(parts.windows, method.refresh.settle_tokens, replay // method.detector.window),
                 self._renewal,
                 self._happened,
+                parts.tally,
             )
             self._sites = sites_of(self._core, decoder)
             self._door = model_site(self._core)

@@ -44,6 +44,11 @@ class Layer:
         """Whether a gate multiplies the up projection."""
         return self.gate is not None or self.fused
 
+    @property
+    def weights(self) -> int:
+        """Weights of the FFN, biases left out."""
+        return (3 if self.gated else 2) * self.neurons * self.hidden
+
     def activations(self, x: Tensor) -> Tensor:
         """The input of the down projection, [..., I], for FFN inputs [..., H]; runs the modules, whatever they are."""
         up: Tensor = self.up(x)
