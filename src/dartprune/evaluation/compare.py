@@ -265,5 +265,6 @@ def _unit_data(measured: Measured, parts: Sequence[Part], remarks: list[str]) ->
         "streams": streams,
         "losses": measured.losses.double().sum(0).tolist(),
         "short": measured.short,
+        "ceiling": measured.report.ceiling,
         "notes": [*measured.report.notes, *remarks],
     }

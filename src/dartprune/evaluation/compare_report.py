@@ -15,7 +15,7 @@ from dartprune.page import Page
 
 Rows = tuple[list[str], list[list[str]]]
 FILES = ("results.json", "results.csv", "curves.png", "sparsity.png", "report.html")
-UNREACHED = "*"
+UNREACHED, CEILING = "*", "†"
 _PARTS = {ONE: ("one topic",), CHANGING: ("before", "after")}
 _EXPLAINED = (
     "Every arm decodes the same token streams, teacher-forced: the prompt without its last token runs dense and is "
@@ -23,7 +23,8 @@ _EXPLAINED = (
     "a token, minus the dense model's on the same tokens; brackets hold 95 % of the means over streams drawn anew. "
     "realised: one minus the share of the FFN's weights that decoded tokens need, dense ones counted as 0; each arm's "
     "nominal sparsity was tuned until this figure was the wanted one. An arm marked * cannot reach it and is shown as "
-    "it is: do not rank it with the others. bytes saved: what the backend left unread, one stream at a time."
+    "it is: do not rank it with the others. An arm marked † computes everything to know what it could have left out: a "
+    "ceiling, no method. bytes saved: what the backend left unread, one stream at a time."
 )
 
 
@@ -76,7 +77,12 @@ def flat(comparison: Comparison) -> list[dict[str, Any]]:
         for name, part in o.parts.items():
             row: dict[str, Any] = {"arm": o.arm, "kind": o.kind, "part": name, "target": o.target}
             row |= {"nominal": o.nominal, "realised_sparsity": o.realised_sparsity, "reached": o.reached}
-            row |= {"bytes_saved": o.bytes_saved, "dense_tokens": o.dense_tokens, "pruned_tokens": o.pruned_tokens}
+            row |= {
+                "ceiling": o.ceiling,
+                "bytes_saved": o.bytes_saved,
+                "dense_tokens": o.dense_tokens,
+                "pruned_tokens": o.pruned_tokens,
+            }
             for label, estimate in (
                 ("loss_over_dense", part.over_dense),
                 ("loss_over_versus", part.over_versus),
@@ -161,7 +167,8 @@ def brief_legend(comparison: Comparison) -> str:
     return (
         f"Loss over dense in nats a token, by part of the streams; low and high: 95 % of its means {last}; top-1: how "
         f"often the likeliest token there is dense's; events: changes of a stream's masks. "
-        f"* cannot realise the wanted sparsity: not to be ranked with the others."
+        f"{UNREACHED} cannot realise the wanted sparsity: not to be ranked with the others; {CEILING} computes "
+        "everything: a ceiling."
     )
 
 
@@ -215,7 +222,8 @@ def _by_arm(comparison: Comparison, target: float) -> list[tuple[str, dict[str, 
 
 
 def _marked(arm: str, mine: dict[str, Outcome]) -> str:
-    return arm if all(o.reached for o in mine.values()) else arm + UNREACHED
+    reached, ceiling = all(o.reached for o in mine.values()), any(o.ceiling for o in mine.values())
+    return arm + ("" if reached else UNREACHED) + (CEILING if ceiling else "")
 
 
 def _interval(estimate: Estimate) -> str:

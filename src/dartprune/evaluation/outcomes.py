@@ -63,7 +63,8 @@ class Outcome:
     sparsity is the target's.  bytes_saved: of single streams on a backend.  short_contexts: streams whose prompt was
     too short to trace.  refreshes: of one stream, settles too.  false_alarms_per_200: events in 200 tokens on one
     topic, None where the topic changes.  noticed: share of the streams with an event after the change.  delay: tokens
-    until the first one, median.  curve: loss over dense at each scored token, mean over streams.
+    until the first one, median.  ceiling: computes everything to know what it could have left out.  curve: loss over
+    dense at each scored token, mean over streams.
     """
 
     arm: str
@@ -80,6 +81,7 @@ class Outcome:
     false_alarms_per_200: float | None
     noticed: float | None
     delay: float | None
+    ceiling: bool
     parts: dict[str, PartOutcome]
     curve: list[float]
     notes: list[str] = field(default_factory=list)
@@ -179,6 +181,7 @@ def _outcome(case: Case, dense: Case, parts: dict[str, PartOutcome], plan: Plan)
         false_alarms_per_200=parts["one topic"].events * 200 / plan.steps if case.kind == ONE else None,
         noticed=len(delays) / plan.count if case.kind == CHANGING else None,
         delay=statistics.median(delays) if delays else None,
+        ceiling=any(unit["ceiling"] for unit in case.units),
         parts=parts,
         curve=[(ours - theirs) / plan.count for ours, theirs in zip(*sums, strict=True)],
         notes=list(dict.fromkeys(note for unit in case.units for note in unit["notes"])),
