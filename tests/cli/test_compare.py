@@ -40,7 +40,19 @@ SMALL = ("--streams", 2, "--prompt", 12, "--lengths", "24,24", "--sparsities", "
 
 def test_on_the_model_inside(run, texts, tmp_path):
     out = tmp_path / "out"
-    options = ("--texts", texts, "--split", "valid", "--arms", "static,dart", *SMALL, "--out", out)
+    options = (
+        "--texts",
+        texts,
+        "--split",
+        "valid",
+        "--arms",
+        "static,dart",
+        *SMALL,
+        "--out",
+        out,
+        "--backend",
+        "masked",
+    )
     code, told, err = run(*options)
     assert code == 0, err
     for word in ("50% realised sparsity", "dense", "static", "dart", "0.500", str(out / "report.html")):

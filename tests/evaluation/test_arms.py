@@ -94,12 +94,14 @@ def energies(model, pieces):
     """Energy of every neuron over the pieces by hooks, the first token of each left out."""
     layers = model.model.layers
     total = [torch.zeros(layer.mlp.down_proj.in_features) for layer in layers]
-    hooks = [
-        layer.mlp.down_proj.register_forward_pre_hook(
-            lambda _, inputs, i=i: total[i].add_(inputs[0][0, 1:].square().sum(0))
-        )
-        for i, layer in enumerate(layers)
-    ]
+
+    def count(number):
+        def hook(_, inputs):
+            total[number].add_(inputs[0][0, 1:].square().sum(0))
+
+        return hook
+
+    hooks = [layer.mlp.down_proj.register_forward_pre_hook(count(i)) for i, layer in enumerate(layers)]
     with torch.no_grad():
         for piece in pieces:
             model(input_ids=torch.tensor([piece]))

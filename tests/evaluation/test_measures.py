@@ -27,11 +27,11 @@ def test_against_plain_torch():
     found = measure(model, pruner, TOKENS, CONTEXT, reference(model, TOKENS, CONTEXT))
     ours, theirs = (logits_of(model, p).log_softmax(-1) for p in (pruner, Dense()))
     divergence = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
-    torch.testing.assert_close(found.divergence.double(), divergence, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(found.divergence.double(), divergence, rtol=1e-3, atol=1e-3)
     losses = -ours.gather(-1, TOKENS[:, CONTEXT:, None])[..., 0]
     torch.testing.assert_close(found.losses.double(), losses, rtol=1e-4, atol=1e-4)
     assert torch.equal(found.agreement.bool(), ours.argmax(-1) == theirs.argmax(-1))
-    assert 0 < found.agreement.mean() < 1 and divergence.mean() > 0.1
+    assert 0 < found.agreement.mean() < 1 and divergence.mean() > 0.05
     assert found.report.realised_sparsity == pytest.approx(0.6, abs=0.01) and found.short == 0
 
 
@@ -63,12 +63,12 @@ def test_an_arm_that_stays_dense_is_caught():
 def test_an_arm_that_only_says_so_is_caught(monkeypatch):
     model = tiny()
     dense = reference(model, TOKENS, CONTEXT)
-    honest = measure(model, Static(sparsity=0.02), TOKENS, CONTEXT, dense)
-    check_masks("a little", 0.02, honest, dense, torch.float32)
+    honest = measure(model, Static(sparsity=0.1), TOKENS, CONTEXT, dense)
+    check_masks("a little", 0.1, honest, dense, torch.float32)
     monkeypatch.setattr(layer_run, "apply_mask", lambda a, mask: a)
     found = measure(model, Static(sparsity=0.5), TOKENS, CONTEXT, dense)
     assert found.report.realised_sparsity == pytest.approx(0.5, abs=0.01), "what it says of itself"
-    with pytest.raises(ValueError, match=r"arm 'liar' reports a realised sparsity of 0.5.*its masks do not act"):
+    with pytest.raises(ValueError, match=r"arm 'liar' reports a realised sparsity of 0.498.*its masks do not act"):
         check_masks("liar", 0.5, found, dense, torch.float32)
 
 
@@ -96,7 +96,9 @@ def test_intervals_against_a_loop():
 
 def test_intervals_repeat_and_pair():
     values = [0.1, 0.7, 0.3, 0.9]
-    assert Bootstrap(4, seed=0)(values) == Bootstrap(4, seed=0)(values) != Bootstrap(4, seed=1)(values)
+    assert Bootstrap(4, seed=0, resamples=50)(values) == Bootstrap(4, seed=0, resamples=50)(values)
+    many = torch.randn(30).tolist()
+    assert Bootstrap(30, seed=0)(many) != Bootstrap(30, seed=1)(many)
     draw = Bootstrap(4, seed=0)
     same = draw([a - b for a, b in zip([v + 1 for v in values], values, strict=True)])
     assert same.high - same.low < 1e-12, "a constant difference is certain, however much the streams differ"

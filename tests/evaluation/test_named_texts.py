@@ -25,7 +25,7 @@ def test_without_network(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(HfApi, "dataset_info", unreachable)
-    with pytest.raises(ValueError, match="'wikitext:raw'|'wikitext'.*cannot be reached; connect, or give files"):
+    with pytest.raises(ValueError, match=r"'wikitext'.*cannot be reached; connect, or give files"):
         named_texts("wikitext:raw", split="test")
 
 
