@@ -81,6 +81,7 @@ def test_the_arms_are_listed(run):
         (("--texts", "/no/such/folder"), "/no/such/folder: there is no such file or folder"),
         (("--texts", "TEXTS", "--arms", "static,drat"), "unknown arm 'drat': did you mean 'dart'"),
         (("--texts", "TEXTS", "--arms", "calibrated-wanda"), "give --calibration FILE"),
+        (("--texts", "TEXTS", "--arms", "static", "--versus", "dart"), "unknown arm for --versus 'dart'"),
         (("--texts", "TEXTS", "--sparsities", "1.2"), "between 0 and 1, got 1.2"),
         (("--texts", "TEXTS", "--sparsities", "a,b"), "--sparsities 'a,b': write numbers with commas"),
         (("--texts", "TEXTS", "--lengths", "128"), "two whole numbers"),

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from dartprune import Dart, Dense, Griffin, Pruner, Relearn, Release, scoring
-from dartprune.evaluation.arms import Calibration, arm, arm_names, check_arms, cut, default_arms, needs_calibration
+from dartprune.evaluation.arms import (
+    Calibration,
+    arm,
+    arm_kinds,
+    arm_names,
+    check_arms,
+    cut,
+    default_arms,
+    needs_calibration,
+)
 from dartprune.pruner import presets
 from letters import tiny
 
@@ -88,6 +99,16 @@ def test_names_are_checked_before_the_work():
     with pytest.raises(ValueError, match="no arm is made from it: add one of calibrated-magnitude"):
         check_arms(["dart"], calibrated=True)
     assert needs_calibration("calibrated-wanda") and not needs_calibration("dart")
+
+
+def test_the_example_of_the_guide(capsys):
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", guide, flags=re.S)
+    try:
+        exec(code, {})
+    finally:
+        arm_kinds._values.pop("dart-memory", None)
+    assert "memory=0.25" in capsys.readouterr().out
 
 
 def energies(model, pieces):

@@ -137,6 +137,26 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
     assert 0 < len(forwards) < needed, "another arm costs that arm alone"
 
 
+def test_the_watcher_hears_of_every_step_and_of_no_more(tmp_path):
+    class Heard(Killer):
+        expected = 0
+
+        def expect(self, steps):
+            self.expected += steps
+
+    plan = dataclasses.replace(PLAN, sparsities=(0.5,), kinds=(ONE,))
+    model = tiny()
+    settings = journal_settings(model, material(documents(), Letters(), plan), plan, "auto")
+    forwards = forwards_of(model)
+    for again in (False, True):
+        heard = Heard(10**9)
+        run(model, ("static", "clock"), plan, journal=Journal(tmp_path / "j", settings), watcher=heard)
+        assert heard.done <= heard.expected
+        if not again:
+            # every forward but the prefills, of which each unit of `steps` has one
+            assert heard.done == heard.expected == len(forwards) * plan.steps // (plan.steps + 1)
+
+
 def test_a_journal_of_another_model_or_text_is_refused(tmp_path):
     model, given = tiny(), material(documents(), Letters(), PLAN)
     Journal(tmp_path / "j", journal_settings(model, given, PLAN, "auto"))

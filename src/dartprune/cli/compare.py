@@ -51,7 +51,9 @@ def compare(
     calibration: Annotated[
         list[Path] | None, typer.Option("--calibration", help="Text for the calibrated arms; may be repeated.")
     ] = None,
-    versus: Annotated[str, typer.Option("--versus", help="Arm that the others are paired with.")] = "dart",
+    versus: Annotated[
+        str | None, typer.Option("--versus", help="Arm that the others are paired with.", show_default="dart")
+    ] = None,
     model: o.Model = None,
     batch: Annotated[int, typer.Option("--batch", help="Streams decoded together: bounds the memory.")] = 15,
     tolerance: Annotated[float, typer.Option("--tolerance", help="How far apart realised sparsities may lie.")] = 0.005,
@@ -69,6 +71,7 @@ def compare(
         return
     from dartprune.evaluation.arms import check_arms, default_arms
     from dartprune.evaluation.plan import Plan
+    from dartprune.names import unknown
 
     plan = Plan(
         prompt=prompt,
@@ -79,9 +82,11 @@ def compare(
         sparsities=_numbers("--sparsities", sparsities, float),
         tolerance=tolerance,
         seed=seed,
-        versus=versus,
+        versus=versus or "dart",
     )
     names = [part.strip() for part in arms.split(",") if part.strip()] if arms is not None else default_arms()
+    if versus is not None and versus not in names:
+        raise unknown("arm for --versus", versus, names)
     check_arms(names, calibrated=bool(calibration))
     documents = _documents(texts or [], dataset or [], split, field)
     from dartprune.texts import read_texts
@@ -93,7 +98,7 @@ def compare(
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     chosen = _arms(names, loaded, tokenizer, calibrating)
     comparison = _run(loaded, tokenizer, documents, plan, chosen, out, backend, as_json)
-    comparison.settings |= {"model": model or "demo", "dtype": dtype, "arms": names}
+    comparison.settings |= {"model": Path(model).name if model else "demo", "arms": names, "backend": backend}
     from dartprune.evaluation.compare_report import write
 
     files = write(comparison, out, f"Arms compared on {Path(model).name if model else 'the demo model'}")

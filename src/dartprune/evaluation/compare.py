@@ -41,14 +41,6 @@ class Watcher(Protocol):
         """So many steps of what `label` says are done."""
 
 
-class _Silent:
-    def expect(self, steps: int) -> None:
-        return None
-
-    def step(self, label: str, steps: int) -> None:
-        return None
-
-
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """What tells one checkpoint from another: class, parameters, dtype, and a digest of part of each weight."""
     digest = 0
@@ -102,13 +94,19 @@ def compare(
     chosen = [a for a in arms if a.prunes]
     batches = -(-plan.count // plan.batch)
     each = batches + min(ALONE, plan.count)
-    work.watcher.expect(len(plan.kinds) * plan.steps * (2 * batches + len(chosen) * len(plan.sparsities) * each))
+    work.expect(len(plan.kinds) * plan.steps * (2 * batches + len(chosen) * len(plan.sparsities) * each))
     cases: list[Case] = []
     for kind in plan.kinds:
         cases.append(work.dense(kind))
         cases += [work.case(kind, a, target) for target in plan.sparsities for a in chosen]
         work.forget()
-    return assemble(cases, given, plan)
+    comparison = assemble(cases, given, plan)
+    comparison.settings |= {
+        "weights": fingerprint(model),
+        "dartprune": dartprune.__version__,
+        "torch": torch.__version__,
+    }
+    return comparison
 
 
 def journal_settings(model: nn.Module, given: Material, plan: Plan, backend: str) -> dict[str, Any]:
@@ -130,7 +128,7 @@ class _Work:
     """Computes units, or finds them in the journal."""
 
     def __init__(
-        self, model: nn.Module, given: Material, plan: Plan, journal: Journal, backend: str, watcher: Watcher
+        self, model: nn.Module, given: Material, plan: Plan, journal: Journal, backend: str, watcher: Watcher | None
     ) -> None:
         self.model = model
         self.given = given
@@ -139,6 +137,8 @@ class _Work:
         self.backend = backend
         self.watcher = watcher
         self.dtype = next(model.parameters()).dtype
+        self._left = 0  # steps that were announced and are not done
+        self._told: set[str] = set()  # finished units that the watcher knows of
         self._references: dict[int, Reference] = {}
         self._firsts = list(range(0, plan.count, plan.batch))
         config: Any = getattr(model, "config", None)
@@ -149,6 +149,25 @@ class _Work:
                 f"the dense distributions of a batch of {plan.batch} streams take {needed / 1e9:.1f} GB, more than "
                 f"{HELD / 1e9:.1f} GB: a batch of {max(1, plan.batch * HELD // needed)} would do, or shorter streams"
             )
+
+    def expect(self, steps: int) -> None:
+        """Announce work."""
+        self._left += steps
+        if self.watcher is not None:
+            self.watcher.expect(steps)
+
+    def _step(self, label: str, steps: int) -> None:
+        if self._left < steps:  # tuning takes more than was announced
+            self.expect(steps - self._left)
+        self._left -= steps
+        if self.watcher is not None:
+            self.watcher.step(label, steps)
+
+    def _found(self, key: str, label: str, steps: int) -> None:
+        """A unit is in the journal: it counts as done once, however often it is asked for."""
+        if key not in self._told:
+            self._told.add(key)
+            self._step(label, steps)
 
     def forget(self) -> None:
         """Let the dense distributions of the last kind go."""
@@ -182,7 +201,7 @@ class _Work:
         key = f"{kind}/{chosen.name}/{_digest(pruner)}/{nominal!r}/{number}"
         label = f"{kind}, {chosen.name} at {nominal:.3f}"
         if key in self.journal:
-            self.watcher.step(label, self.plan.steps)
+            self._found(key, label, self.plan.steps)
         else:
             dense = self._reference(kind, number)
             with warnings.catch_warnings(record=True) as caught:
@@ -194,11 +213,12 @@ class _Work:
                     self.plan.prompt,
                     dense,
                     backend=BACKEND,
-                    progress=lambda n: self.watcher.step(label, n),
+                    progress=lambda n: self._step(label, n),
                 )
             check_masks(chosen.name, nominal, measured, dense, self.dtype)
             remarks = list(dict.fromkeys(str(warning.message) for warning in caught))
             self.journal.add(key, _unit_data(measured, self.given.parts(kind, self.plan), remarks))
+            self._told.add(key)
         unit: dict[str, Any] = self.journal[key]
         return unit
 
@@ -211,7 +231,7 @@ class _Work:
                 warnings.simplefilter("ignore")  # the same as those of the batches
                 share = bytes_saved(self.model, pruner, rows, self.plan.prompt, self.backend)
             self.journal.add(key, share)
-        self.watcher.step(f"{kind}, {chosen.name} alone", len(rows) * self.plan.steps)
+        self._found(key, f"{kind}, {chosen.name} alone", len(rows) * self.plan.steps)
         return float(self.journal[key])
 
     def _tokens(self, kind: str, number: int) -> Tensor:
@@ -222,9 +242,7 @@ class _Work:
         if number in self._references:
             return self._references[number]
         tokens = self._tokens(kind, number)
-        made = reference(
-            self.model, tokens, self.plan.prompt, lambda n: self.watcher.step(f"{kind}, dense distributions", n)
-        )
+        made = reference(self.model, tokens, self.plan.prompt, lambda n: self._step(f"{kind}, dense distributions", n))
         if sum(kept.nbytes for kept in self._references.values()) + made.nbytes <= HELD:
             self._references[number] = made
         return made
