@@ -88,9 +88,8 @@ def compare(
         raise ValueError(f"every arm must be named once, got {', '.join(names)}")
     if not any(a.prunes for a in arms):
         raise ValueError("there is nothing to compare: name an arm that prunes beside dense")
-    work = _Work(
-        model, given, plan, journal if journal is not None else Journal(None, {}), backend, watcher or _Silent()
-    )
+    kept = journal if journal is not None else Journal(None, {})
+    work = _Work(model, given, plan, kept, backend, watcher)
     chosen = [a for a in arms if a.prunes]
     batches = -(-plan.count // plan.batch)
     each = batches + min(ALONE, plan.count)
