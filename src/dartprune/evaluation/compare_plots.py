@@ -104,8 +104,9 @@ def against_sparsity(comparison: Comparison) -> Figure:
                 if chosen:
                     at, height = zip(*chosen, strict=True)
                     axes.plot(at, height, **style | {"linestyle": "none", "mfc": fill})
-            axes.plot([], [], label=name, **look[name])
-            ends[name] = y[-1].mean
+            label = f"{name} (ceiling)" if mine[0].ceiling else name
+            axes.plot([], [], label=label, **look[name])
+            ends[label] = y[-1].mean
         bounds = [v for o in found for v in (o.parts[part].over_dense.low, o.parts[part].over_dense.high)]
         axes.axhline(0, color="#666666", linewidth=0.8)
         axes.set_xlim(min(o.realised_sparsity for o in found) - 0.05, max(o.realised_sparsity for o in found) + 0.05)
@@ -124,7 +125,9 @@ def _stack(figure: Figure, count: int) -> list[Axes]:
 
 
 def _label(outcome: Outcome) -> str:
-    return outcome.arm if outcome.reached else f"{outcome.arm} (realises {outcome.realised_sparsity:.2f})"
+    if not outcome.reached:
+        return f"{outcome.arm} (realises {outcome.realised_sparsity:.2f})"
+    return f"{outcome.arm} (ceiling)" if outcome.ceiling else outcome.arm
 
 
 def _loss_scale(axes: Axes, low: float, high: float) -> None:
