@@ -227,4 +227,5 @@ def _marked(arm: str, mine: dict[str, Outcome]) -> str:
 
 
 def _interval(estimate: Estimate) -> str:
-    return f"{estimate.mean:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+    mean, low, high = (round(value, 2) + 0.0 for value in (estimate.mean, estimate.low, estimate.high))  # no -0.00
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
