@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dartprune.ffn.token_ops import FFNSketch, SketchPlanes, quantise_input
 from dartprune.model.families import Layer, describe
-from dartprune.token import Exact
+from dartprune.token import Exact, Sketch
 
 # from layer, its a [B, T, I], its x [B, T, H] and the candidates bool [B, I] to what each token uses, bool [B, T, I]
 Rule = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]
@@ -63,23 +64,64 @@ def masks_of(run: Any, slots: tuple[int, ...]) -> list[Tensor]:
 
 
 def rule_of(pruner: Any, run: Any) -> Rule | None:
-    """How the pruner's token selector chooses, in plain loops; None where there is no selector."""
-    if pruner.token is None:
+    """How the pruner's token selector chooses, by a plain sort; None where there is no selector."""
+    selector = pruner.token
+    if selector is None:
         return None
-    assert isinstance(pruner.token, Exact)
 
     def rule(layer: Layer, a: Tensor, x: Tensor, candidates: Tensor) -> Tensor:
         used = torch.zeros(a.shape, dtype=torch.bool)
         unit = torch.eye(layer.neurons)
         norms = (_plain(layer.down, unit) - _plain(layer.down, torch.zeros_like(unit))).norm(dim=1)
+        if isinstance(selector, Exact):
+            scores = a.abs() * norms
+        elif isinstance(selector, Sketch):
+            scores = _sketched(run._parts.layers[layer.index].token.sketch, layer, x) * norms
+        elif layer.gated:
+            gate, _ = _gate_and_up(layer, x)
+            rows = _gate_and_up(layer, torch.eye(layer.hidden))[1] - _gate_and_up(layer, torch.zeros(layer.hidden))[1]
+            scores = layer.act(gate).abs() * norms * rows.norm(dim=0)
+        else:
+            scores = a.abs() * norms
         for line, sequence in enumerate(run.report().sequences):
             for t in range(a.shape[1]):
-                score = (a[line, t].abs() * norms).tolist()
+                score = (scores[line, t] * candidates[line]).tolist()
                 order = sorted(range(layer.neurons), key=lambda i: (-score[i], i))
-                used[line, t, order[: sequence.keep[layer.index]]] = True
+                kept = [i for i in order[: sequence.keep[layer.index]] if score[i] > 0]
+                used[line, t, kept] = True
         return used
 
     return rule
+
+
+def _gate_and_up(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+    up = _plain(layer.up, x)
+    if layer.fused:
+        return up.chunk(2, dim=-1)
+    return _plain(layer.gate, x), up
+
+
+def _sketched(sketch: FFNSketch, layer: Layer, x: Tensor) -> Tensor:
+    """`|act(g^) u^|` from the sketch's matrices and rounded inputs, both written out."""
+
+    def whole(planes: SketchPlanes) -> Tensor:
+        bits = (planes.planes[..., None] >> torch.arange(64)) & 1
+        code = (bits * (2 ** torch.arange(planes.bits))[:, None, None]).sum(1).flatten(1)[:, : layer.hidden]
+        return planes.scale[:, None] * (2 * code - (2**planes.bits - 1))
+
+    rows = x.reshape(-1, layer.hidden)
+    rounded = quantise_input(rows, sketch.activation_bits, sketch.outliers)
+    rest = rows.scatter(1, rounded.outlier_index, 0.0)
+    top = 2 ** (sketch.activation_bits - 1) - 1
+    near = (rest / rounded.step[:, None]).round().clamp(-top, top) * rounded.step[:, None]
+    near = near.scatter(1, rounded.outlier_index, rounded.outlier_value)
+    zero = torch.zeros(layer.hidden)
+    up = near @ whole(sketch.up).t()
+    if sketch.gate is None:
+        return layer.act(up + _plain(layer.up, zero)).abs().reshape(*x.shape[:2], -1)
+    gate_bias, up_bias = _gate_and_up(layer, zero)
+    gate = near @ whole(sketch.gate).t() + gate_bias
+    return (layer.act(gate) * (up + up_bias)).abs().reshape(*x.shape[:2], -1)
 
 
 def _plain(module: nn.Module, x: Tensor) -> Tensor:

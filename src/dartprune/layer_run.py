@@ -80,6 +80,16 @@ class LayerRun:
         self._y: Tensor | None = None
         self._x: Tensor | None = None
 
+    @property
+    def saves_time(self) -> bool:
+        """Whether neurons that a token does not use are left unread here."""
+        return self.backend.saves_time and (self.token is None or self.token.saves_time)
+
+    @property
+    def fixed_share(self) -> float:
+        """Share of the layer's weight bytes that a token selector reads beside the weights."""
+        return 0.0 if self.token is None else self.token.fixed_share(0)
+
     def norm(self, y: Tensor) -> None:
         """Keep the residual stream for the impact of this FFN."""
         step = self.state.step
@@ -155,6 +165,8 @@ class LayerRun:
     def _gathered(self, x: Tensor, step: Step) -> Tensor:
         assert not isinstance(self.weights, str)
         rows = x.reshape(-1, x.shape[-1])
+        if self.token is not None:
+            return self.token.ffn(rows, self.weights, self.selection, step.row_slots).reshape(x.shape)
         out = self.backend.ffn(rows, self.weights, self.selection.index, self.selection.count, step.row_slots)
         return self._compensated(out.reshape(x.shape), step)
 

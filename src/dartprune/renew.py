@@ -38,6 +38,12 @@ class Renewal:
         self.counters = counters
         self.scorer = scorer(method.scorer)
         self.tokens = [layer.token for layer in layers if layer.token is not None]
+        self.target = method.sparsity + _overhead(layers)
+        if self.target >= 1:
+            raise ValueError(
+                f"{method.name}: sparsity {method.sparsity:g} cannot be reached: the sketch alone reads "
+                f"{_overhead(layers):.3f} of the FFN's bytes; use fewer bits or a lower sparsity"
+            )
         self.flops = 0
         self.replays = 0
         self.version = 0  # counts changes of any mask
@@ -50,7 +56,7 @@ class Renewal:
         neurons = [layer.layer.neurons for layer in self.layers]
         for slot, sums in zip(slots, impact, strict=True):
             means = (sums[:, :2] / sums[:, 2:].clamp_min(1)).float()
-            pruned = self.method.budget(means[:, 0], means[:, 1], self.method.sparsity, neurons)
+            pruned = self.method.budget(means[:, 0], means[:, 1], self.target, neurons)
             slot.former, slot.keep = slot.keep or slot.former, keep_counts(pruned, neurons)
             self._split(slot, pruned)
         return self._select(slots)
@@ -173,3 +179,9 @@ class Renewal:
         nothing = torch.zeros_like(probe[:1])
         # through the module, so that any kind of layer works; its bias is taken out again
         layer.selection.compensation[rows] = (down(probe) - down(nothing)).float()
+
+
+def _overhead(layers: Sequence[LayerRun]) -> float:
+    """Share of all FFN weights that a token selector reads beside them, so that the budget must leave it out too."""
+    whole = sum(layer.layer.weights for layer in layers)
+    return sum(layer.fixed_share * layer.layer.weights for layer in layers) / whole

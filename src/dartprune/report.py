@@ -69,7 +69,8 @@ class Report:
 
     realised_sparsity: one minus the share of the FFN's weights that the decoded tokens used, dense ones included, the
         same on every backend.  bytes_saved: what the backend really left unread of the FFN's weights in whole decode
-        steps, replays included.  overhead_bytes: held for all live sequences; overhead_bytes_per_sequence: for one.
+        steps, replays included.  overhead_bytes: held for the model and all live sequences.
+    overhead_bytes_per_sequence: for one sequence.  overhead_bytes_per_model: for the model (a token selector's sketch).
     ceiling: everything was computed to find what could have been left out.
     seconds: host time of attaching, tracing, detecting, refreshing and detaching.
     refresh_flops: arithmetic of all replays.
@@ -91,6 +92,7 @@ class Report:
     layers: list[LayerReport]
     overhead_bytes: int
     overhead_bytes_per_sequence: int
+    overhead_bytes_per_model: int
     seconds: dict[str, float]
     refresh_flops: int
     pays_after_tokens: int | None
@@ -121,7 +123,7 @@ class Report:
             ("sequences", str(len(self.sequences))),
             ("events", _counted([event.kind for event in self.events])),
             ("layers keep", _spread([layer.kept for layer in self.layers], [n.neurons for n in self.layers])),
-            ("extra memory", f"{self.overhead_bytes_per_sequence / 1e6:.2f} MB per sequence"),
+            ("extra memory", _held(self.overhead_bytes_per_sequence, self.overhead_bytes_per_model)),
             (
                 "attaching pays",
                 "never: no time is saved"
@@ -133,6 +135,11 @@ class Report:
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def _held(sequence: int, model: int) -> str:
+    text = f"{sequence / 1e6:.2f} MB per sequence"
+    return text + (f", {model / 1e6:.2f} MB for the model" if model else "")
 
 
 def _counted(kinds: Sequence[str]) -> str:

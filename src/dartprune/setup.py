@@ -23,7 +23,8 @@ from dartprune.ring import LayerRing
 from dartprune.scoring import WEIGHT_FACTS
 from dartprune.selection import LayerSelection
 from dartprune.slots import Counters, SlotTensors
-from dartprune.token.layer import ExactLayer, LayerToken
+from dartprune.token.build import TokenBuilder
+from dartprune.token.sketching import Progress
 from dartprune.token.tally import Tally
 from dartprune.trace import STATISTICS, LayerTrace
 from dartprune.watch import Windows
@@ -43,27 +44,30 @@ class Parts:
     tally: Tally | None
 
 
-def build(method: Method, core: nn.Module, decoder: Decoder, backend: str) -> Parts:
+def build(method: Method, core: nn.Module, decoder: Decoder, backend: str, progress: Progress | None = None) -> Parts:
     """Everything that holds state for this method on this model.
 
     Raises:
-        ValueError: a named backend or scorer cannot work with these weights.
+        ValueError: a named backend, scorer or token selector cannot work with these weights.
     """
     layout = RowLayout()
     try:
-        return _build(method, core, decoder, backend, layout)
+        return _build(method, core, decoder, backend, layout, progress)
     except BaseException:
         layout.undo()
         raise
 
 
-def _build(method: Method, core: nn.Module, decoder: Decoder, backend: str, layout: RowLayout) -> Parts:
+def _build(
+    method: Method, core: nn.Module, decoder: Decoder, backend: str, layout: RowLayout, progress: Progress | None
+) -> Parts:
     needed, selector = method.inputs, method.token
     statistics = tuple(name for name in needed if name in STATISTICS)
     if backend not in ("auto", *backend_names()):
         raise unknown("backend", backend, ("auto", *backend_names()))
     if not method.prunes or (selector is not None and selector.ceiling):
         backend = "masked"
+    tokens = TokenBuilder(selector, decoder, method.sparsity, {layer.index: place(layer) for layer in decoder.layers})
     states: dict[torch.device, DeviceState] = {}
     layers: list[LayerRun] = []
     notes: list[str] = []
@@ -94,7 +98,7 @@ def _build(method: Method, core: nn.Module, decoder: Decoder, backend: str, layo
                 weights,
                 (device, dtype),
                 residual=method.impact == "residual",
-                token=_token(method, layer, weights, device, dtype),
+                token=tokens.of(layer, weights, chosen, progress),
             )
         )
     last = layers[-1]
@@ -108,8 +112,8 @@ def _build(method: Method, core: nn.Module, decoder: Decoder, backend: str, layo
     facts = Facts(core)
     if any(name in WEIGHT_FACTS for name in needed):
         facts.check(layers, needed)
-    tokens = [run.token for run in layers if run.token is not None]
-    tally = Tally(tokens, [run.layer.weights for run in layers], counters.device) if tokens else None
+    chosen_by = [run.token for run in layers if run.token is not None]
+    tally = Tally(chosen_by, counters.device) if chosen_by else None
     return Parts(layers, counters, windows, holders, facts, notes, layout, tally)
 
 
@@ -153,15 +157,6 @@ def _widest(method: Method, layer: Layer) -> int:
     if method.token is not None:
         return method.token.split(rows, layer.neurons, gated=layer.gated)[0]
     return min(layer.neurons, round(rows))
-
-
-def _token(
-    method: Method, layer: Layer, weights: FFNWeights | str, device: torch.device, dtype: torch.dtype
-) -> LayerToken | None:
-    """The live form of the method's token selector in one layer."""
-    if method.token is None:
-        return None
-    return ExactLayer(device, 1 / layer.neurons, down_norms(layer, weights, device, dtype))
 
 
 class Facts:

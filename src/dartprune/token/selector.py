@@ -10,7 +10,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
-from dartprune.names import Registry
+from dartprune.names import Registry, unknown
+
+IMPORTANCES = ("weights", "down", "none")
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,66 @@ class Exact(TokenSelector):
     def split(self, rows: float, neurons: int, *, gated: bool) -> tuple[int, int]:
         """Every neuron is a candidate."""
         return neurons, round(rows)
+
+
+@register_token
+@dataclass(frozen=True)
+class TokenGate(TokenSelector):
+    """The context's mask names candidates; each token reads their gate rows and goes on with the highest (after CATS).
+
+    rate: share of the candidates that a token uses. Weights read of a layer: `c (1 + 2 rate) / 3` for a share c of
+    candidates, `c (1 + rate) / 2` for a plain FFN, so that c follows from the budget; where every neuron is a candidate
+    already, the rate rises instead.
+    importance: what `|act(W_gate x)_i|` is multiplied with: `weights` for `|W_down[:, i]| * |W_up[i, :]|`, `down` for
+    `|W_down[:, i]|`, `none` for 1. A plain FFN always takes `|a_i| * |W_down[:, i]|`, which is exact.
+    """
+
+    kind: ClassVar[str] = "gate"
+    context: ClassVar[bool] = True
+    rate: float = 0.25
+    importance: str = "weights"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 < self.rate <= 1:
+            raise ValueError(f"TokenGate: rate must lie in (0, 1], got {self.rate!r}")
+        if self.importance not in IMPORTANCES:
+            raise unknown("importance for TokenGate", self.importance, IMPORTANCES)
+
+    def split(self, rows: float, neurons: int, *, gated: bool) -> tuple[int, int]:
+        """Candidates first, then as many neurons as the weights left over are worth."""
+        # in single rows of a matrix: a candidate costs one, a chosen neuron those of the other matrices
+        chosen_cost = 2 if gated else 1
+        budget = rows * (1 + chosen_cost)
+        candidates = max(1, min(neurons, round(budget / (1 + chosen_cost * self.rate))))
+        return candidates, max(1, min(candidates, round((budget - candidates) / chosen_cost)))
+
+
+@register_token
+@dataclass(frozen=True)
+class Sketch(TokenSelector):
+    """Every neuron is estimated from a few bits of its weights; each token computes the highest (after SparseInfer).
+
+    bits: 1 to 4 per weight of gate and up, or `auto`: chosen from the weights and the sparsity.
+    activation_bits: 2 to 8 of the rounded input.  outliers: largest entries of the input that stay exact.
+    file: a sketch written by `dartprune.token.save_sketch`; None builds it while attaching.
+    """
+
+    kind: ClassVar[str] = "sketch"
+    bits: int | str = "auto"
+    activation_bits: int = 4
+    outliers: int = 4
+    file: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or self.bits not in ("auto", 1, 2, 3, 4):
+            raise ValueError(f"Sketch: bits must be 1, 2, 3, 4 or 'auto', got {self.bits!r}")
+        for name, least, most in (("activation_bits", 2, 8), ("outliers", 0, 64)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"Sketch: {name} must be a whole number from {least} to {most}, got {value!r}")
+        if self.file is not None and not isinstance(self.file, str):
+            raise TypeError(f"Sketch: file must be a path as text or None, got {self.file!r}")
+
+    def split(self, rows: float, neurons: int, *, gated: bool) -> tuple[int, int]:
+        """Every neuron is a candidate; what the sketch itself costs was taken off the budget before."""
+        return neurons, max(1, round(rows))
