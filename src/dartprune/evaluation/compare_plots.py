@@ -109,11 +109,12 @@ def against_sparsity(comparison: Comparison) -> Figure:
             ends[label] = y[-1].mean
         bounds = [v for o in found for v in (o.parts[part].over_dense.low, o.parts[part].over_dense.high)]
         axes.axhline(0, color="#666666", linewidth=0.8)
-        axes.set_xlim(min(o.realised_sparsity for o in found) - 0.05, max(o.realised_sparsity for o in found) + 0.05)
         _loss_scale(axes, min(bounds), max(bounds))
         axes.set_title({"before": "before the change", "after": "after the change"}.get(part, part), loc="left")
         axes.set_ylabel("loss over dense, nats")
         _legend(axes, ends)
+    places = [o.realised_sparsity for o in comparison.outcomes if o.arm != "dense"]
+    axes.set_xlim(min(places) - 0.05, max(places) + 0.05)  # shared by all panels
     axes.set_xlabel(
         "realised sparsity (side by side: the same one; bars: 95 % over streams; hollow: cannot reach the wanted one)"
     )
