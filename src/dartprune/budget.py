@@ -196,6 +196,7 @@ def register_budget(cls: B) -> B:
 class DepthAware:
     """The paper's budget; `depth_protection` and `magnitude_factor` switch two of its parts off for studies.
 
+    min_sparsity: the paper's is 0.1; a layer that must not be touched may be left whole here (docs/choices.md).
     spread: how far the layers may differ, of what the paper has: 1 is the paper's budget, 0 the same share everywhere.
     """
 
@@ -204,7 +205,7 @@ class DepthAware:
     late_width: float = 0.15
     early_floor: float = 0.25
     late_floor: float = 0.35
-    min_sparsity: float = 0.1
+    min_sparsity: float = 0.0
     max_sparsity: float = 0.9
     depth_protection: bool = True
     magnitude_factor: bool = True

@@ -35,10 +35,13 @@ def whole(owner: str, name: str, value: object, least: int) -> None:
 
 @dataclass(frozen=True)
 class Detector:
-    """Settings of the drift detector; `build` gives its live form for one sequence (DART section 3.4)."""
+    """Settings of the drift detector; `build` gives its live form for one sequence (DART section 3.4).
+
+    The defaults were chosen by measurement, see docs/choices.md.
+    """
 
     window: int = 8
-    delta: float = 0.5
+    delta: float = 2.5
     min_drop: float = 0.02
     patience: int = 2
     leave_one_out: bool = True

@@ -79,9 +79,10 @@ def register_preset(name: str) -> Any:
 @register_preset("dart")
 @dataclass(frozen=True)
 class Dart(Pruner):
-    """The paper's method, with `replay` as its refresh."""
+    """The paper's method, with `replay` as its refresh and the dropped neurons' mean in their place."""
 
     refresh: Refresh = field(default_factory=Replay)
+    compensate: str | None = "mean"
 
 
 @register_preset("static")
@@ -140,6 +141,7 @@ class GatedDart(Dart):
 
     budget: Any = field(default_factory=lambda: DepthAware(spread=0.3))
     token: TokenSelector | None = field(default_factory=TokenGate)
+    compensate: str | None = None  # each token drops others
 
 
 @register_preset("sketch-dart")

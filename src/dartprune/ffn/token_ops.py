@@ -285,7 +285,8 @@ def sketch_integers(x: InputPlanes, sketch: SketchPlanes) -> Tensor:
     rounded = _unpack(x.planes, sketch.hidden, signed=True)
     bound = top * sketch.hidden << (x.planes.shape[1] - 1)
     exact = torch.float32 if bound < 2**24 else torch.float64
-    return (rounded.to(exact) @ level.to(exact).T).int()
+    product: Tensor = rounded.to(exact) @ level.to(exact).T
+    return product.int()
 
 
 def sketch_dots(x: InputPlanes, sketch: SketchPlanes) -> Tensor:
