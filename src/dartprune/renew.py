@@ -11,7 +11,7 @@ from torch import Tensor
 from dartprune.budget import keep_counts
 from dartprune.layer_run import LayerRun
 from dartprune.method import Method
-from dartprune.scoring import NOISE, WEIGHT_FACTS, keep_above_mean, keep_top, scorer
+from dartprune.scoring import LAYER, NOISE, WEIGHT_FACTS, keep_above_mean, keep_top, scorer
 from dartprune.slots import Counters, Slot
 
 
@@ -136,7 +136,7 @@ class Renewal:
 
     def _write(self, number: int, layer: LayerRun, slots: Sequence[Slot], changed: list[Tensor]) -> None:
         """New lists of one layer; the newly kept neurons are added to `changed`."""
-        scores = self._scores(layer, slots)
+        scores = self.scores(layer, slots)
         for i, slot in enumerate(slots):
             assert slot.keep is not None
             if self.method.selection == "threshold":
@@ -150,17 +150,20 @@ class Renewal:
         if layer.selection.has_compensation:
             self._compensate(layer, slots)
 
-    def _scores(self, layer: LayerRun, slots: Sequence[Slot]) -> Tensor:
+    def scores(self, layer: LayerRun, slots: Sequence[Slot]) -> Tensor:
+        """The scorer's scores of a layer's neurons for these slots, float32 [slots, I]."""
         rows = [slot.id for slot in slots]
         inputs: dict[str, Any] = {}
         for name in self.scorer.inputs:
             if name == NOISE:
                 inputs[name] = torch.stack([self._draw(layer, slot) for slot in slots])
+            elif name == LAYER:
+                inputs[name] = layer.layer.index
             elif name in WEIGHT_FACTS:
                 inputs[name] = self._facts(layer, name)
             else:
                 inputs[name] = layer.trace.tensors()[name][rows]
-        return self.scorer.function(**inputs)
+        return self.scorer.function(**inputs).to(layer.trace.device).expand(len(slots), -1)
 
     def _draw(self, layer: LayerRun, slot: Slot) -> Tensor:
         seed = hash((self.method.seed, slot.noise_seed, layer.layer.index)) % (1 << 62)

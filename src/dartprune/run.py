@@ -191,6 +191,10 @@ class Run(Refuses):
         rows = [layer.trace.impact[slot].tolist() for layer in self._parts.layers]
         return [(angle / max(count, 1.0), change / max(count, 1.0)) for angle, change, count in rows]
 
+    def scores(self, slot: int) -> list[Tensor]:
+        """The score of every neuron as a slot's trace stands now, float32 [I] of each layer on the layer's device."""
+        return [self._renewal.scores(layer, [self._pool.live[slot]])[0].clone() for layer in self._parts.layers]
+
     # ---- what the model's doors call
 
     def prepared(self, inputs: dict[str, Any], call: dict[str, Any]) -> None:
