@@ -113,7 +113,7 @@ def test_a_compiled_module_is_pruned_not_silently_dense():
 
 @pytest.mark.parametrize(
     ("family", "backend", "preset"),
-    [("llama", "cpu", "gated-dart"), ("opt", "reference", "sketch-dart"), ("llama", "masked", "sketch-dart")],
+    [("llama", "cpu", "gated-dart"), ("opt", "masked", "sketch-dart")],
 )
 def test_token_selectors_compile_once(family, backend, preset):
     model = FAMILIES[family]()
@@ -124,7 +124,7 @@ def test_token_selectors_compile_once(family, backend, preset):
         spared = run.report().realised_sparsity
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=True)
     frames = []
-    for _ in range(5):
+    for _ in range(4):
         with pruner(model, backend=backend) as run:
             got = decode(model, model, run, prompt, new)
             assert run.report().realised_sparsity == pytest.approx(spared, abs=1e-3)

@@ -25,8 +25,9 @@ def tokens(model, lines=2, length=PROMPT, seed=0):
 def test_pruned_logits_equal_masked_dense(family, preset, backend):
     model = FAMILIES[family]()
     ids = tokens(model)
-    new = tokens(model, length=12, seed=1)
     pruner = presets.get(preset)()
+    # Clock needs some tokens to begin; a selector's choice is compared at the first one
+    new = tokens(model, length=12 if pruner.token is None else 4, seed=1)
     compared = 0
     with pruner(model, backend=backend) as run:
         with run.phase("prefill"):

@@ -71,7 +71,7 @@ class TokenGate(TokenSelector):
 
     kind: ClassVar[str] = "gate"
     context: ClassVar[bool] = True
-    rate: float = 0.25
+    rate: float = 0.15
     importance: str = "weights"
 
     def __post_init__(self) -> None:
