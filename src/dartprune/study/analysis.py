@@ -233,10 +233,9 @@ def _early(results: Results) -> Claim:
         return Claim(claim, OPEN, "the detector fired before the change in every text")
     share = _interval(results, changing)
     gain = _interval(results, changing, chance, statistic=difference)
+    answer = NO if gain.high <= 0 or share.high < 0.5 else OPEN
     if gain.low > 0 and share.low >= 0.5:
         answer = YES
-    else:
-        answer = NO if gain.high <= 0 or share.high < 0.5 else OPEN
     delay = "never" if found.delay is None else f"{found.delay:g} tokens"
     return Claim(
         claim,
@@ -271,7 +270,7 @@ def detector_curve(results: Results) -> list[CurvePoint]:
 
 
 def neuron_rows(results: Results) -> list[dict[str, Any]]:
-    """For each arm and layer: mean neurons added and dropped at an event, and own best neurons kept before and after."""
+    """For each arm and layer: mean neurons added and dropped at an event, and own best neurons kept."""
     out: list[dict[str, Any]] = []
     cut = results.settings.before // results.settings.window
     for record in results.records.values():

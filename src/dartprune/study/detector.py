@@ -78,7 +78,8 @@ def judge(
     """What one setting would have done.
 
     Args:
-        changing, steady: series of texts that change their topic, and of texts on one topic; see `first_events`.
+        changing: series of texts that change their topic; see `first_events`.
+        steady: the same of texts on one topic.
         detector: the setting.
         before: decoded token of the change.
         steps: decoded tokens of a text.
@@ -100,9 +101,7 @@ def judge(
     )
 
 
-def curve(
-    changing: Array, steady: Array, window: int, *, before: int, steps: int, early: int
-) -> list[CurvePoint]:
+def curve(changing: Array, steady: Array, window: int, *, before: int, steps: int, early: int) -> list[CurvePoint]:
     """Every combination of thresholds; arguments as in `judge`, `window` in tokens."""
     grid = itertools.product(DELTAS, DROPS, PATIENCES)
     return [

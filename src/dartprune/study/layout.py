@@ -21,7 +21,11 @@ CHOOSE = -1  # the model writes this token
 
 @dataclass(frozen=True)
 class Text:
-    """One text. prompt: tokens.  given: for each step the token it predicts, or CHOOSE.  topics: one, or two in order."""
+    """One text.
+
+    prompt: tokens.  given: for each step the token it predicts, or CHOOSE.  topics: one, or two in order.
+    number: its place among the texts, from which it draws.
+    """
 
     prompt: tuple[int, ...]
     given: tuple[int, ...]
@@ -35,7 +39,12 @@ class Text:
 
 
 def forced_texts(
-    documents: Mapping[str, Sequence[str]], tokenizer: Any, settings: Settings, count: int, control: int, separator: bool
+    documents: Mapping[str, Sequence[str]],
+    tokenizer: Any,
+    settings: Settings,
+    count: int,
+    control: int,
+    separator: bool,
 ) -> dict[str, list[Text]]:
     """Given texts, by kind: `count` that change their topic and `control` that keep it, all of one length.
 
@@ -98,7 +107,9 @@ def free_texts(
         if len(start) < 2:
             raise ValueError(f"prompt {number + 1} has {len(start)} tokens: a prompt needs at least 2")
         if len(bridge) > settings.after - settings.window:
-            raise ValueError(f"prompt {number + 1}: its bridge of {len(bridge)} tokens leaves nothing to write after it")
+            raise ValueError(
+                f"prompt {number + 1}: its bridge of {len(bridge)} tokens leaves nothing to write after it"
+            )
         given = [CHOOSE] * settings.steps
         given[settings.before - 1 : settings.before - 1 + len(bridge)] = bridge
         texts.append(Text(tuple(start), tuple(given), (prompt.first, prompt.second), number))
@@ -156,3 +167,22 @@ def chooser(batch: Sequence[Text], settings: Settings, forbidden: int | None) ->
         return torch.where(token == CHOOSE, written, token)
 
     return choose
+
+
+def written(texts: Sequence[Text], tokens: Tensor, settings: Settings, tokenizer: Any) -> dict[str, list[str]]:
+    """What the model wrote of each text, by part: `before` the change, and `after` it without the given bridge.
+
+    Args:
+        texts: as they were decoded.
+        tokens: int64 [steps, texts], the token that each step predicts.
+        settings: of the study.
+        tokenizer: turns tokens into text.
+    """
+    change = settings.before - 1
+    parts: dict[str, list[str]] = {"before": [], "after": []}
+    for number, text in enumerate(texts):
+        row = tokens[:, number].tolist()
+        bridge = sum(token != CHOOSE for token in text.given)
+        for part, ids in (("before", row[:change]), ("after", row[change + bridge :])):
+            parts[part].append(tokenizer.decode(ids, skip_special_tokens=True))
+    return parts

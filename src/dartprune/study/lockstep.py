@@ -39,8 +39,8 @@ class Unit:
         text int64 [S, B]: the token that step d predicts.
         judged [D, 3, B]: the detector's cosine, mu and sigma on the prompt's reference, window by window.
         overlap [W, 2, L, B]: share of each topic's own best neurons that is kept.
-    events: for each text, the run's events.  neurons: see `NeuronLog.rows`.  similarities: for each text, what the run's
-    own detector saw.  realised_sparsity: for each text.  held: bytes of the statistics between tokens.
+    events: for each text, the run's events.  neurons: see `NeuronLog.rows`.  similarities: for each text, what the
+    run's own detector saw.  realised_sparsity: for each text.  held: bytes of the statistics between tokens.
     """
 
     arrays: dict[str, Array]
@@ -154,7 +154,9 @@ def run_unit(
                 log.step(step)
                 detectors.step(mine[0])
                 token = choose(step, logits[:, -1]).to(token.device)
-                losses.append(torch.stack([token_losses(x, token[:, None])[:, 0] for x in (logits, dense_logits)]).cpu())
+                losses.append(
+                    torch.stack([token_losses(x, token[:, None])[:, 0] for x in (logits, dense_logits)]).cpu()
+                )
                 texts.append(token.cpu())
                 if kept.add(*path.step(mine[order], reference[order])):
                     overlaps.append(log.overlap())

@@ -67,9 +67,7 @@ class NeuronLog:
             # the first decode forward made the masks; an event of that very forward is compared with nothing
             self._kept = kept_masks(self._run, self._slots, self._neurons)
             return
-        again = [
-            line for line in sorted(self._relearning) if self._run.selection(self._slots[line])[0] is not None
-        ]
+        again = [line for line in sorted(self._relearning) if self._run.selection(self._slots[line])[0] is not None]
         changed = {event.sequence: event.kind for event in events} | dict.fromkeys(again, "relearned")
         for line, kind in sorted(changed.items()):
             now = [mask[0] for mask in kept_masks(self._run, [self._slots[line]], self._neurons)]

@@ -69,7 +69,9 @@ class Observer:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._remove()
 
     def _remove(self) -> None:
@@ -94,7 +96,11 @@ class Observer:
         return module.register_forward_pre_hook(ahead, with_kwargs=True)
 
     def take(self, lines: int) -> Tensor:
-        """Vectors of the forward since the last call, float32 [points, lines, tokens, H] on the last layer's device; then forgotten."""
+        """Vectors of the forward since the last call, float32 [points, lines, tokens, H]; then they are forgotten.
+
+        Raises:
+            RuntimeError: the forward did not pass a point.
+        """
         missing = [point.name for point in self.points if point not in self._seen]
         if missing:
             raise RuntimeError(f"the forward passed no vector at {', '.join(missing)}: its modules were not called")

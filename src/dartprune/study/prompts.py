@@ -19,15 +19,33 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "technology": ("electric cars", "graphics processors", "solar panels", "satellite navigation", "3D printing"),
     "food": ("Italian cooking", "sourdough bread", "Japanese noodle soups", "the history of chocolate", "street food"),
     "film": ("war films", "silent comedies", "animated films", "film music", "documentary film-making"),
-    "history": ("the Roman Republic", "the Silk Road", "the Industrial Revolution", "Viking voyages", "the printing press"),
+    "history": (
+        "the Roman Republic",
+        "the Silk Road",
+        "the Industrial Revolution",
+        "Viking voyages",
+        "the printing press",
+    ),
     "nature": ("coral reefs", "the migration of birds", "rainforests", "the life of honey bees", "deep-sea animals"),
     "medicine": ("asthma", "the treatment of diabetes", "vaccination", "healthy sleep", "broken bones"),
-    "sport": ("long-distance running", "the rules of cricket", "rock climbing", "Olympic swimming", "chess tournaments"),
+    "sport": (
+        "long-distance running",
+        "the rules of cricket",
+        "rock climbing",
+        "Olympic swimming",
+        "chess tournaments",
+    ),
     "space": ("the planet Mars", "black holes", "the first landing on the Moon", "comets", "space telescopes"),
     "music": ("jazz improvisation", "the violin", "opera", "folk songs", "electronic dance music"),
     "law and money": ("personal savings", "the stock market", "copyright law", "family budgets", "rental contracts"),
     "places": ("the city of Venice", "life in Antarctica", "the Sahara desert", "mountain railways", "small islands"),
-    "programming": ("sorting algorithms", "relational databases", "the Python language", "version control", "web servers"),
+    "programming": (
+        "sorting algorithms",
+        "relational databases",
+        "the Python language",
+        "version control",
+        "web servers",
+    ),
 }
 
 _REQUESTS = (
@@ -38,7 +56,7 @@ _REQUESTS = (
     "Write a magazine article in two parts: part one about {a}, part two about {b}.",
 )
 _OPENINGS = (
-    "This is a short introduction for beginners. Today we will talk about {a}. The most important thing to understand is",
+    "This is an introduction for beginners. Today we will talk about {a}. The most important thing to understand is",
     "Chapter One. Everyone has heard something about {a}, but few people know the whole story. It begins with",
     "Dear reader, you asked me for a few pages about {a}, and I am glad to write them. Let me start with",
     "Many books have been written about {a}. In the following pages we look at the main ideas, and first of all at",
@@ -53,8 +71,10 @@ _BRIDGES = (
 
 @dataclass(frozen=True)
 class TopicPrompt:
-    """One prompt. first, second: the topics.  prompt: asks for both at once.  opening: begins a text about the first,
-    for models that continue text.  bridge: turns such a text to the second; empty: there is none.
+    """One prompt.
+
+    first, second: the topics.  prompt: asks for both at once.  opening: begins a text about the first, for models that
+    continue text.  bridge: turns such a text to the second; empty: there is none.
     """
 
     first: str
@@ -111,7 +131,11 @@ def read_prompts(path: Path) -> list[TopicPrompt]:
     """
     text = path.read_text(encoding="utf-8")
     try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x.strip()]
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(x) for x in text.splitlines() if x.strip()]
+        )
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not rows:

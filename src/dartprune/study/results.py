@@ -102,6 +102,7 @@ class Results:
     points: list[Point]
     neurons: list[int]
     arms: list[Arm]
+    top: int  # largest dimensions whose overlap is counted
     names: dict[str, list[str]]
     records: dict[tuple[str, str], Record]
 

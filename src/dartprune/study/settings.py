@@ -20,12 +20,14 @@ class Settings:
     Decoded tokens are counted from 1: step d feeds one token and predicts the next. Steps 1 to `before` feed the first
     topic, the `after` steps that follow feed the second; so the change lies at decoded token `before`.
 
-    mode: `forced` (given text) or `free` (the model writes).  prompt: tokens of the prompt, dense for every arm; in free
-    mode each prompt has its own length.  window: tokens of a window of the report.
+    mode: `forced` (given text) or `free` (the model writes).  sparsity: of every arm that prunes.
+    prompt: tokens of the prompt, dense for every arm; in free mode each prompt has its own length.
+    window: tokens of a window of the report.
     layers: `first`, `middle`, `last` or numbers.  spaces: `attention` (output of the layer's attention) and `residual`
     (residual stream before the FFN).  top: dimensions whose overlap is counted.
-    early: tokens after the change within which a detection is early.  horizon: tokens after a release, and at the end of
-    the text, over which recovery is judged.  recovered: share of the loss that must be regained.
+    early: tokens after the change within which a detection is early.
+    horizon: tokens after a release, and at the end of the text, over which recovery is judged.
+    recovered: share of the loss that must be regained.
     temperature: of free decoding, 0 is greedy.  seed: of the streams, of sampling and of the resampling.
     resamples: of the bootstrap.
     """

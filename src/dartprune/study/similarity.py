@@ -1,4 +1,4 @@
-"""Similarity of texts in the space of a local encoder: whole texts, greedy matching of tokens, coverage of sentences."""
+"""Similarity of texts by a local encoder: whole texts, greedy matching of tokens, coverage of sentences."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Encoder:
         """
         if not (folder / "config.json").is_file():
             raise ValueError(
-                f"--similarity {folder}: holds no encoder; give the local folder of one, such as a sentence-transformers "
-                "model, or leave the option out"
+                f"--similarity {folder}: holds no encoder; give the local folder of one, such as a "
+                "sentence-transformers model, or leave the option out"
             )
         from transformers import AutoModel, AutoTokenizer
 
@@ -34,7 +34,9 @@ class Encoder:
             self._model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"--similarity {folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
-        self._longest = min(self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 512))
+        self._longest = min(
+            self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 512)
+        )
 
     def tokens(self, text: str) -> Tensor:
         """Unit vectors of a text's tokens, without the special ones: float32 [T, H]; longer texts are cut."""

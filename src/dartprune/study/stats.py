@@ -64,3 +64,10 @@ def regained(means: list[Array]) -> Array:
     """Share of the second mean that the first one is free of: 1 - first / second."""
     out: Array = 1 - means[0] / means[1]
     return out
+
+
+def band(values: Array) -> tuple[Array, Array, Array]:
+    """Mean over texts of each row, and the mean minus and plus 1.96 standard errors: values [rows, texts] -> [rows]."""
+    mean = values.mean(1)
+    error = 1.96 * values.std(1, ddof=1) / np.sqrt(values.shape[1]) if values.shape[1] > 1 else np.zeros_like(mean)
+    return mean, mean - error, mean + error

@@ -15,6 +15,7 @@ from dartprune.model.families import describe
 from dartprune.study.arms import Arm
 from dartprune.study.layout import CHOOSE, Text, batches, check_length, chooser, fingerprint
 from dartprune.study.lockstep import Unit, run_unit
+from dartprune.study.measures import top_dimensions
 from dartprune.study.neurons import own_neurons
 from dartprune.study.observe import points_of
 from dartprune.study.results import KINDS, Record, Results, join, save_unit
@@ -85,10 +86,12 @@ def run_study(
                         save_unit(unit, _file(folder, key))
                     journal.add(_label(key), unit.facts() | {"pruner": arm.pruner.to_dict()})
                 _check_same(journal[_label(key)], arm)
+    decoder = describe(model)
     return Results(
         settings=settings,
         points=points,
-        neurons=[layer.neurons for layer in describe(model).layers],
+        top=top_dimensions(decoder.hidden, settings.top),
+        neurons=[layer.neurons for layer in decoder.layers],
         arms=list(arms),
         names={kind: [text.name for text in group] for kind, group in texts.items()},
         records=_records(texts, arms, batch, journal, held, folder),
@@ -163,7 +166,9 @@ def _arrays(folder: Path, key: Key) -> dict[str, Any]:
         with np.load(path) as found:
             return dict(found)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: a finished unit cannot be read ({error}); remove the folder and start again") from None
+        raise ValueError(
+            f"{path}: a finished unit cannot be read ({error}); remove the folder and start again"
+        ) from None
 
 
 def _records(
