@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dartprune.study.arms import Arm
 from dartprune.study.detector import CurvePoint, curve, first_events, judge
 from dartprune.study.results import Record, Results
-from dartprune.study.stats import Interval, difference, interval, regained
+from dartprune.study.stats import Interval, difference, interval, regained, share
 
 Array = NDArray[Any]
 YES, NO, OPEN = "reproduced", "refuted", "undecided"
@@ -120,7 +120,7 @@ def _recovery(results: Results, arm: Arm, frozen: Record) -> Recovery:
     # whole windows after the release
     windows = slice(-(-arm.release // s.window), span.stop // s.window)
     alike = [r.measure("cosine_to_dense", results.lead)[windows].mean(0) for r in (record, frozen)]
-    share = _interval(results, pair, statistic=regained)
+    gain = _interval(results, pair, statistic=regained)
     static = _interval(results, pair[1])
     blocks = [slice(i, i + s.window) for i in range(arm.release, span.stop - s.window + 1, s.window)]
     fast = [b.stop - arm.release for b in blocks if freed[b].mean() <= kept[b].mean() / 2]
@@ -129,22 +129,22 @@ def _recovery(results: Results, arm: Arm, frozen: Record) -> Recovery:
         tokens=span.stop - span.start,
         static=static,
         released=_interval(results, pair[0]),
-        regained=share,
+        regained=gain,
         similar_static=float(alike[1].mean()),
         similar=float(alike[0].mean()),
         similarity_regained=_interval(results, 1 - np.stack(alike), statistic=regained),
         half_time=fast[0] if fast else None,
         lost=_interval(results, freed[-min(s.horizon, s.after) :].mean(0)),
-        verdict=_recovers(static, share, s.recovered),
+        verdict=_recovers(static, gain, s.recovered),
     )
 
 
-def _recovers(static: Interval, share: Interval, wanted: float) -> str:
+def _recovers(static: Interval, gain: Interval, wanted: float) -> str:
     if static.low <= 0:
         return "nothing to regain"
-    if share.low >= wanted:
+    if gain.low >= wanted:
         return "recovers"
-    return "does not" if share.high < wanted else "undecided"
+    return "does not" if gain.high < wanted else "undecided"
 
 
 def verdict(rows: list[Recovery], wanted: float) -> str:
@@ -231,16 +231,16 @@ def _early(results: Results) -> Claim:
     changing, chance = hits(frozen), hits(steady)
     if not len(changing) or not len(chance):
         return Claim(claim, OPEN, "the detector fired before the change in every text")
-    share = _interval(results, changing)
+    timely = share(changing)
     gain = _interval(results, changing, chance, statistic=difference)
-    answer = NO if gain.high <= 0 or share.high < 0.5 else OPEN
-    if gain.low > 0 and share.low >= 0.5:
+    answer = NO if gain.high <= 0 or timely.high < 0.5 else OPEN
+    if gain.low > 0 and timely.low >= 0.5:
         answer = YES
     delay = "never" if found.delay is None else f"{found.delay:g} tokens"
     return Claim(
         claim,
         answer,
-        f"fired within {s.early} tokens in {share} of {len(changing)} texts, {gain} more than on one-topic text at the "
+        f"fired within {s.early} tokens in {timely} of {len(changing)} texts, {gain} more than on one-topic text at the "
         f"same place; median delay {delay}; {found.false_alarms:.2f} first alarms for 1,000 tokens of one topic; "
         f"{found.fired_before:.0%} of the texts had fired before the change",
     )

@@ -55,6 +55,15 @@ def interval(
     return Interval(float(value[0]), float(low), float(high))
 
 
+def share(hits: Array) -> Interval:
+    """Share of texts that are hit (bool or 0 and 1, [texts]) with Wilson's interval, which holds at 0 and 1 too."""
+    count, z = len(hits), 1.96
+    value = float(np.mean(hits))
+    middle = (value + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * np.sqrt(value * (1 - value) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return Interval(value, max(0.0, float(middle - half)), min(1.0, float(middle + half)))
+
+
 def difference(means: list[Array]) -> Array:
     """First mean minus second."""
     return means[0] - means[1]
