@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from study.small import SETTINGS, arms, record, results
 
 from dartprune.study import analysis as a
 from dartprune.study.arms import parse_arms
 from dartprune.study.settings import Settings
+from small_study import SETTINGS, arms, record, results
 
 S = SETTINGS
 COUNT = 12
@@ -82,7 +82,7 @@ def test_until_when():
     ]
     assert a.verdict(rows, 0.8).startswith("The model recovers when released by decoded token 200")
     assert a.verdict(rows[2:], 0.8).startswith("The model does not recover")
-    assert a.verdict([rows[2], rows[0]], 0.8).startswith("The model recovers when") is True
+    assert a.verdict([rows[2], rows[0]], 0.8).startswith("The model recovers when")
     shuffled = [a.Recovery(**{**vars(rows[3]), "release": 50}), *rows[:2]]
     assert a.verdict(shuffled, 0.8).startswith("Recovery follows no order")
 
@@ -100,7 +100,8 @@ def test_the_claim_about_release():
     def rows(*verdicts):
         (row,) = a.recoveries(study(0.0))
         return [
-            a.Recovery(**{**vars(row), "release": 100 * (i + 1), "verdict": verdict}) for i, verdict in enumerate(verdicts)
+            a.Recovery(**{**vars(row), "release": 100 * (i + 1), "verdict": verdict})
+            for i, verdict in enumerate(verdicts)
         ]
 
     def answer(*verdicts):
@@ -125,8 +126,7 @@ def test_table_of_arms():
 
 
 def test_free_mode_compares_with_what_the_dense_arm_wrote():
-    made = results(study(0.0).records.values().__iter__().__class__ and list(study(0.0).records.values()),
-                   Settings(**{**vars(S), "mode": "free"}))  # fmt: skip
+    made = results(list(study(0.0).records.values()), Settings(**{**vars(S), "mode": "free"}))
     static = made.records["static", "change"]
     static.dense_loss = static.dense_loss + 0.25
     assert np.allclose(made.excess(static), 0.25)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracle import assert_untouched, snapshot
-from study.small import SETTINGS, Tokenizer, arms, model, texts
 
 from dartprune import Dense
 from dartprune.drift import AttentionDrift
@@ -17,6 +15,8 @@ from dartprune.study.lockstep import run_unit
 from dartprune.study.neurons import own_neurons
 from dartprune.study.observe import points_of
 from dartprune.study.settings import Settings
+from oracle import assert_untouched, snapshot
+from small_study import SETTINGS, Tokenizer, arms, model, texts
 
 POINTS = (("first", "last"), ("attention", "residual"))
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from study.small import EAGER, arms, model
 
 from dartprune import Dart, Replay, Static
 from dartprune.study.neurons import NeuronLog, kept_masks, own_neurons
+from small_study import EAGER, arms, model
 
 
 def decode(tiny, pruner, tokens, prompt, own):
@@ -28,7 +28,10 @@ def test_exchanged_neurons_are_the_reports():
     told = {(e.sequence, e.decoded): e.changed for e in report.events}
     assert {(r["stream"], r["decoded"]): sum(r["added"]) for r in log.rows} == told and len(told) > 3
     assert all(r["added"] == r["dropped"] for r in log.rows), "budgets stay"
-    by_hand = [(mask & own).sum(1) / own.sum(1) for mask, own in zip(masks, own_neurons(tiny, tokens[:, :21], 0.5), strict=True)]
+    by_hand = [
+        (mask & own).sum(1) / own.sum(1)
+        for mask, own in zip(masks, own_neurons(tiny, tokens[:, :21], 0.5), strict=True)
+    ]
     assert torch.equal(log.overlap()[0], torch.stack(by_hand))
 
 

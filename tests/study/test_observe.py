@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import assert_untouched, snapshot
-from tiny import FAMILIES
 
 from dartprune import Dart
 from dartprune.study.observe import Observer, Point, points_of
+from oracle import assert_untouched, snapshot
+from tiny import FAMILIES
 
 
 @pytest.mark.parametrize("family", FAMILIES)

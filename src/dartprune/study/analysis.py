@@ -240,8 +240,8 @@ def _early(results: Results) -> Claim:
     return Claim(
         claim,
         answer,
-        f"fired within {s.early} tokens in {timely} of {len(changing)} texts, {gain} more than on one-topic text at the "
-        f"same place; median delay {delay}; {found.false_alarms:.2f} first alarms for 1,000 tokens of one topic; "
+        f"fired within {s.early} tokens in {timely} of {len(changing)} texts, {gain} more than on one-topic text at "
+        f"the same place; median delay {delay}; {found.false_alarms:.2f} first alarms for 1,000 tokens of one topic; "
         f"{found.fired_before:.0%} of the texts had fired before the change",
     )
 

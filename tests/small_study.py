@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from tiny import FAMILIES
 
 from dartprune import Dart, Detector, Relearn, Replay
 from dartprune.study.arms import Arm, parse_arms
 from dartprune.study.layout import Text
 from dartprune.study.results import Record, Results
 from dartprune.study.settings import Settings
+from tiny import FAMILIES
 
 SETTINGS = Settings(
-    sparsity=0.5, prompt=16, before=16, after=32, window=8, layers=("first", "last"), early=16, horizon=16, resamples=100
+    sparsity=0.5,
+    prompt=16,
+    before=16,
+    after=32,
+    window=8,
+    layers=("first", "last"),
+    early=16,
+    horizon=16,
+    resamples=100,
 )
 # a detector that fires easily: a tiny random model knows no topics
 EAGER = Detector(window=8, delta=0.0, min_drop=0.0, patience=1)
@@ -61,7 +69,7 @@ def arms():
 
 
 def record(arm, kind, loss, *, settings=SETTINGS, cosine=None, judged=None, events=None):
-    """A record whose loss over dense is `loss` [steps, texts], and whose cosine with dense is `cosine` [windows, texts]."""
+    """A record with this loss over dense [steps, texts] and this cosine with dense [windows, texts]."""
     steps, count = loss.shape
     windows = np.ones((settings.windows, 1, 9, count))
     if cosine is not None:
