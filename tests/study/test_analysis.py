@@ -12,6 +12,7 @@ from small_study import SETTINGS, arms, record, results
 
 S = SETTINGS
 COUNT = 12
+EVENT = {"decoded": 24, "kind": "replay", "similarity": 0.1}
 DENSE, STATIC, RELEASE, DART, _ = arms()
 
 
@@ -47,9 +48,11 @@ def study(release_left, static_after=1.0, control_after=0.2, seen_at=2, control_
             record(DENSE, "change", loss(0, 0, 0) * 0),
             record(STATIC, "change", loss(0.2, static_after, 1), cosine=cosine(0.95, 0.7, 1), judged=judged(seen_at)),
             record(RELEASE, "change", loss(0.2, static_after, 2, 24, release_left), cosine=cosine(0.95, 0.9, 2)),
-            record(DART, "change", loss(0.2, 0.5, 3), events=[[{"decoded": 24, "kind": "replay", "similarity": 0.1}]] * COUNT),
+            record(DART, "change", loss(0.2, 0.5, 3), events=[[EVENT]] * COUNT),
             record(DENSE, "control", loss(0, 0, 0) * 0),
-            record(STATIC, "control", loss(0.2, control_after, 4), cosine=cosine(0.95, 0.94, 4), judged=judged(control_seen)),
+            record(
+                STATIC, "control", loss(0.2, control_after, 4), cosine=cosine(0.95, 0.94, 4), judged=judged(control_seen)
+            ),
             record(DART, "control", loss(0.2, 0.2, 5)),
         ]
     )  # fmt: skip

@@ -70,6 +70,5 @@ def test_frontier():
     def point(alarms, delay):
         return CurvePoint(0, 0, 1, 0, 1, 1, delay, alarms)
 
-    assert [(p.false_alarms, p.delay) for p in frontier([point(3, 4), point(1, 9), point(2, 9), point(2, 5), point(4, None)])] == [
-        (1, 9), (2, 5), (3, 4),
-    ]  # fmt: skip
+    points = [point(3, 4), point(1, 9), point(2, 9), point(2, 5), point(4, None)]
+    assert [(p.false_alarms, p.delay) for p in frontier(points)] == [(1, 9), (2, 5), (3, 4)]

@@ -20,7 +20,7 @@ def test_the_vectors_of_every_family(family):
         hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
         seen = observer.take(2)
     assert seen.shape == (4, 2, 6, 32) and seen.dtype == torch.float32
-    where = {point: vectors for point, vectors in zip(points, seen, strict=True)}
+    where = dict(zip(points, seen, strict=True))
     if family in ("llama", "qwen3", "mistral"):
         # the residual before the FFN is the layer's input and what its attention adds
         assert torch.allclose(

@@ -19,9 +19,8 @@ FREE = Settings(**{**vars(SETTINGS), "mode": "free", "temperature": 1.0})
 
 
 def run(folder=None, chosen=None, told=None, settings=SETTINGS, kinds=None):
-    return run_study(
-        model(), Tokenizer(), kinds or texts(4), chosen or arms(), settings, folder=folder, batch=2, backend="masked", told=told
-    )  # fmt: skip
+    options = {"folder": folder, "batch": 2, "backend": "masked", "told": told}
+    return run_study(model(), Tokenizer(), kinds or texts(4), chosen or arms(), settings, **options)
 
 
 def same(a, b):
