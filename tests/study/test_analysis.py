@@ -43,6 +43,7 @@ def judged(change_at):
 
 
 def study(release_left, static_after=1.0, control_after=0.2, seen_at=2, control_seen=99):
+    still = cosine(0.95, 0.94, 4)
     return results(
         [
             record(DENSE, "change", loss(0, 0, 0) * 0),
@@ -50,9 +51,7 @@ def study(release_left, static_after=1.0, control_after=0.2, seen_at=2, control_
             record(RELEASE, "change", loss(0.2, static_after, 2, 24, release_left), cosine=cosine(0.95, 0.9, 2)),
             record(DART, "change", loss(0.2, 0.5, 3), events=[[EVENT]] * COUNT),
             record(DENSE, "control", loss(0, 0, 0) * 0),
-            record(
-                STATIC, "control", loss(0.2, control_after, 4), cosine=cosine(0.95, 0.94, 4), judged=judged(control_seen)
-            ),
+            record(STATIC, "control", loss(0.2, control_after, 4), cosine=still, judged=judged(control_seen)),
             record(DART, "control", loss(0.2, 0.2, 5)),
         ]
     )  # fmt: skip
