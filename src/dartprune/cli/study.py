@@ -97,7 +97,6 @@ def study(
         recovered=recovered,
         temperature=temperature,
         seed=seed,
-        resamples=1000,
     )
     chosen = parse_arms(arms, sparsity)
     settings.check_arms(chosen)
