@@ -27,6 +27,8 @@ def test_what_the_names_stand_for():
     arms = {arm.name: arm for arm in parse_arms("dense,static,release@40,dart,dart-relearn,griffin,clock", 0.6)}
     assert arms["dense"].is_dense and arms["dense"].pruner.sparsity == 0
     assert arms["static"].frozen and arms["griffin"].frozen and not arms["release@40"].frozen
+    chosen = parse_arms("sketch-dart,gated-dart,per-token", 0.6)
+    assert not any(arm.frozen for arm in chosen), "they choose for each token"
     assert arms["release@40"].release == 40 and arms["release@40"].pruner.refresh.at == 40
     assert arms["dart"].pruner.refresh.kind == "replay" and arms["dart-relearn"].pruner.refresh.kind == "relearn"
     assert {arm.pruner.sparsity for name, arm in arms.items() if name != "dense"} == {0.6}

@@ -28,8 +28,8 @@ class Arm:
 
     @property
     def frozen(self) -> bool:
-        """Whether the prompt's mask stays in force for ever."""
-        return self.pruner.prunes and self.pruner.refresh.kind == "never"
+        """Whether the prompt's mask stays in force for ever; one that chooses for each token has no such mask."""
+        return self.pruner.prunes and self.pruner.token is None and self.pruner.refresh.kind == "never"
 
 
 def parse_arms(text: str, sparsity: float) -> list[Arm]:
