@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# without a GPU, Triton kernels run in its interpreter; Triton asks when it is first imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # tiny models gain nothing from threads, and on a busy machine threads that wait for each other are very slow
 torch.set_num_threads(1)
