@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from dartprune import Clock, Dart, Dense, Griffin, Random, Relearn, Static
-from dartprune.evaluation.forced import forced_losses
+from dartprune.forced import forced_losses
 from dartprune.loading import load
 
 PROMPT, HALF = 64, 128

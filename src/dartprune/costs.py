@@ -116,7 +116,7 @@ def memory_per_sequence(shape: Shape, method: Method, *, masks: bool = False) ->
         total += layers * (4 * neurons + 4 * hidden)
     replay = method.refresh.replay_tokens
     if replay:
-        total += layers * (replay + 1) * hidden * shape.weight_bytes
+        total += layers * (replay + 1) * (hidden + 4)  # eight bits a value, a scale for each token
     if method.refresh.detects:
         total += 4 * method.detector.window * hidden
     total += 4 * hidden * (KEPT_WINDOWS + 1)

@@ -44,7 +44,7 @@ def _run(arms: list[Any], backend: str, silent: bool) -> tuple[dict[str, Any], R
     from rich.progress import Progress
 
     from dartprune.demo import pairs
-    from dartprune.evaluation.forced import forced_losses
+    from dartprune.forced import forced_losses
     from dartprune.loading import load
 
     model, tokenizer = load()
