@@ -150,13 +150,20 @@ def saving_per_token(layers: Sequence[LayerRun], sparsity: float) -> float | Non
     dense: list[float] = []
     pruned: list[float] = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = _now(x.device)
         middle.layer.down(middle.layer.activations(x))
-        between = time.perf_counter()
+        between = _now(x.device)
         middle.backend.ffn(x, weights, index, count, slots)
-        pruned.append(time.perf_counter() - between)
+        pruned.append(_now(x.device) - between)
         dense.append(between - began)
     return (statistics.median(dense) - statistics.median(pruned)) * len(layers)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when what was given to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _layer_bytes(layer: LayerRun) -> int:
