@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-# without a GPU, Triton kernels run in its interpreter; Triton asks when it is first imported
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 # tiny models gain nothing from threads, and on a busy machine threads that wait for each other are very slow
 torch.set_num_threads(1)
+
+# without a GPU its kernels are interpreted; Triton asks for this when it is first imported, by whatever test
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

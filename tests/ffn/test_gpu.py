@@ -16,7 +16,10 @@ from dartprune import Dart, Detector, Replay
 from dartprune.ffn import choose, gpu_kernels, gpu_tuning
 from dartprune.ffn.gpu import GpuBackend
 from dartprune.ffn.gpu_kernels import Blocks, Config
-from kernel_cases import ACTS, DTYPES, assert_near, exact, lists, make
+from dartprune.ffn.reference import ReferenceBackend
+from dartprune.ffn.weights import FFNWeights
+from ffn_cases import ACTS, DTYPES, assert_near, make
+from ffn_cases import lists as narrow_lists
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -28,6 +31,21 @@ CONFIGS = (
     Config(Blocks(16, 128, 4), Blocks(64, 32, 4), splits=1),
     Config(Blocks(64, 32, 4), Blocks(16, 128, 4), splits=8),
 )
+
+
+def lists(neurons, counts, width=None):
+    """Index lists of a width; what lies past a count is a neuron, and wrong."""
+    short, count = narrow_lists(neurons, counts)
+    index = torch.full((len(counts), width or short.shape[1]), neurons - 1, dtype=torch.int32)
+    for slot, k in enumerate(counts):
+        index[slot, :k] = short[slot, :k]
+    return index, count
+
+
+def exact(x, w, index, count, slots):
+    """The reference backend in double precision, on the device; the answer on the host."""
+    wide = FFNWeights(*(t if t is None else t.double() for t in w.tensors()), w.activation, w.act)
+    return ReferenceBackend().ffn(x.double(), wide, index, count, slots).cpu()
 
 
 def on_device(*tensors):
@@ -51,6 +69,16 @@ def test_random_cases(seed, monkeypatch):
     got = BACKEND.ffn(x, w, index, count, slots)
     assert got.dtype is dtype and got.shape == x.shape and got.is_contiguous()
     assert_near(got, exact(x, w, index, count, slots), dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7, 40])
+@pytest.mark.parametrize("blocks", [(1, 16), (4, 32), (32, 64)])
+def test_any_blocks_and_splits(splits, blocks):
+    w = make(50, 70, torch.float32, True, True, "silu", DEVICE)
+    x, index, count, slots = on_device(torch.randn(3, 50), *lists(70, [70, 13, 0]), torch.tensor([0, 1, 2]))
+    shape = Blocks(*blocks, 4)
+    got = gpu_kernels.pruned_ffn(x, *w.tensors(), index, count, slots, "silu", Config(shape, shape, splits))
+    assert_near(got, exact(x, w, index, count, slots), torch.float32)
 
 
 def test_lists_are_read_anew_at_every_call_and_may_be_wider_than_any_count():
