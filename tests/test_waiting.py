@@ -108,8 +108,8 @@ def test_an_event_copies_a_few_numbers_and_reads_none(fires_at):
     assert [e.decoded for e in report.events] == [2 * WINDOW]
     waits = seen[2 * WINDOW - 1]
     assert waits.count("tolist") == 1
-    # the CPU's way of taking the highest asks for their places, once a layer; a GPU sorts
-    assert waits.count("nonzero") == 3
+    # the CPU's way of taking the highest asks for their places, once a layer that is not whole; a GPU sorts
+    assert 1 <= waits.count("nonzero") <= 3
     assert not set(waits) - {"tolist", "nonzero", "tensor", "__setitem__"}
     assert waits.count("tensor") + waits.count("__setitem__") <= 3
 

@@ -12,12 +12,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from dartprune import Dart, Detector, Replay
+from dartprune import Dart
 from dartprune.ffn import choose, gpu_kernels, gpu_tuning
 from dartprune.ffn.gpu import GpuBackend
 from dartprune.ffn.gpu_kernels import Blocks, Config
 from dartprune.ffn.reference import ReferenceBackend
 from dartprune.ffn.weights import FFNWeights
+from dartprune.refresh import Clock
 from ffn_cases import ACTS, DTYPES, assert_near, make
 from ffn_cases import lists as narrow_lists
 from test_matrix import tokens
@@ -183,11 +184,7 @@ def test_inside_a_full_graph():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_generate_gives_the_tokens_of_the_reference(family):
-    pruner = Dart(
-        sparsity=0.5,
-        detector=Detector(window=4, patience=1, min_drop=0.0, delta=0.0),
-        refresh=Replay(tokens=8, settle=16),
-    )
+    pruner = Dart(sparsity=0.5, refresh=Clock(every=5, dense=None, replay=8))
     outputs, reports = [], []
     for backend in ("reference", "gpu"):
         model = FAMILIES[family]().to(DEVICE)
