@@ -172,16 +172,23 @@ def saving_per_token(
     dense: list[float] = []
     pruned: list[float] = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = _now(x.device)
         middle.layer.down(middle.layer.activations(x))
-        between = time.perf_counter()
+        between = _now(x.device)
         if middle.token is None:
             middle.backend.ffn(x, weights, index, count, slots)
         else:
             middle.token.compute(x, weights, index, count, slots, each)
-        pruned.append(time.perf_counter() - between)
+        pruned.append(_now(x.device) - between)
         dense.append(between - began)
     return (statistics.median(dense) - statistics.median(pruned)) * len(layers)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when what was given to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _sequence(row: Ended) -> SequenceReport:

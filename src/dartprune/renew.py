@@ -11,6 +11,7 @@ from torch import Tensor
 from dartprune.budget import keep_counts
 from dartprune.layer_run import LayerRun
 from dartprune.method import Method
+from dartprune.once import Once
 from dartprune.scoring import LAYER, NOISE, WEIGHT_FACTS, keep_above_mean, keep_top, scorer
 from dartprune.slots import Counters, Slot
 
@@ -48,11 +49,14 @@ class Renewal:
         self.replays = 0
         self.version = 0  # counts changes of any mask
         self._facts = facts
+        self._once = Once()
 
     def build(self, slots: Sequence[Slot]) -> list[Tensor]:
         """New budgets and masks from the traces; returns the number of newly kept neurons of each slot."""
-        rows = [slot.id for slot in slots]
-        impact = torch.stack([layer.trace.impact[rows].cpu() for layer in self.layers], dim=1).double()
+        ids = self._ids(slots)
+        sums_of = [layer.trace.impact.index_select(0, ids[layer.trace.device]) for layer in self.layers]
+        # the budget is made on the host: one transfer for all layers
+        impact = torch.stack([part.to(self.counters.device) for part in sums_of], dim=1).cpu().double()
         neurons = [layer.layer.neurons for layer in self.layers]
         for slot, sums in zip(slots, impact, strict=True):
             means = (sums[:, :2] / sums[:, 2:].clamp_min(1)).float()
@@ -78,17 +82,16 @@ class Renewal:
         """Renew the statistics from the buffered inputs and choose anew within the budgets in force."""
         self.replays += 1
         length = self.method.refresh.replay_tokens
-        host_rows = torch.tensor([slot.id for slot in slots])
         places = torch.stack([(slot.ring_next - length + torch.arange(length)) % length for slot in slots])
         # a young sequence has not filled its ring: the oldest places do not count yet
         weight = torch.stack([(torch.arange(length) >= length - slot.ring_fill).float() for slot in slots])
+        ids = self._ids(slots)
+        on = {device: (rows, places.to(device), weight.to(device)) for device, rows in ids.items()}
         for layer in self.layers:
             assert layer.ring is not None
-            device = layer.ring.device
-            rows = host_rows.to(device)
-            x = layer.ring.read(rows, places.to(device))
-            a = layer.layer.activations(x)
-            layer.trace.blend(a, rows, weight.to(device), self.method.refresh.replay_memory)
+            rows, where, counted = on[layer.ring.device]
+            a = layer.layer.activations(layer.ring.read(rows, where))
+            layer.trace.blend(a, rows, counted, self.method.refresh.replay_memory)
             matrices = 2 if layer.layer.gated else 1
             self.flops += 2 * matrices * layer.layer.neurons * layer.layer.hidden * length * len(slots)
         for slot in slots:
@@ -101,8 +104,8 @@ class Renewal:
         rows = [slot.id for slot in slots]
         for layer in self.layers:
             layer.selection.open(rows)
-        self.counters.share[rows] = 0.0
         for slot in slots:
+            self.counters.share[slot.id] = 0.0
             slot.former, slot.keep, slot.chosen = slot.keep, None, None
 
     def forget(self, slots: Sequence[Slot]) -> None:
@@ -123,9 +126,14 @@ class Renewal:
                 self._write(number, layer, slots, changed)
             for i, slot in enumerate(slots):
                 left_out[i] += layer.layer.weights * (1 - self._fixed_share(number, layer, slot))
-        rows = [slot.id for slot in slots]
-        self.counters.share[rows] = torch.tensor(left_out, device=self.counters.device) / whole
+        for slot, left in zip(slots, left_out, strict=True):
+            self.counters.share[slot.id] = left / whole
         return changed
+
+    def _ids(self, slots: Sequence[Slot]) -> dict[torch.device, Tensor]:
+        """The ids of these slots on each device, copied there once for all layers."""
+        ids = [slot.id for slot in slots]
+        return {device: self._once(ids, device) for device in {layer.trace.device for layer in self.layers}}
 
     def _fixed_share(self, number: int, layer: LayerRun, slot: Slot) -> float:
         """Share of a layer's weights that every token of a slot uses, whatever it chooses for itself."""
@@ -152,7 +160,7 @@ class Renewal:
 
     def scores(self, layer: LayerRun, slots: Sequence[Slot]) -> Tensor:
         """The scorer's scores of a layer's neurons for these slots, float32 [slots, I]."""
-        rows = [slot.id for slot in slots]
+        rows = self._ids(slots)[layer.trace.device]
         inputs: dict[str, Any] = {}
         for name in self.scorer.inputs:
             if name == NOISE:
@@ -162,7 +170,7 @@ class Renewal:
             elif name in WEIGHT_FACTS:
                 inputs[name] = self._facts(layer, name)
             else:
-                inputs[name] = layer.trace.tensors()[name][rows]
+                inputs[name] = layer.trace.tensors()[name].index_select(0, rows)
         return self.scorer.function(**inputs).to(layer.trace.device).expand(len(slots), -1)
 
     def _draw(self, layer: LayerRun, slot: Slot) -> Tensor:
@@ -171,7 +179,7 @@ class Renewal:
         return torch.rand(layer.layer.neurons, generator=generator).to(layer.trace.device)
 
     def _compensate(self, layer: LayerRun, slots: Sequence[Slot]) -> None:
-        rows = torch.tensor([slot.id for slot in slots], device=layer.trace.device)
+        rows = self._ids(slots)[layer.trace.device]
         mean = layer.trace.tensors()["total"][rows] / layer.trace.tokens[rows].clamp_min(1)[:, None]
         dropped = mean.masked_fill(layer.selection.rows_mask(rows), 0.0)
         down = layer.layer.down

@@ -299,9 +299,12 @@ class Run(Refuses):
             self._check_unmoved()
         lines, length = int(tokens.shape[0]), int(tokens.shape[1])
         known = self._pool.of(cache) if cache is not None else None
-        in_loop = known is not None and length == 1 and not first and explicit is None
+        in_loop = known is not None and length == 1 and not first and (explicit is None or explicit[0] is Phase.DECODE)
         # a static cache keeps its length on the device, which a decoding step must not wait for
-        past = 0 if cache is None else (self._length if in_loop and _is_static(cache) else int(cache.get_seq_length()))
+        if in_loop and _is_static(cache):
+            past = max(1, self._length)
+        else:
+            past = 0 if cache is None else int(cache.get_seq_length())
         if explicit is not None:
             phase = explicit[0]
         elif first or past == 0:

@@ -69,15 +69,17 @@ class LayerSelection(SlotTensors):
 
     def write_all(self, slots: list[int]) -> None:
         """Let these slots keep everything, as a selection."""
-        self.count[slots] = self.neurons
+        for slot in slots:
+            self.count[slot] = self.neurons
 
     def open(self, slots: list[int]) -> None:
         """Every neuron again; the lists stay, to be compared with the next ones."""
-        self.count[slots] = -1
-        if self.has_masks:
-            self.mask[slots] = True
-        if self.has_compensation:
-            self.compensation[slots] = 0.0
+        for slot in slots:
+            self.count[slot] = -1
+            if self.has_masks:
+                self.mask[slot] = True
+            if self.has_compensation:
+                self.compensation[slot] = 0.0
 
     def rows_mask(self, slots: Tensor) -> Tensor:
         """The masks of these slots (int64 [B]), bool [B, I]; a slot without a selection has ones."""

@@ -51,6 +51,9 @@ class SlotTensors:
                         device=tensor.device,
                     )
                     larger[: tensor.shape[0]] = tensor
+                if larger.is_cuda:
+                    # a compiled step's CUDA graph then writes here, instead of refusing an input that it changes
+                    torch._dynamo.mark_static_address(larger, guard=False)
                 setattr(self, name, larger)
 
     def clear(self, slots: list[int]) -> None:

@@ -13,14 +13,13 @@ from torch import Tensor
 from dartprune.layer_run import LayerRun, Step
 from dartprune.method import Method
 from dartprune.model.rows import Phase, Rows
+from dartprune.once import Once
 from dartprune.refresh import Action
 from dartprune.renew import Renewal
 from dartprune.report import Event
 from dartprune.slots import Counters, Slot, State
 from dartprune.token.tally import Tally
 from dartprune.watch import Watch
-
-KEPT = 64  # small tensors that are remembered between tokens
 
 
 @dataclass
@@ -65,16 +64,7 @@ class Stepper:
         self._paused = False
         self._counted: Tensor | None = None
         self._plan: tuple[Any, dict[torch.device, Step], list[int]] | None = None
-        self._kept: dict[Any, Tensor] = {}
-
-    def _once(self, values: Sequence[int] | Sequence[bool], device: torch.device) -> Tensor:
-        """These values as a tensor on a device, made once: a copy from the host would make every token wait."""
-        key = (device, *map(type, values[:1]), *values)
-        if key not in self._kept:
-            if len(self._kept) >= KEPT:
-                self._kept.clear()
-            self._kept[key] = torch.tensor(values, device=device)
-        return self._kept[key]
+        self._once = Once()
 
     # ---- before the layers run
 
@@ -338,7 +328,8 @@ class Stepper:
                 due.setdefault(action, []).append(slot)
         if not due:
             return
-        if ended is not None:
+        # a detector that fired has looked already
+        if ended is not None and any(slot.id not in fired for group in due.values() for slot in group):
             over = {slot.id for slot, is_over in zip(slots, ended.tolist(), strict=True) if is_over}
             due = {action: [s for s in group if s.id not in over] for action, group in due.items()}
         began = time.perf_counter()

@@ -16,8 +16,8 @@ serves one multiplication, so memory bandwidth is the limit: the time to aim at 
 gaps between launches.
 
 Rows of a batch are the fastest axis of each grid, so programs that read the same place of several rows' lists run next
-to each other. Rows of one slot (a block of candidates) find each other's weights in the L2 cache: memory is read once
-for all of them, without another kernel.
+to each other. Rows of one slot (a block of candidates) then find each other's weights in the L2 cache, and memory need
+be read only once for all of them, without another kernel.
 """
 
 from __future__ import annotations
