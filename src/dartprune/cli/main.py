@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 import dartprune
-from dartprune.cli import demo, generate, inspect
+from dartprune.cli import bench, demo, generate, inspect
 
 INTERRUPTED = 130
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command(name="generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command(name="inspect", epilog=inspect.EXAMPLE)(inspect.inspect)
 app.command(name="demo", epilog=demo.EXAMPLE)(demo.demo)
+app.add_typer(bench.app, name="bench")
 
 
 def _version(asked: bool) -> None:
