@@ -37,10 +37,10 @@ def measure(
     what: Subject,
     pruners: Mapping[str, Pruner],
     *,
-    batch: int = 4,
-    prompt: int = 32,
-    new: int = 16,
-    turns: int = 5,
+    batch: int = 1,
+    prompt: int = 288,
+    new: int = 4,
+    turns: int = 3,
     backend: str = "auto",
     progress: Callable[[str], None] = lambda text: None,
 ) -> Result:
@@ -51,8 +51,9 @@ def measure(
     bytes, with the allocator's free pages given back first; on a GPU the highest number of bytes allocated. The larger
     batch less the smaller one leaves what single sequences hold: weights, kernels and code cancel.
 
-    All layers of a shape: the count by arithmetic (`dartprune.costs.memory_per_sequence`, linear in the layers but for
-    the detector's windows), and the same times the measured share of the reported bytes.
+    The report counts what a sequence may come to hold: give a prompt that fills all windows of the detector (32 of 8
+    tokens). For all layers of a shape the count by arithmetic stands (`dartprune.costs.memory_per_sequence`, linear in
+    the layers but for these windows), and the same times the measured share of the reported bytes.
 
     Args:
         what: the model; a few layers of a large shape are enough.

@@ -218,14 +218,17 @@ def check_room(what: str, needed: int, device: torch.device) -> None:
 def fill(tensors: Iterable[Tensor], deviation: float) -> None:
     """Fill contiguous tensors with normal values: one block of random values again and again, which is quick."""
     block: Tensor | None = None
+    start = 0  # in the block, where the last tensor ended
     for tensor in tensors:
         if block is None or block.dtype != tensor.dtype or block.device != tensor.device:
             generator = torch.Generator().manual_seed(0)
             block = (torch.randn(_BLOCK, generator=generator) * deviation).to(tensor.device, tensor.dtype)
         flat = tensor.view(-1)
-        for first in range(0, flat.numel(), _BLOCK):
-            part = flat[first : first + _BLOCK]
-            part.copy_(block[: part.numel()])
+        done = 0
+        while done < flat.numel():
+            part = flat[done : done + _BLOCK - start]
+            part.copy_(block[start : start + part.numel()])
+            done, start = done + part.numel(), (start + part.numel()) % _BLOCK
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ CLAIM = 10e6  # bytes a sequence, DART section 4.4
 
 def save_result(result: Result, path: Path) -> None:
     """Bars of every row; the ending of the path decides the format."""
-    figure = Figure(figsize=(9, 1.2 + 0.34 * len(result.rows)), layout="constrained")
+    cases = len({row.case for row in result.rows})
+    figure = Figure(figsize=(8, 1.2 + 0.26 * (len(result.rows) + cases)), layout="constrained")
     axes = figure.subplots()
     rows = [row for row in result.rows if isinstance(row, Row)]
     if rows:
@@ -28,34 +29,36 @@ def save_result(result: Result, path: Path) -> None:
 
 
 def draw_rows(axes: Axes, rows: list[Row]) -> None:
-    """Times as fast as dense with the quartiles of the turns, and the limit of each row as a mark."""
-    arms = list(dict.fromkeys(row.arm for row in rows))
-    places = range(len(rows))
-    for number, arm in enumerate(arms):
+    """Times as fast as the first arm, with quartiles; the limit of each row as a mark; a heading for each case."""
+    places, place = [], 0
+    for number, row in enumerate(rows):
+        if number == 0 or row.case != rows[number - 1].case:
+            axes.text(0.01, place, row.case, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+            place += 1
+        places.append(place)
+        place += 1
+    for number, arm in enumerate(dict.fromkeys(row.arm for row in rows)):
         colour, hatch = LOOKS[number % len(LOOKS)]
-        mine = [(place, row.times_as_fast) for place, row in zip(places, rows, strict=True) if row.arm == arm]
+        mine = [(at, row.times_as_fast) for at, row in zip(places, rows, strict=True) if row.arm == arm]
+        low, high = [r.median - r.lower for _, r in mine], [r.upper - r.median for _, r in mine]
         axes.barh(
-            [place for place, _ in mine],
+            [at for at, _ in mine],
             [ratio.median for _, ratio in mine],
-            xerr=[
-                [ratio.median - ratio.lower for _, ratio in mine],
-                [ratio.upper - ratio.median for _, ratio in mine],
-            ],
+            xerr=[low, high],
             color=colour,
             hatch=hatch,
             edgecolor="white",
             ecolor="black",
-            label=arm,
         )
-    limits = [(place, row.limit) for place, row in zip(places, rows, strict=True) if row.limit is not None]
+    limits = [(at, row.limit) for at, row in zip(places, rows, strict=True) if row.limit is not None]
     if limits:
         at, values = zip(*limits, strict=True)
-        axes.plot(values, at, "|", color="black", markersize=14, markeredgewidth=2, label="limit", linestyle="none")
+        axes.plot(values, at, "|", color="black", markersize=11, markeredgewidth=2, label="limit", linestyle="none")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axes.axvline(1, color=GREY, linewidth=0.8)
-    axes.set_yticks(list(places), [f"{row.case}\n{row.arm}" for row in rows], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("times as fast as dense")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    axes.set_yticks(places, [row.arm for row in rows], fontsize=8)
+    axes.set_ylim(place - 0.4, -0.6)
+    axes.set_xlabel(f"times as fast as {rows[0].arm}")
 
 
 def draw_memory(axes: Axes, rows: list[MemoryRow]) -> None:

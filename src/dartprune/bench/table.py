@@ -20,6 +20,10 @@ def _ratio(spread: Spread) -> str:
     return f"{spread.median:.2f} ({spread.lower:.2f} to {spread.upper:.2f})"
 
 
+def _digits(row: Row) -> int:
+    return 3 if (row.bytes_moved or 0) < 1e6 else 1
+
+
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
@@ -40,7 +44,7 @@ def _parts(row: Row) -> str:
 _TIME: list[Column] = [("ms (quartiles)", lambda row: _milliseconds(row.seconds))]
 _FAST: list[Column] = [("times as fast as dense", lambda row: _ratio(row.times_as_fast))]
 _BYTES: list[Column] = [
-    ("MB to read", lambda row: "" if row.bytes_moved is None else f"{row.bytes_moved / 1e6:,.1f}"),
+    ("MB to read", lambda row: "" if row.bytes_moved is None else f"{row.bytes_moved / 1e6:,.{_digits(row)}f}"),
     ("of the bandwidth", lambda row: _share(row.bandwidth_share)),
 ]
 _LIMIT: list[Column] = [
