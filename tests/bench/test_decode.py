@@ -37,11 +37,10 @@ def test_rows(family, tiny_subject, stream, finite):
         assert row.extra["tokens_per_second"] == pytest.approx(2 / row.seconds.median)
     assert static.extra["refreshes_per_sequence"] == 0
     assert dart.extra["refreshes_per_sequence"] == 2  # in 1 + 8 tokens
-    # per-sequence lists are gathered by the reference, so its bytes follow from the counts
-    cache = 2 * (16 + 4) * 2 * 3 * dense.extra.get("width", 32) * 4
     shape = Shape.of(subject.model)
-    if family != "llama":  # all heads have keys and values
-        assert dense.bytes_moved == shape.step_bytes + cache
+    heads = 16 if family == "llama" else 32  # width of all heads of keys; half of the tiny llama's are shared
+    cache = 2 * 3 * 2 * heads * 4 * (16 + 8 // 2)  # sequences, layers, keys and values, width, bytes, tokens midway
+    assert dense.bytes_moved == shape.step_bytes + cache
     assert static.bytes_moved == step_bytes(shape, static.extra["bytes_saved"], dense.bytes_moved - shape.step_bytes)
     assert result.settings["methods"]["static"]["preset"] == "static"
     assert any("fit into the last cache" in note for note in result.notes)
@@ -56,7 +55,10 @@ def test_a_pace_is_kept_exactly(tiny_subject):
         similarities = run.report().sequences[0].similarities
     assert [(e.kind, e.decoded) for e in events if e.sequence == 0] == [("replay", n) for n in (5, 10, 15, 20)]
     assert similarities  # the detector has done its work
-    assert paced({"static": Static()}, 5) == {"static": Static()} and paced({"dart": Dart()}, None) == {"dart": Dart()}
+    assert list(paced({"static": Static(), "dart": Dart()}, 5)) == ["static", "dart, replay every 5"]
+    with pytest.raises(ValueError, match="none of static replays"):
+        paced({"static": Static()}, 5)
+    assert paced({"dart": Dart()}, None) == {"dart": Dart()}
     with pytest.raises(ValueError, match="every 0 tokens makes no sense"):
         Paced(every=0)
 

@@ -56,9 +56,15 @@ class Decoded:
 
 
 def paced(pruners: Mapping[str, Pruner], every: int | None) -> dict[str, Pruner]:
-    """The same methods, those that replay at an event replaying after `every` tokens exactly; None leaves them be."""
+    """The same methods, those that replay at an event replaying after `every` tokens exactly; None leaves them be.
+
+    Raises:
+        ValueError: none of them replays.
+    """
     if every is None:
         return dict(pruners)
+    if not any(pruner.refresh.replay_tokens for pruner in pruners.values()):
+        raise ValueError(f"a refresh every {every} tokens: none of {', '.join(pruners)} replays; add 'dart'")
     out: dict[str, Pruner] = {}
     for name, pruner in pruners.items():
         tokens = pruner.refresh.replay_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,8 @@ class GraphedForward:
         self._replay: Callable[[], None] | None = None
         self._output: Any = None
         self._seen: Tensor | None = None
+        # transformers, and a pruner's wrapper, look at the parameters of a forward
+        self.__signature__ = inspect.signature(self._forward)
         model.forward = self
 
     def remove(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -154,9 +154,8 @@ def _check_room(case: Case, layers: int, device: torch.device) -> None:
 
 def _backend(case: Case, name: str, device: torch.device) -> Backend:
     """The backend that reads the rows in place; ValueError if there is none for this case."""
-    probe = replace(case, hidden=8, neurons=8, batch=1)
-    weights = Layers.weights(probe, [torch.zeros(8, 8, dtype=dtype_of(case.dtype), device=device)] * 3)
-    chosen, reason = choose(name, weights, device)
+    matrix = torch.empty(case.neurons, case.hidden, dtype=dtype_of(case.dtype), device=device)
+    chosen, reason = choose(name, Layers.weights(case, [matrix] * 3), device)
     if not chosen.gathers:
         raise ValueError(f"no backend reads single rows here: {reason or f'{chosen.name} computes all neurons'}")
     return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -137,9 +138,8 @@ class Held:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        libc = ctypes.CDLL(None) if device.type == "cpu" else None
-        # free pages that the allocator keeps would hide what is taken from them
-        self._trim = getattr(libc, "malloc_trim", None)
+        # free pages that glibc's allocator keeps would hide what is taken from them
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
     def before(self) -> int:
         """Bytes now; on a GPU also the start of a new maximum."""
