@@ -29,9 +29,9 @@ def test_a_replay_in_dense_steps_and_in_parts(tiny_subject, stream, finite):
 
 
 def test_the_watch_sees_every_replay_of_a_batch_once(tiny_subject):
-    from dartprune.bench.decode import read, steps
     from dartprune.bench.models import prompts
     from dartprune.bench.pace import Paced
+    from dartprune.bench.stepping import read, steps
 
     model = tiny_subject().model
     watch = Watch(model)

@@ -12,17 +12,20 @@ from torch import Tensor
 from torch.utils.benchmark import timer
 
 from dartprune.bench.device import Stream, last_level_cache
-from dartprune.bench.graphs import WARM, GraphedForward, capture, check_graphs
+from dartprune.bench.graphs import WARM, GraphedForward, check_graphs
 from dartprune.bench.limits import amdahl, cache_bytes_per_token, step_bytes
 from dartprune.bench.models import Subject, prompts
 from dartprune.bench.pace import Paced
 from dartprune.bench.result import Result, Row
-from dartprune.bench.timing import Turns, alternate, seconds_per_call
+from dartprune.bench.share import ffn_alone, ffn_share
+from dartprune.bench.stepping import read, steps
+from dartprune.bench.timing import Turns, alternate
 from dartprune.costs import Shape
-from dartprune.model.families import describe
 from dartprune.pruner import Pruner
 from dartprune.report import Report
 from dartprune.run import Run
+
+SHARE_STEPS = 8  # dense steps in which the FFNs are timed, each turn
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Load:
     @property
     def context(self) -> int:
         """Tokens that the cache must hold."""
-        return self.prompt + self.new + WARM + 2
+        return self.prompt + max(self.new, SHARE_STEPS) + WARM + 2
 
 
 @dataclass
@@ -79,7 +82,7 @@ def paced(pruners: Mapping[str, Pruner], every: int | None) -> dict[str, Pruner]
 def check(pruners: Mapping[str, Pruner], load: Load, device: torch.device) -> None:
     """ValueError, before a model is built, for what cannot be measured."""
     for name, pruner in pruners.items():
-        if name in ("dense", "ffn", "stream"):
+        if name in ("dense", "ffn share", "stream"):
             raise ValueError(f"no method can be called {name!r}: an arm has that name already")
         if isinstance(pruner.refresh, Paced) and pruner.refresh.every > load.new:
             raise ValueError(f"{name}: no refresh would come within {load.new} new tokens: raise --new")
@@ -135,7 +138,12 @@ def measure(
     arms: dict[str, Callable[[], float]] = {"dense": lambda: _dense(what.model, tokens, load, done["dense"])}
     for name, pruner in pruners.items():
         arms[name] = _pruned(what.model, pruner, backend, tokens, load, done[name])
-    arms |= {"ffn": _ffn(what.model, load), "stream": stream.seconds}
+    if load.graphs:
+        alone = ffn_alone(what.model, load.batch)
+        arms |= {"ffn share": lambda: alone() / arms["dense"]()}
+    else:
+        arms |= {"ffn share": lambda: ffn_share(what.model, tokens, SHARE_STEPS)}
+    arms |= {"stream": stream.seconds}
     progress("once without counting: compiles, and takes memory")
     for arm in arms.values():
         arm()
@@ -160,7 +168,7 @@ def _notes(what: Subject, done: Mapping[str, Decoded]) -> list[str]:
 
 def _rows(what: Subject, load: Load, taken: Turns, done: Mapping[str, Decoded], stream_bytes: int) -> list[Row]:
     shape = Shape.of(what.model)
-    share = min(1.0, taken.spread("ffn").median / taken.spread("dense").median)
+    share = min(1.0, taken.spread("ffn share").median)
     bandwidth = stream_bytes / taken.spread("stream").median
     case = f"{what.name} {what.dtype}, batch {load.batch}{', CUDA graphs' if load.graphs else ''}"
     rows = []
@@ -217,28 +225,6 @@ def _pruned(model: Any, pruner: Pruner, backend: str, tokens: Tensor, load: Load
     return arm
 
 
-def read(model: Any, tokens: Tensor, run: Run | None, cache: Any = None) -> Any:
-    """Read prompts [B, T], attached or not; gives the model's output for the last token, with the cache."""
-    options = {"input_ids": tokens, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    if run is None:
-        return model(**options)
-    with run.phase("prefill"):
-        return model(**options)
-
-
-def steps(model: Any, output: Any, count: int, run: Run | None) -> Any:
-    """Decode `count` tokens greedily after `output`; gives the last output."""
-    for _ in range(count):
-        token = output.logits[:, -1:].argmax(-1)
-        options = {"input_ids": token, "past_key_values": output.past_key_values, "use_cache": True}
-        if run is None:
-            output = model(**options)
-        else:
-            with run.phase("decode"):
-                output = model(**options)
-    return output
-
-
 def _decode(model: Any, tokens: Tensor, load: Load, done: Decoded, run: Run | None) -> float:
     """Seconds of one step, over all new tokens."""
     cache = None
@@ -255,24 +241,3 @@ def _decode(model: Any, tokens: Tensor, load: Load, done: Decoded, run: Run | No
     done.first.append(ready - began)
     done.cache_bytes = cache_bytes_per_token(output.past_key_values)
     return (ended - ready) / load.new
-
-
-def _ffn(model: Any, load: Load) -> Callable[[], float]:
-    """Seconds of all FFNs of a dense step by themselves."""
-    layers = describe(model).layers
-    x = torch.randn(load.batch, 1, layers[0].hidden, device=model.device).to(model.dtype)
-
-    def work() -> None:
-        for layer in layers:
-            layer.down(layer.activations(x))
-
-    if not load.graphs:
-        return lambda: seconds_per_call(work, model.device)
-    replay: list[Callable[[], None]] = []
-
-    def graphed() -> float:
-        if not replay:
-            replay.append(capture(work)[0])
-        return seconds_per_call(replay[0], model.device)
-
-    return graphed

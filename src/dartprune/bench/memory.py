@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from dartprune.bench.decode import Load, check_prompt, read, steps
+from dartprune.bench.decode import Load, check_prompt
 from dartprune.bench.device import resident_bytes
 from dartprune.bench.models import Subject, prompts
 from dartprune.bench.result import MemoryRow, Result
+from dartprune.bench.stepping import read, steps
 from dartprune.bench.timing import Spread, alternate
 from dartprune.costs import Shape, memory_per_sequence
 from dartprune.pruner import Pruner

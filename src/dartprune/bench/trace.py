@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils.benchmark import timer
 
-from dartprune.bench.decode import read
 from dartprune.bench.models import Subject, prompts
 from dartprune.bench.result import Result, Row
+from dartprune.bench.stepping import read
 from dartprune.bench.timing import Spread, Turns, alternate
 from dartprune.pruner import Pruner
 from dartprune.run import Run

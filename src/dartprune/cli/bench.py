@@ -216,7 +216,7 @@ def refresh(
     _check(plot, out, turns, backend)
     from dartprune.bench.refresh import check, measure
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler would tell of its start and end
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler would tell of its start and end
     pruner = o.make_pruner(method, sparsity)
     check(pruner, batch, prompt)
     subject = _subject(model, shape, dtype, layers, device)
