@@ -341,3 +341,13 @@ def test_without_depth_protection_only_sensitivity_counts():
     angle = torch.linspace(1, 2, 9)
     pruned = DepthAware(depth_protection=False)(angle, torch.ones(9), 0.4, [10] * 9)
     assert (pruned[:-1] >= pruned[1:]).all() and pruned[0] > pruned[-1]
+
+
+def test_spread_draws_the_layers_together():
+    angle, change, neurons = torch.tensor([0.9, 0.2, 0.3, 0.6]), torch.ones(4), [100] * 4
+    paper, half, flat = (DepthAware(spread=spread)(angle, change, 0.6, neurons) for spread in (1.0, 0.5, 0.0))
+    torch.testing.assert_close(half, (paper + 0.6) / 2)
+    torch.testing.assert_close(flat, torch.full((4,), 0.6))
+    assert float(paper.std()) > 0.05
+    with pytest.raises(ValueError, match=r"spread must lie in \[0, 1\]"):
+        DepthAware(spread=1.5)

@@ -108,6 +108,7 @@ class Slot:
     least: int = 8  # tokens that must have been traced before the next mask is made
     finished: bool = False
     keep: list[int] | None = None  # neurons kept in each layer, None while dense
+    chosen: list[int] | None = None  # neurons that each token uses of these, with a token selector
     former: list[int] | None = None  # the same before the last change
     recent: list[Tensor] = field(default_factory=list)  # means of the last decoded windows
     events: list[tuple[Event, Tensor | None]] = field(default_factory=list)  # with the neurons changed, unread
@@ -120,6 +121,7 @@ class Slot:
         twin.id = slot_id
         twin.drift = self.drift.copy()
         twin.keep = list(self.keep) if self.keep is not None else None
+        twin.chosen = list(self.chosen) if self.chosen is not None else None
         twin.events, twin.notes, twin.similarities = (
             list(self.events),
             list(self.notes),

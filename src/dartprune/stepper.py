@@ -17,6 +17,7 @@ from dartprune.refresh import Action
 from dartprune.renew import Renewal
 from dartprune.report import Event
 from dartprune.slots import Counters, Slot, State
+from dartprune.token.tally import Tally
 from dartprune.watch import Watch
 
 KEPT = 64  # small tensors that are remembered between tokens
@@ -31,6 +32,7 @@ class Pending:
     attention: Tensor | None
     cache: Any
     length: int  # of the cache without the candidates
+    spent: Tensor | None  # by each candidate's own neurons
 
 
 class Stepper:
@@ -44,6 +46,7 @@ class Stepper:
         watch: Watch,
         renewal: Renewal,
         announce: Callable[[Slot, Event, Tensor | None], None],
+        tally: Tally | None = None,
     ) -> None:
         self.method = method
         self.layers = list(layers)
@@ -54,6 +57,7 @@ class Stepper:
         self.seconds = {"detecting": 0.0, "refreshing": 0.0}
         self.pending: Pending | None = None
         self._announce = announce
+        self._tally = tally
         self._ring = method.refresh.replay_tokens
         self._rows: Rows | None = None
         self._slots: list[Slot] = []
@@ -182,14 +186,15 @@ class Stepper:
         attention = self.layers[-1].state.attention if self.method.prunes and not self._paused else None
         if attention is not None:
             attention = attention.reshape(len(rows.slots), rows.tokens, -1)
+        spent = self._tally.spent(len(rows.slots)) if self._tally is not None else None
         if rows.phase is Phase.PREFILL:
             self._prefilled(rows, attention)
         elif rows.phase is Phase.DECODE:
             if self._plan is not None and self._ring:
                 self._advance_plan()
-            self._after(self._slots, rows.tokens, attention, self._ended)
+            self._after(self._slots, rows.tokens, attention, self._ended, spent)
         else:
-            self.pending = Pending(rows, self._slots, attention, cache, length)
+            self.pending = Pending(rows, self._slots, attention, cache, length, spent)
 
     def _advance_plan(self) -> None:
         assert self._plan is not None
@@ -230,7 +235,8 @@ class Stepper:
         if pending.attention is not None:
             self._keep_staged(pending, stayed)
         attention = pending.attention[:, :stayed] if pending.attention is not None else None
-        self._after(pending.slots, stayed, attention, None)
+        spent = pending.spent[:, :stayed] if pending.spent is not None else None
+        self._after(pending.slots, stayed, attention, None, spent)
 
     def _keep_staged(self, pending: Pending, stayed: int) -> None:
         slots = pending.slots
@@ -251,8 +257,15 @@ class Stepper:
                     layer.trace.add_impact(layer.staged_impact[:, :stayed], ids.to(device), weight.to(device))
             layer.staged = layer.staged_impact = None
 
-    def _after(self, slots: list[Slot], tokens: int, attention: Tensor | None, ended: Tensor | None) -> None:
-        """Count `tokens` decoded tokens of each sequence, feed the detectors, act."""
+    def _after(
+        self,
+        slots: list[Slot],
+        tokens: int,
+        attention: Tensor | None,
+        ended: Tensor | None,
+        spent: Tensor | None,
+    ) -> None:
+        """Count `tokens` decoded tokens of each sequence and what they spent, feed the detectors, act."""
         device = self.counters.device
         ids = self._once([slot.id for slot in slots], device)
         pruned = [slot.state is State.PRUNED and not self._paused for slot in slots]
@@ -260,7 +273,10 @@ class Stepper:
         mask = self._once(pruned, device)
         self.counters.pruned.index_add_(0, ids, (alive * mask * tokens).long())
         self.counters.dense.index_add_(0, ids, (alive * ~mask * tokens).long())
-        self.counters.saved.index_add_(0, ids, alive * mask * tokens * self.counters.share.index_select(0, ids))
+        left_out = tokens * self.counters.share.index_select(0, ids)
+        if spent is not None:
+            left_out = left_out - spent.sum(1)
+        self.counters.saved.index_add_(0, ids, alive * mask * left_out)
         chosen = [slot for slot, is_pruned in zip(slots, pruned, strict=True) if is_pruned]
         began = time.perf_counter()
         fired, settled = self._watch(slots, pruned, ids, tokens, attention, ended)
