@@ -54,8 +54,8 @@ def measure(
     batch less the smaller one leaves what single sequences hold: weights, kernels and code cancel.
 
     The report counts what a sequence may come to hold: give a prompt that fills all windows of the detector (32 of 8
-    tokens). For all layers of a shape the count by arithmetic stands (`dartprune.costs.memory_per_sequence`, linear in
-    the layers but for these windows), and the same times the measured share of the reported bytes.
+    tokens). For all layers of a shape the layers left out are added by arithmetic (`dartprune.costs.memory_per_sequence`,
+    linear in the layers but for these windows); by measurement that sum is scaled by measured over reported.
 
     Args:
         what: the model; a few layers of a large shape are enough.
@@ -99,13 +99,18 @@ def measure(
         measured()
     progress(f"{turns} turns")
     taken = alternate(arms, turns).seconds  # bytes, here
-    full = replace(Shape.of(model), layers=what.all_layers)
+    shape = Shape.of(model)
     case = f"{what.name} {what.dtype}, {what.layers} of {what.all_layers} layers, {prompt + new} tokens"
     rows = []
     for name, pruner in pruners.items():
         added = Spread.of([a - b for a, b in zip(taken[name], taken["unattached"], strict=True)])
         reported = reports[name].overhead_bytes_per_sequence
-        whole = memory_per_sequence(full, pruner, masks="masked" in reports[name].backend)
+        masks = "masked" in reports[name].backend
+        here, full = (
+            memory_per_sequence(replace(shape, layers=layers), pruner, masks=masks)
+            for layers in (what.layers, what.all_layers)
+        )
+        whole = reported + full - here
         rows.append(
             MemoryRow(
                 case=case,
