@@ -54,8 +54,9 @@ def measure(
     batch less the smaller one leaves what single sequences hold: weights, kernels and code cancel.
 
     The report counts what a sequence may come to hold: give a prompt that fills all windows of the detector (32 of 8
-    tokens). For all layers of a shape those left out are added by arithmetic (`dartprune.costs.memory_per_sequence`, linear
-    in the layers but for these windows); by measurement that sum is scaled by measured over reported.
+    tokens). For all layers of a shape those left out are added by arithmetic
+    (`dartprune.costs.memory_per_sequence`, linear in the layers but for these windows); by measurement that sum is
+    scaled by measured over reported.
 
     Args:
         what: the model; a few layers of a large shape are enough.
