@@ -18,32 +18,56 @@ Rule = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def masked_by_hand(model: nn.Module, masks: list[Tensor], rule: Rule | None = None) -> Iterator[None]:
+def masked_by_hand(
+    model: nn.Module, masks: list[Tensor], rule: Rule | None = None, means: list[Tensor] | None = None
+) -> Iterator[None]:
     """Zero the input of each down projection with masks bool [B, I] of each layer, by plain torch hooks.
 
-    With a rule, each token uses of its mask's neurons only those that the rule names.
+    With a rule, each token uses of its mask's neurons only those that the rule names. With means [B, I] of each layer,
+    these stand where zeros would.
     """
     handles = []
-    for layer, mask in zip(describe(model).layers, masks, strict=True):
+    fills = [torch.zeros_like(mask, dtype=torch.float32) for mask in masks] if means is None else means
+    for layer, mask, fill in zip(describe(model).layers, masks, fills, strict=True):
         inputs: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, inputs: list[Tensor] = inputs) -> None:
             inputs[:] = [args[0]]
 
         def zero(
-            module: nn.Module, args: Any, layer: Layer = layer, mask: Tensor = mask, inputs: list[Tensor] = inputs
+            module: nn.Module,
+            args: Any,
+            layer: Layer = layer,
+            mask: Tensor = mask,
+            fill: Tensor = fill,
+            inputs: list[Tensor] = inputs,
         ) -> Any:
             a = args[0]
             lines = a.reshape(mask.shape[0], -1, a.shape[-1])
             used = mask[:, None]
             if rule is not None:
                 used = rule(layer, lines, inputs[0].reshape(*lines.shape[:2], -1), mask)
-            return (torch.where(used, lines, torch.zeros_like(lines)).reshape(a.shape), *args[1:])
+            return (torch.where(used, lines, fill[:, None].to(lines)).reshape(a.shape), *args[1:])
 
         handles.append(layer.entry.register_forward_pre_hook(keep))
         handles.append(layer.down.register_forward_pre_hook(zero))
     try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def inputs_of_down(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The input of each down projection, one forward long, by plain hooks."""
+    inputs: list[Tensor] = []
+    handles = [
+        layer.down.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        for layer in describe(model).layers
+    ]
+    try:
+        yield inputs
     finally:
         for handle in handles:
             handle.remove()

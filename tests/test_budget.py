@@ -120,8 +120,11 @@ def test_residue_goes_to_layers_without_pressure_when_the_others_are_full():
 def test_kinds():
     angle, change = torch.tensor([0.5, 1.0, 0.2]), torch.tensor([0.1, 3.0, 1.0])
     both = DepthAware()(angle, change, 0.5, [10] * 3)
-    assert torch.allclose(both, depth_aware(angle * change, 0.5))
-    assert torch.allclose(DepthAware(magnitude_factor=False)(angle, change, 0.5, [10] * 3), depth_aware(angle, 0.5))
+    assert torch.allclose(both, depth_aware(angle * change, 0.5, min_sparsity=0.0))
+    paper = DepthAware(min_sparsity=0.1)
+    assert torch.allclose(paper(angle, change, 0.5, [10] * 3), depth_aware(angle * change, 0.5))
+    angle_alone = DepthAware(magnitude_factor=False, min_sparsity=0.1)
+    assert torch.allclose(angle_alone(angle, change, 0.5, [10] * 3), depth_aware(angle, 0.5))
     assert torch.equal(Uniform()(angle, change, 0.5, [10] * 3), torch.full((3,), 0.5))
     assert keep_counts(torch.tensor([0.3, 0.9, 0.0]), [10, 11, 12]) == [7, 1, 12]
 

@@ -20,7 +20,7 @@ from dartprune.page import Page
 from letters import Letters, documents, tiny
 
 PLAN = Plan(prompt=16, lengths=(32, 24), count=4, batch=2, sparsities=(0.5, 0.75), seed=3)
-NAMES = ("static", "clock", "dart", "dart-relearn@30")
+NAMES = ("static", "clock", "dart", "dart-reference@30")
 
 
 def run(model, names=NAMES, plan=PLAN, **more):
@@ -256,7 +256,7 @@ def test_tables_have_a_row_for_each_arm(comparison):
     for table, arms in ((quality, 5), (brief, 5), (conduct, 4), (pairs, 3)):
         columns, rows = table(comparison, 0.5)
         assert len(rows) == arms and all(len(row) == len(columns) for row in rows), table.__name__
-    assert any(note.startswith("dart-relearn@30 cannot realise") for note in notes(comparison))
+    assert any(note.startswith("dart-reference@30 cannot realise") for note in notes(comparison))
     alone = run(tiny(), ("static",), dataclasses.replace(PLAN, kinds=(ONE,), sparsities=(0.5,)))
     for table in (quality, brief, conduct):
         columns, rows = table(alone, 0.5)

@@ -39,7 +39,13 @@ def llama():
 
 
 def test_they_are_values():
-    for pruner in (GATE, SKETCH, EXACT, Dart(token=TokenGate(rate=0.5, importance="down")), SketchDart()):
+    for pruner in (
+        GATE,
+        SKETCH,
+        EXACT,
+        Dart(token=TokenGate(rate=0.5, importance="down"), compensate=None),
+        SketchDart(),
+    ):
         data = pruner.to_dict()
         assert data["token"]["kind"] in ("gate", "sketch", "exact")
         assert Pruner.from_dict(data) == pruner

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dartprune.budget import Uniform
+from dartprune.budget import DepthAware, Uniform
 from dartprune.method import Detector
 from dartprune.names import Registry, unknown
 from dartprune.pruner import Dart, Pruner, Static, presets
@@ -154,7 +154,8 @@ def _release(sparsity: float, number: int, calibration: Calibration | None) -> P
 @register_arm("dart-reference", "the settings of the authors' reference code, with N dense tokens", number=50)
 def _reference(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
     detector = Detector(window=5, delta=0.1, min_drop=0.1, patience=1, leave_one_out=False)
-    return Dart(sparsity=sparsity, detector=detector, refresh=Relearn(tokens=number))
+    budget = DepthAware(min_sparsity=0.1)
+    return Dart(sparsity=sparsity, budget=budget, detector=detector, refresh=Relearn(tokens=number), compensate=None)
 
 
 @register_arm("calibrated-magnitude", "one mask for ever: energy over a calibration text", calibrated=True)

@@ -1,4 +1,7 @@
-"""Arms of the study by name: presets, `dart-relearn`, and the prompt's mask released at a decoded token."""
+"""Arms of the study by name: presets, `dart-relearn`, and the prompt's mask released at a decoded token.
+
+`static` and `release@R` are DART but for what they do at a drift, so that up to then they are the same as `dart`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dartprune.names import unknown
-from dartprune.pruner import Dart, Pruner, Static, presets
-from dartprune.refresh import Relearn, Release
+from dartprune.pruner import Dart, Pruner, presets
+from dartprune.refresh import Never, Relearn, Release
 
 RELEASE = "release@"
 RELEARN = "dart-relearn"
+STATIC = "static"
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,9 @@ def _time(name: str) -> int:
 def _arm(name: str, sparsity: float) -> Arm:
     if name.startswith(RELEASE):
         at = _time(name)
-        return Arm(name, Static(sparsity=sparsity, refresh=Release(at=at)), at)
+        return Arm(name, Dart(sparsity=sparsity, refresh=Release(at=at)), at)
+    if name == STATIC:
+        return Arm(name, Dart(sparsity=sparsity, refresh=Never()))
     if name == RELEARN:
         return Arm(name, Dart(sparsity=sparsity, refresh=Relearn()))
     if name not in presets.names():
