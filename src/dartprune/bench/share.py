@@ -19,7 +19,7 @@ from dartprune.model.families import describe
 class FfnClock:
     """Times the FFNs inside a model's forwards, from an FFN's input to the end of its down projection.
 
-    By themselves, one after the other, they would run faster than between the attention layers of a real step.
+    By themselves, one after the other, they need not take the time that they take between the layers of a real step.
     """
 
     def __init__(self, model: Any) -> None:
