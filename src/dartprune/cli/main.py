@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 import dartprune
-from dartprune.cli import compare, demo, generate, inspect, layers, lm_eval, study
+from dartprune.cli import bench, compare, demo, generate, inspect, layers, lm_eval, study
 from dartprune.cli import eval as evaluation
 
 INTERRUPTED = 130
@@ -28,6 +28,7 @@ app.command(name="compare", epilog=compare.EXAMPLE)(compare.compare)
 app.command(name="eval", epilog=evaluation.EXAMPLE)(evaluation.evaluate)
 app.command(name="layers", epilog=layers.EXAMPLE)(layers.layers)
 app.command(name="lm-eval", epilog=lm_eval.EXAMPLE, context_settings=lm_eval.SETTINGS)(lm_eval.lm_eval)
+app.add_typer(bench.app, name="bench")
 
 
 def _version(asked: bool) -> None:
