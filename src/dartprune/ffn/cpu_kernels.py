@@ -16,6 +16,8 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
+from dartprune.ffn.cpu_blocks import add_rows, dots
+
 # workqueue, the third threading layer, aborts the process when two Python threads enter it
 if numba.config.THREADING_LAYER == "default":
     numba.config.THREADING_LAYER = "threadsafe"
@@ -61,84 +63,84 @@ def _activate(kind: int, v: float) -> Any:
     return v / (ONE + np.exp(-QUICK * v))
 
 
-@njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True)
-def _four_dots(x, a, b, c, d):
-    s0, s1, s2, s3 = ZERO, ZERO, ZERO, ZERO
-    for j in range(x.shape[0]):
-        v = x[j]
-        s0 += v * _wide(a[j])
-        s1 += v * _wide(b[j])
-        s2 += v * _wide(c[j])
-        s3 += v * _wide(d[j])
-    return s0, s1, s2, s3
-
-
-@njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True)
-def _add_two(out, s0, p, s1, q):
-    for j in range(out.shape[0]):
-        out[j] += s0 * _wide(p[j]) + s1 * _wide(q[j])
-
-
-@njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True)
-def _gated_pair(x, gate, up, down, gate_bias, up_bias, biased, r0, r1, kind, out):
-    g0, g1, u0, u1 = _four_dots(x, gate[r0], gate[r1], up[r0], up[r1])
+@njit(inline="always")
+def _gated(gate, up, row, gate_bias, up_bias, biased, kind):
+    """A neuron's value, the input of its down row, from its dot products."""
     if biased & 1:
-        g0 += gate_bias[r0]
-        g1 += gate_bias[r1]
+        gate += gate_bias[row]
     if biased & 2:
-        u0 += up_bias[r0]
-        u1 += up_bias[r1]
-    _add_two(out, _activate(kind, g0) * u0, down[r0], _activate(kind, g1) * u1, down[r1])
+        up += up_bias[row]
+    return np.float32(_activate(kind, gate) * up)
 
 
-@njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True)
-def _plain_pair(x, up, down, up_bias, biased, r0, r1, kind, out):
-    u0, u1 = ZERO, ZERO
-    c, d = up[r0], up[r1]
-    for j in range(x.shape[0]):
-        v = x[j]
-        u0 += v * _wide(c[j])
-        u1 += v * _wide(d[j])
+@njit(inline="always")
+def _plain(up, row, up_bias, biased, kind):
     if biased & 2:
-        u0 += up_bias[r0]
-        u1 += up_bias[r1]
-    _add_two(out, _activate(kind, u0), down[r0], _activate(kind, u1), down[r1])
+        up += up_bias[row]
+    return np.float32(_activate(kind, up))
 
 
-@njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True)
-def _one(x, gated, gate, up, down, gate_bias, up_bias, biased, row, kind, out):
-    g, u = ZERO, ZERO
-    c = up[row]
+@njit(nogil=True)
+def _four(x, gated, gate, up, down, gate_bias, up_bias, biased, index, i, later, kind, out):
+    """Four neurons of one row x [H], index[i : i + 4], while index[later : later + 4] are fetched."""
+    r0, r1, r2, r3 = index[i], index[i + 1], index[i + 2], index[i + 3]
+    n0, n1, n2, n3 = index[later], index[later + 1], index[later + 2], index[later + 3]
+    ups, ahead = (up[r0], up[r1], up[r2], up[r3]), (up[n0], up[n1], up[n2], up[n3])
     if gated:
-        a = gate[row]
-        for j in range(x.shape[0]):
-            g += x[j] * _wide(a[j])
-            u += x[j] * _wide(c[j])
-        if biased & 1:
-            g += gate_bias[row]
+        gates, ahead_gates = (gate[r0], gate[r1], gate[r2], gate[r3]), (gate[n0], gate[n1], gate[n2], gate[n3])
+        g0, g1, g2, g3, u0, u1, u2, u3 = dots((x,), gates + ups, ahead_gates + ahead)
+        a0 = _gated(g0, u0, r0, gate_bias, up_bias, biased, kind)
+        a1 = _gated(g1, u1, r1, gate_bias, up_bias, biased, kind)
+        a2 = _gated(g2, u2, r2, gate_bias, up_bias, biased, kind)
+        a3 = _gated(g3, u3, r3, gate_bias, up_bias, biased, kind)
     else:
-        for j in range(x.shape[0]):
-            u += x[j] * _wide(c[j])
-    if biased & 2:
-        u += up_bias[row]
-    s = _activate(kind, g) * u if gated else _activate(kind, u)
-    p = down[row]
-    for j in range(out.shape[0]):
-        out[j] += s * _wide(p[j])
+        u0, u1, u2, u3 = dots((x,), ups, ahead)
+        a0 = _plain(u0, r0, up_bias, biased, kind)
+        a1 = _plain(u1, r1, up_bias, biased, kind)
+        a2 = _plain(u2, r2, up_bias, biased, kind)
+        a3 = _plain(u3, r3, up_bias, biased, kind)
+    downs, ahead_downs = (down[r0], down[r1], down[r2], down[r3]), (down[n0], down[n1], down[n2], down[n3])
+    add_rows((out,), (a0, a1, a2, a3), downs, ahead_downs)
+
+
+@njit(nogil=True)
+def _one(x, gated, gate, up, down, gate_bias, up_bias, biased, row, later, kind, out):
+    """One neuron of one row x [H], while the neuron `later` is fetched."""
+    if gated:
+        g, u = dots((x,), (gate[row], up[row]), (gate[later], up[later]))
+        a = _gated(g, u, row, gate_bias, up_bias, biased, kind)
+    else:
+        (u,) = dots((x,), (up[row],), (up[later],))
+        a = _plain(u, row, up_bias, biased, kind)
+    add_rows((out,), (a,), (down[row],), (down[later],))
+
+
+@njit(nogil=True)
+def _for_two(x, y, gated, gate, up, down, gate_bias, up_bias, biased, row, later, kind, out, out_y):
+    """One neuron of two rows x and y [H]: its weights are read and widened once."""
+    if gated:
+        g0, g1, u0, u1 = dots((x, y), (gate[row], up[row]), (gate[later], up[later]))
+        a0 = _gated(g0, u0, row, gate_bias, up_bias, biased, kind)
+        a1 = _gated(g1, u1, row, gate_bias, up_bias, biased, kind)
+    else:
+        u0, u1 = dots((x, y), (up[row],), (up[later],))
+        a0 = _plain(u0, row, up_bias, biased, kind)
+        a1 = _plain(u1, row, up_bias, biased, kind)
+    add_rows((out, out_y), (a0, a1), (down[row],), (down[later],))
 
 
 @njit(nogil=True)
 def _span(x, gated, gate, up, down, gate_bias, up_bias, biased, index, first, last, kind, out):
-    """Add what the neurons index[first:last] give for one row x [H] to out [H], two at a time."""
+    """Add what the neurons index[first:last] give for one row x [H] to out [H], four at a time."""
     i = first
-    while i + 1 < last:
-        if gated:
-            _gated_pair(x, gate, up, down, gate_bias, up_bias, biased, index[i], index[i + 1], kind, out)
-        else:
-            _plain_pair(x, up, down, up_bias, biased, index[i], index[i + 1], kind, out)
-        i += 2
-    if i < last:
-        _one(x, gated, gate, up, down, gate_bias, up_bias, biased, index[i], kind, out)
+    while i + 4 <= last:
+        later = i + 4 if i + 8 <= last else i
+        _four(x, gated, gate, up, down, gate_bias, up_bias, biased, index, i, later, kind, out)
+        i += 4
+    while i < last:
+        later = index[min(i + 1, last - 1)]
+        _one(x, gated, gate, up, down, gate_bias, up_bias, biased, index[i], later, kind, out)
+        i += 1
 
 
 @njit(nogil=True)
@@ -162,12 +164,21 @@ def _union(neurons, rows, index, count, slots):
 @njit(nogil=True)
 def _shared_span(x, gated, gate, up, down, gate_bias, up_bias, biased, member, union, first, last, kind, out):
     """Add what the neurons union[first:last] give to every row that keeps them: x [N, H], out [N, H]."""
+    mine = np.empty(x.shape[0], np.int64)
     for i in range(first, last):
-        row = union[i]
-        word = member[row]
+        row, later = union[i], union[min(i + 1, last - 1)]
+        word, k = member[row], 0
         for n in range(x.shape[0]):
-            if (word >> np.uint64(n)) & np.uint64(1):
-                _one(x[n], gated, gate, up, down, gate_bias, up_bias, biased, row, kind, out[n])
+            mine[k] = n
+            k += np.int64((word >> np.uint64(n)) & np.uint64(1))
+        n = 0
+        while n + 2 <= k:
+            p, q = mine[n], mine[n + 1]
+            _for_two(x[p], x[q], gated, gate, up, down, gate_bias, up_bias, biased, row, later, kind, out[p], out[q])
+            n += 2
+        if n < k:
+            p = mine[n]
+            _one(x[p], gated, gate, up, down, gate_bias, up_bias, biased, row, later, kind, out[p])
 
 
 @njit(parallel=True, nogil=True, cache=True)

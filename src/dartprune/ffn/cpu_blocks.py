@@ -1,0 +1,167 @@
+"""Vector code for Numba: several weight rows against several inputs at once, while the rows that come next are fetched.
+
+Written as LLVM vectors of 16 floats, which every target splits into the registers it has. Numba's own vectoriser finds
+the same instructions but not the order: rows lie far apart, the hardware's prefetcher starts anew at each of them,
+and a core that waits for memory row by row reaches a third of the bandwidth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16  # floats of one vector
+STEP = 2 * LANES  # weights of each row that one turn of the loop takes
+LINE = 64  # bytes that memory gives at a time
+LEVEL = 2  # fetch into the second cache: a block of eight rows would flood the first
+
+_BYTES = {types.uint16: 2, types.int16: 2, types.float32: 4}
+_FLOAT, _SIZE = ir.FloatType(), ir.IntType(64)
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+
+
+def _call(builder: Any, name: str, result: Any, *args: Any, flags: tuple[str, ...] = ()) -> Any:
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args, fastmath=flags)
+
+
+def _like(kind: Any, scalar: Any) -> Any:
+    return ir.VectorType(scalar, LANES) if kind is _VECTOR else scalar
+
+
+def _weights(builder: Any, words: Any, row: Any, at: Any, kind: Any) -> Any:
+    """row[at], or the vector that begins there, as float32: uint16 holds bf16, int16 holds fp16."""
+    stored = {types.uint16: ir.IntType(16), types.int16: ir.HalfType(), types.float32: _FLOAT}[words]
+    place = builder.bitcast(builder.gep(row, [at]), _like(kind, stored).as_pointer())
+    value = builder.load(place, align=_BYTES[words])
+    if words == types.int16:
+        return builder.fpext(value, kind)
+    if words == types.uint16:
+        wide = _like(kind, ir.IntType(32))
+        sixteen = ir.Constant(wide, [16] * LANES if kind is _VECTOR else 16)
+        return builder.bitcast(builder.shl(builder.zext(value, wide), sixteen), kind)
+    return value
+
+
+def _multiply_add(builder: Any, a: Any, b: Any, c: Any, kind: Any) -> Any:
+    name = f"llvm.fmuladd.v{LANES}f32" if kind is _VECTOR else "llvm.fmuladd.f32"
+    return _call(builder, name, kind, a, b, c)
+
+
+def _fetch(builder: Any, words: Any, rows: Sequence[Any], at: Any) -> None:
+    """Ask for what lies at row[at : at + STEP] of each row, without waiting for it."""
+    hint = ir.IntType(32)
+    for row in rows:
+        for first in range(0, STEP, LINE // _BYTES[words]):
+            place = builder.gep(row, [builder.add(at, _SIZE(first))])
+            place = builder.bitcast(place, ir.IntType(8).as_pointer())
+            _call(builder, "llvm.prefetch.p0", ir.VoidType(), place, hint(0), hint(LEVEL), hint(1))
+
+
+def _pointers(context: Any, builder: Any, kind: Any, rows: Any) -> list[Any]:
+    arrays = [builder.extract_value(rows, i) for i in range(len(kind))]
+    return [context.make_array(part)(context, builder, array).data for part, array in zip(kind, arrays, strict=True)]
+
+
+def _length(context: Any, builder: Any, kind: Any, rows: Any) -> tuple[Any, Any]:
+    """Length of the first row, and how much of it whole steps cover."""
+    array = context.make_array(kind[0])(context, builder, builder.extract_value(rows, 0))
+    length = builder.extract_value(array.shape, 0)
+    return length, builder.sub(length, builder.urem(length, _SIZE(STEP)))
+
+
+def _fits(floats: Any, rows: Any, ahead: Any) -> bool:
+    stored = {row.dtype for row in (*rows, *ahead)}
+    return all(row.dtype == types.float32 for row in floats) and len(stored) == 1 and stored <= set(_BYTES)
+
+
+@intrinsic
+def dots(context: Any, inputs: Any, rows: Any, ahead: Any) -> Any:
+    """Dot products of weight rows with inputs, in float32; `ahead`, rows that are needed next, are fetched meanwhile.
+
+    Each is a tuple of contiguous arrays [H]: inputs float32, rows and ahead in a weight's words. A weight is widened
+    once for all inputs. Returns a tuple: row 0 with each input, row 1 with each input, and so on; each sum is folded
+    in one fixed order.
+    """
+    if not _fits(inputs, rows, ahead):
+        return None
+    words, many = rows[0].dtype, len(inputs)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, w, later = (_pointers(context, builder, kind, arg) for kind, arg in zip(signature.args, args, strict=True))
+        length, whole = _length(context, builder, signature.args[0], args[0])
+        zero = ir.Constant(_VECTOR, [0.0] * LANES)
+        sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(2)] for _ in range(len(w) * many)]
+        with cgutils.for_range_slice(builder, _SIZE(0), whole, _SIZE(STEP)) as (at, _):
+            _fetch(builder, words, later, at)
+            for half in range(2):
+                place = builder.add(at, _SIZE(half * LANES))
+                values = [_weights(builder, types.float32, pointer, place, _VECTOR) for pointer in x]
+                for r, row in enumerate(w):
+                    weight = _weights(builder, words, row, place, _VECTOR)
+                    for n, value in enumerate(values):
+                        total = sums[r * many + n][half]
+                        builder.store(_multiply_add(builder, weight, value, builder.load(total), _VECTOR), total)
+        results = []
+        for one, other in sums:
+            both = builder.fadd(builder.load(one), builder.load(other))
+            start = ir.Constant(_FLOAT, -0.0)
+            folded = _call(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", _FLOAT, start, both, flags=("reassoc",))
+            results.append(cgutils.alloca_once_value(builder, folded))
+        with cgutils.for_range_slice(builder, whole, length, _SIZE(1)) as (at, _):
+            values = [_weights(builder, types.float32, pointer, at, _FLOAT) for pointer in x]
+            for r, row in enumerate(w):
+                weight = _weights(builder, words, row, at, _FLOAT)
+                for n, value in enumerate(values):
+                    total = results[r * many + n]
+                    builder.store(_multiply_add(builder, weight, value, builder.load(total), _FLOAT), total)
+        return context.make_tuple(builder, signature.return_type, [builder.load(total) for total in results])
+
+    return types.UniTuple(types.float32, len(rows) * many)(inputs, rows, ahead), generate
+
+
+@intrinsic
+def add_rows(context: Any, outputs: Any, scales: Any, rows: Any, ahead: Any) -> Any:
+    """Add scaled weight rows to outputs in place; `ahead`, rows that are needed next, are fetched meanwhile.
+
+    outputs: tuple of float32 arrays [H]; scales: float32, in the order in which `dots` returns; rows, ahead: as there.
+    """
+    if not _fits(outputs, rows, ahead) or len(scales) != len(rows) * len(outputs):
+        return None
+    words, many = rows[0].dtype, len(outputs)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        into, _, w, later = signature.args
+        y = _pointers(context, builder, into, args[0])
+        w, later = _pointers(context, builder, w, args[2]), _pointers(context, builder, later, args[3])
+        length, whole = _length(context, builder, into, args[0])
+        single = [builder.extract_value(args[1], i) for i in range(len(scales))]
+        nothing, first = ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_like(_VECTOR, ir.IntType(32)), [0] * LANES)
+        spread = [
+            builder.shuffle_vector(builder.insert_element(nothing, value, ir.IntType(32)(0)), nothing, first)
+            for value in single
+        ]
+
+        def add(at: Any, kind: Any, factors: list[Any]) -> None:
+            weights = [_weights(builder, words, row, at, kind) for row in w]
+            for n, pointer in enumerate(y):
+                place = builder.bitcast(builder.gep(pointer, [at]), kind.as_pointer())
+                total = builder.load(place, align=4)
+                for r, weight in enumerate(weights):
+                    total = _multiply_add(builder, weight, factors[r * many + n], total, kind)
+                builder.store(total, place, align=4)
+
+        with cgutils.for_range_slice(builder, _SIZE(0), whole, _SIZE(STEP)) as (at, _):
+            _fetch(builder, words, later, at)
+            for half in range(2):
+                add(builder.add(at, _SIZE(half * LANES)), _VECTOR, spread)
+        with cgutils.for_range_slice(builder, whole, length, _SIZE(1)) as (at, _):
+            add(at, _FLOAT, single)
+        return context.get_dummy_value()
+
+    return types.void(outputs, scales, rows, ahead), generate
