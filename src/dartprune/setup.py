@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dartprune.choice import has_choice
 from dartprune.ffn import Backend, FFNWeights, choose
 from dartprune.layer_run import DeviceState, LayerRun
 from dartprune.method import Method
@@ -78,7 +79,7 @@ def _build(method: Method, core: nn.Module, decoder: Decoder, backend: str, layo
                     layer.neurons,
                     width,
                     device,
-                    masks=not chosen.gathers,
+                    masks=not chosen.gathers or has_choice(chosen, weights),
                     compensation=layer.hidden if method.compensate == "mean" else None,
                 ),
                 LayerRing(length, layer.hidden, dtype, device) if length else None,
