@@ -47,16 +47,26 @@ class Account:
         self.saving = saving_per_token(parts.layers, method.sparsity, method.token) if method.prunes else None
         self._read = 0.0
         self._whole = 0.0
+        self._steps = {True: 0, False: 0}  # wholly pruned ones: by rows, and dense with masks since that was faster
         self._ended: list[Ended] = []
         self._known: tuple[tuple[int, tuple[int, ...]], int] | None = None
         self._gathers = all(layer.backend.gathers for layer in parts.layers)
         self._layer_bytes = [layer.layer.weight_bytes for layer in parts.layers]
 
-    def decoded(self, slots: Sequence[Slot], masks: int, *, pruned: bool) -> None:
-        """A decode forward of these sequences reads its FFN weights; `masks` changes whenever a mask does."""
+    def decoded(self, slots: Sequence[Slot], masks: int, *, pruned: bool, gathered: bool) -> None:
+        """A decode forward of these sequences reads its FFN weights.
+
+        Args:
+            slots: the sequences.
+            masks: changes whenever a mask does.
+            pruned: whether masks are in force.
+            gathered: whether rows were read; else the whole FFN was.
+        """
         whole = float(sum(self._layer_bytes))
         self._whole += whole
-        if not (pruned and self._gathers and all(slot.state is State.PRUNED for slot in slots)):
+        if pruned and self._gathers and all(slot.state is State.PRUNED for slot in slots):
+            self._steps[gathered] += 1
+        if not gathered:
             self._read += whole
             return
         key = (masks, tuple(slot.id for slot in slots))
@@ -96,6 +106,13 @@ class Account:
         )
         chosen = self.parts.tally.bytes_read if self.parts.tally is not None else 0.0
         return 1 - (self._read + chosen + self.replays * once) / self._whole
+
+    def _chosen(self) -> list[str]:
+        """What is said of steps that ran dense with masks although rows could have been read."""
+        dense = self._steps[False]
+        if not dense:
+            return []
+        return [f"{dense} of {sum(self._steps.values())} pruned steps ran dense with masks: faster for so many neurons"]
 
     def close(self, slot: Slot) -> None:
         """Keep what a sequence did, before its slot is used again."""
@@ -144,7 +161,7 @@ class Account:
             seconds=dict(self.seconds),
             refresh_flops=self.refresh_flops,
             pays_after_tokens=self._pays_after(),
-            notes=self.notes + list(dict.fromkeys(note for row in rows for note in row.slot.notes)),
+            notes=self.notes + self._chosen() + list(dict.fromkeys(note for row in rows for note in row.slot.notes)),
         )
 
 

@@ -326,7 +326,9 @@ class Run(Refuses):
         self._cache, self._length = cache, past
         self._stepper.begin(rows, slots, ended, paused=self._paused)
         if phase is not Phase.PREFILL:
-            self._account.decoded(slots, self._renewal.version, pruned=not self._paused)
+            self._account.decoded(
+                slots, self._renewal.version, pruned=not self._paused, gathered=self._stepper.gathered
+            )
 
     def _lines_of(
         self, cache: Any, known: tuple[int, ...] | None, lines: int, past: int, given: tuple[int, ...] | None

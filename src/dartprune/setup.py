@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dartprune.choice import has_choice
 from dartprune.ffn import Backend, FFNWeights, backend_names, choose
 from dartprune.layer_run import DeviceState, LayerRun
 from dartprune.method import Method
@@ -89,7 +90,7 @@ def _build(
                     layer.neurons,
                     0 if everything else _widest(method, layer),
                     device,
-                    masks=not chosen.gathers and not everything,
+                    masks=not everything and (not chosen.gathers or has_choice(chosen, weights, selector)),
                     compensation=layer.hidden if method.compensate == "mean" else None,
                     everything=everything,
                 ),

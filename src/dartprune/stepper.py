@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dartprune.choice import Choice
 from dartprune.layer_run import LayerRun, Step
 from dartprune.method import Method
 from dartprune.model.rows import Phase, Rows
@@ -55,6 +56,8 @@ class Stepper:
         self.renewal = renewal
         self.seconds = {"detecting": 0.0, "refreshing": 0.0}
         self.pending: Pending | None = None
+        self.choice = Choice(layers)
+        self.gathered = False  # whether the forward that began last reads rows
         self._announce = announce
         self._tally = tally
         self._ring = method.refresh.replay_tokens
@@ -71,6 +74,7 @@ class Stepper:
     def begin(self, rows: Rows, slots: list[Slot], ended: Tensor | None, *, paused: bool) -> None:
         """Tell the layers what the coming forward is."""
         self._rows, self._slots, self._ended, self._paused = rows, slots, ended, paused
+        self.gathered = False
         if paused or not self.method.prunes:
             self.clear()
             return
@@ -117,7 +121,11 @@ class Stepper:
         pruned = [slot.state is State.PRUNED for slot in slots]
         learning = [slot.state is State.LEARNING for slot in slots]
         verify = rows.phase is Phase.VERIFY
-        key = (rows.slots, rows.tokens, rows.phase, tuple(pruned), tuple(learning))
+        # where some lines are dense all weights are read anyway: masks cost nothing more
+        self.gathered = all(pruned) and all(layer.backend.gathers for layer in self.layers)
+        if self.gathered and rows.tokens == 1:
+            self.gathered = self.choice.gathers(slots, self.renewal.version)
+        key = (rows.slots, rows.tokens, rows.phase, tuple(pruned), tuple(learning), self.gathered)
         places = [slot.ring_next for slot in slots]
         if self._plan is not None and self._plan[0] == key and self._plan[2] == places:
             steps = self._plan[1]
@@ -125,8 +133,7 @@ class Stepper:
             step = self._step(rows, slots)
             if verify:
                 step.ring, step.staging = None, True
-            # where some lines are dense all weights are read anyway: masks cost nothing more
-            step.gathering = all(pruned) and all(layer.backend.gathers for layer in self.layers)
+            step.gathering = self.gathered
             step.masking = any(pruned) and not step.gathering
             steps = self._spread(step)
             self._plan = (key, steps, places) if rows.tokens == 1 else None

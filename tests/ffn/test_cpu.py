@@ -11,11 +11,14 @@ import torch
 
 pytest.importorskip("numba")
 
+from dartprune import Dart
 from dartprune.ffn import choose
 from dartprune.ffn.backend import activation
 from dartprune.ffn.cpu import CpuBackend
 from dartprune.ffn.reference import ReferenceBackend
 from dartprune.ffn.weights import FFNWeights
+from test_matrix import tokens
+from tiny import FAMILIES
 
 ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -159,6 +162,44 @@ def test_two_python_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_two_models_in_two_threads():
+    models = [FAMILIES[name]() for name in ("llama", "gpt2")]
+
+    def decode(model):
+        with Dart(sparsity=0.5)(model, backend="cpu"):
+            return model.generate(tokens(model), max_new_tokens=24, min_new_tokens=24, do_sample=False)
+
+    want = [decode(model) for model in models]
+    got = [[], []]
+
+    def work(i):
+        for _ in range(4):
+            got[i].append(decode(models[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        assert len(got[i]) == 4 and all(torch.equal(out, want[i]) for out in got[i])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [32, 77, 160])
+def test_every_remainder_of_a_block(hidden, dtype, gated):
+    w = make(hidden, 23, dtype, gated, True, "silu")
+    for k in range(1, 13):
+        index, count = lists(23, [k, 23 - k, k])
+        for rows in (1, 2, 3):
+            x, slots = torch.randn(rows, hidden).to(dtype), torch.arange(rows)
+            want = naive(x, w, index, count, slots)
+            scale = float(want.abs().max()) + 1.0
+            got = BACKEND.ffn(x, w, index, count, slots)
+            torch.testing.assert_close(got.double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)
 
 
 def test_inside_a_full_graph():

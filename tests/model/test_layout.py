@@ -84,6 +84,30 @@ def test_an_attach_that_fails_half_way_puts_everything_back(monkeypatch):
     Static().attach(model).detach()
 
 
+def test_files_behind_weights_are_not_written(tmp_path):
+    from safetensors.torch import load_file
+
+    made = FAMILIES["llama"]()
+    made.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.chmod(0o444)
+    content = file.read_bytes()
+    made.load_state_dict(load_file(file), strict=False, assign=True)  # the parameters now lie in the mapped file
+    made.tie_weights()
+    before = snapshot(made)
+    mapped = made.model.layers[0].mlp.down_proj.weight.data_ptr()
+    run = Static(sparsity=0.5).attach(made, backend="cpu")
+    assert made.model.layers[0].mlp.down_proj.weight.data_ptr() != mapped
+    made.generate(tokens(made), max_new_tokens=4, min_new_tokens=4)
+    made.save_pretrained(tmp_path / "again")
+    run.detach()
+    assert_untouched(made, before)
+    assert file.read_bytes() == content
+    again = type(made).from_pretrained(tmp_path / "again").state_dict()
+    for name, value in before["weights"].items():
+        assert torch.equal(again[name], value), name
+
+
 def test_memory_mapped_weights(tmp_path):
     FAMILIES["llama"]().save_pretrained(tmp_path)
     model = type(FAMILIES["llama"]()).from_pretrained(tmp_path).eval()

@@ -167,7 +167,7 @@ def _shared_span(x, gated, gate, up, down, gate_bias, up_bias, biased, member, u
     mine = np.empty(x.shape[0], np.int64)
     for i in range(first, last):
         row, later = union[i], union[min(i + 1, last - 1)]
-        word, k = member[row], 0
+        word, k = member[row], np.int64(0)
         for n in range(x.shape[0]):
             mine[k] = n
             k += np.int64((word >> np.uint64(n)) & np.uint64(1))
