@@ -87,7 +87,7 @@ def memory(data: dict[str, Any]) -> Iterator[str]:
 
 def compare(rows: Sequence[dict[str, str]], target: float) -> Iterator[str]:
     """One line for each arm at one target: loss over dense with its interval on each part, refreshes, bytes."""
-    yield "| arm | realised | one topic | before the change | after it | refreshes in 200 of one topic | FFN bytes saved |"
+    yield "| arm | realised | one topic | before the change | after it | refreshes / 200 tokens | FFN bytes saved |"
     yield "|---|---|---|---|---|---|---|"
     found: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
