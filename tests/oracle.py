@@ -2,30 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dartprune.model.families import describe
+from dartprune.ffn.token_ops import FFNSketch, SketchPlanes, quantise_input
+from dartprune.model.families import Layer, describe
+from dartprune.token import Exact, Sketch
+
+# from layer, its a [B, T, I], its x [B, T, H] and the candidates bool [B, I] to what each token uses, bool [B, T, I]
+Rule = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def masked_by_hand(model: nn.Module, masks: list[Tensor]) -> Iterator[None]:
-    """Zero the input of each down projection with masks bool [B, I] of each layer, by plain torch hooks."""
-    handles = []
-    for layer, mask in zip(describe(model).layers, masks, strict=True):
+def masked_by_hand(
+    model: nn.Module, masks: list[Tensor], rule: Rule | None = None, means: list[Tensor] | None = None
+) -> Iterator[None]:
+    """Zero the input of each down projection with masks bool [B, I] of each layer, by plain torch hooks.
 
-        def zero(module: nn.Module, args: Any, mask: Tensor = mask) -> Any:
+    With a rule, each token uses of its mask's neurons only those that the rule names. With means [B, I] of each layer,
+    these stand where zeros would.
+    """
+    handles = []
+    fills = [torch.zeros_like(mask, dtype=torch.float32) for mask in masks] if means is None else means
+    for layer, mask, fill in zip(describe(model).layers, masks, fills, strict=True):
+        inputs: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, inputs: list[Tensor] = inputs) -> None:
+            inputs[:] = [args[0]]
+
+        def zero(
+            module: nn.Module,
+            args: Any,
+            layer: Layer = layer,
+            mask: Tensor = mask,
+            fill: Tensor = fill,
+            inputs: list[Tensor] = inputs,
+        ) -> Any:
             a = args[0]
             lines = a.reshape(mask.shape[0], -1, a.shape[-1])
-            return (torch.where(mask[:, None], lines, torch.zeros_like(lines)).reshape(a.shape), *args[1:])
+            used = mask[:, None]
+            if rule is not None:
+                used = rule(layer, lines, inputs[0].reshape(*lines.shape[:2], -1), mask)
+            return (torch.where(used, lines, fill[:, None].to(lines)).reshape(a.shape), *args[1:])
 
+        handles.append(layer.entry.register_forward_pre_hook(keep))
         handles.append(layer.down.register_forward_pre_hook(zero))
     try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def inputs_of_down(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The input of each down projection, one forward long, by plain hooks."""
+    inputs: list[Tensor] = []
+    handles = [
+        layer.down.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        for layer in describe(model).layers
+    ]
+    try:
+        yield inputs
     finally:
         for handle in handles:
             handle.remove()
@@ -42,6 +84,73 @@ def masks_of(run: Any, slots: tuple[int, ...]) -> list[Tensor]:
                 rows[line] = False
                 rows[line, kept.long()] = True
         out.append(rows)
+    return out
+
+
+def rule_of(pruner: Any, run: Any) -> Rule | None:
+    """How the pruner's token selector chooses, by a plain sort; None where there is no selector."""
+    selector = pruner.token
+    if selector is None:
+        return None
+
+    def rule(layer: Layer, a: Tensor, x: Tensor, candidates: Tensor) -> Tensor:
+        used = torch.zeros(a.shape, dtype=torch.bool)
+        unit = torch.eye(layer.neurons)
+        norms = (_plain(layer.down, unit) - _plain(layer.down, torch.zeros_like(unit))).norm(dim=1)
+        if isinstance(selector, Exact):
+            scores = a.abs() * norms
+        elif isinstance(selector, Sketch):
+            scores = _sketched(run._parts.layers[layer.index].token.sketch, layer, x) * norms
+        elif layer.gated:
+            gate, _ = _gate_and_up(layer, x)
+            rows = _gate_and_up(layer, torch.eye(layer.hidden))[1] - _gate_and_up(layer, torch.zeros(layer.hidden))[1]
+            scores = layer.act(gate).abs() * norms * rows.norm(dim=0)
+        else:
+            scores = a.abs() * norms
+        for line, sequence in enumerate(run.report().sequences):
+            for t in range(a.shape[1]):
+                score = (scores[line, t] * candidates[line]).tolist()
+                order = sorted(range(layer.neurons), key=lambda i: (-score[i], i))
+                kept = [i for i in order[: sequence.keep[layer.index]] if score[i] > 0]
+                used[line, t, kept] = True
+        return used
+
+    return rule
+
+
+def _gate_and_up(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+    up = _plain(layer.up, x)
+    if layer.fused:
+        return up.chunk(2, dim=-1)
+    return _plain(layer.gate, x), up
+
+
+def _sketched(sketch: FFNSketch, layer: Layer, x: Tensor) -> Tensor:
+    """`|act(g^) u^|` from the sketch's matrices and rounded inputs, both written out."""
+
+    def whole(planes: SketchPlanes) -> Tensor:
+        bits = (planes.planes[..., None] >> torch.arange(64)) & 1
+        code = (bits * (2 ** torch.arange(planes.bits))[:, None, None]).sum(1).flatten(1)[:, : layer.hidden]
+        return planes.scale[:, None] * (2 * code - (2**planes.bits - 1))
+
+    rows = x.reshape(-1, layer.hidden)
+    rounded = quantise_input(rows, sketch.activation_bits, sketch.outliers)
+    rest = rows.scatter(1, rounded.outlier_index, 0.0)
+    top = 2 ** (sketch.activation_bits - 1) - 1
+    near = (rest / rounded.step[:, None]).round().clamp(-top, top) * rounded.step[:, None]
+    near = near.scatter(1, rounded.outlier_index, rounded.outlier_value)
+    zero = torch.zeros(layer.hidden)
+    up = near @ whole(sketch.up).t()
+    if sketch.gate is None:
+        return layer.act(up + _plain(layer.up, zero)).abs().reshape(*x.shape[:2], -1)
+    gate_bias, up_bias = _gate_and_up(layer, zero)
+    gate = near @ whole(sketch.gate).t() + gate_bias
+    return (layer.act(gate) * (up + up_bias)).abs().reshape(*x.shape[:2], -1)
+
+
+def _plain(module: nn.Module, x: Tensor) -> Tensor:
+    """The module's own forward, without the hooks and wrappers of the instance."""
+    out: Tensor = type(module).forward(module, x)
     return out
 
 

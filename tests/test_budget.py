@@ -120,8 +120,11 @@ def test_residue_goes_to_layers_without_pressure_when_the_others_are_full():
 def test_kinds():
     angle, change = torch.tensor([0.5, 1.0, 0.2]), torch.tensor([0.1, 3.0, 1.0])
     both = DepthAware()(angle, change, 0.5, [10] * 3)
-    assert torch.allclose(both, depth_aware(angle * change, 0.5))
-    assert torch.allclose(DepthAware(magnitude_factor=False)(angle, change, 0.5, [10] * 3), depth_aware(angle, 0.5))
+    assert torch.allclose(both, depth_aware(angle * change, 0.5, min_sparsity=0.0))
+    paper = DepthAware(min_sparsity=0.1)
+    assert torch.allclose(paper(angle, change, 0.5, [10] * 3), depth_aware(angle * change, 0.5))
+    angle_alone = DepthAware(magnitude_factor=False, min_sparsity=0.1)
+    assert torch.allclose(angle_alone(angle, change, 0.5, [10] * 3), depth_aware(angle, 0.5))
     assert torch.equal(Uniform()(angle, change, 0.5, [10] * 3), torch.full((3,), 0.5))
     assert keep_counts(torch.tensor([0.3, 0.9, 0.0]), [10, 11, 12]) == [7, 1, 12]
 
@@ -341,3 +344,13 @@ def test_without_depth_protection_only_sensitivity_counts():
     angle = torch.linspace(1, 2, 9)
     pruned = DepthAware(depth_protection=False)(angle, torch.ones(9), 0.4, [10] * 9)
     assert (pruned[:-1] >= pruned[1:]).all() and pruned[0] > pruned[-1]
+
+
+def test_spread_draws_the_layers_together():
+    angle, change, neurons = torch.tensor([0.9, 0.2, 0.3, 0.6]), torch.ones(4), [100] * 4
+    paper, half, flat = (DepthAware(spread=spread)(angle, change, 0.6, neurons) for spread in (1.0, 0.5, 0.0))
+    torch.testing.assert_close(half, (paper + 0.6) / 2)
+    torch.testing.assert_close(flat, torch.full((4,), 0.6))
+    assert float(paper.std()) > 0.05
+    with pytest.raises(ValueError, match=r"spread must lie in \[0, 1\]"):
+        DepthAware(spread=1.5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from dartprune import Dart, Detector, Replay, Static
+from dartprune import Dart, Detector, Replay, Static, presets
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -109,3 +109,25 @@ def test_a_compiled_module_is_pruned_not_silently_dense():
         got = decode(compiled, compiled, run, prompt, new)
         assert run.report().pruned_tokens == 12
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "backend", "preset"),
+    [("llama", "cpu", "gated-dart"), ("opt", "masked", "sketch-dart")],
+)
+def test_token_selectors_compile_once(family, backend, preset):
+    model = FAMILIES[family]()
+    pruner = presets.get(preset)(sparsity=0.5)
+    prompt, new = tokens(model), tokens(model, length=10, seed=3)
+    with pruner(model, backend=backend) as run:
+        want = decode(model, model, run, prompt, new)
+        spared = run.report().realised_sparsity
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=True)
+    frames = []
+    for _ in range(4):
+        with pruner(model, backend=backend) as run:
+            got = decode(model, model, run, prompt, new)
+            assert run.report().realised_sparsity == pytest.approx(spared, abs=1e-3)
+        frames.append(counters["stats"]["unique_graphs"])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert frames[-1] == frames[2], frames

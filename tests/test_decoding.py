@@ -218,7 +218,7 @@ def test_rejected_candidates_leave_no_trace(llama):
         new = tokens(llama, lines=1, length=12, seed=9)
         with run.phase("decode"):
             llama(input_ids=new[:, :6], past_key_values=cache)
-        ring = run._parts.layers[1].ring.inputs.clone()
+        ring = run._parts.layers[1].ring.codes.clone()
         stepper = run._stepper
         run._begin(
             cache, new[:, 6:11], None, first=False, explicit=None
@@ -229,7 +229,7 @@ def test_rejected_candidates_leave_no_trace(llama):
         cache.crop(-5)
         report = run.report()
         assert report.pruned_tokens == 6
-        assert torch.equal(ring, run._parts.layers[1].ring.inputs)
+        assert torch.equal(ring, run._parts.layers[1].ring.codes)
 
 
 def test_a_second_turn_renews_the_masks(llama):

@@ -123,7 +123,7 @@ def test_never_keeps_the_mask_of_the_prompt(llama, fires_once):
 
 def test_replayed_masks_come_from_the_last_tokens(llama):
     """Memory 0: after a replay the masks are those of the last inputs alone."""
-    pruner = Dart(sparsity=0.5, refresh=ClockRefresh(every=8, dense=None, replay=8, memory=0.0))
+    pruner = Dart(sparsity=0.5, refresh=ClockRefresh(every=8, dense=None, replay=8, memory=0.0), compensate=None)
     ids, new = tokens(llama, lines=1, length=24), tokens(llama, lines=1, length=8, seed=4)
     inputs = {}
     with torch.no_grad(), pruner(llama, backend="masked") as run:

@@ -126,11 +126,30 @@ def test_rows_and_rings():
     ring.grow(5)
     x = torch.arange(10.0)[:, None]
     ring.write(x, *rows.tail(4, [3, 0]))
-    assert ring.inputs[4, :4, 0].tolist() == [3, 4, 0, 2]  # tokens 2, 3, 4 at places 3, 0, 1
-    assert ring.inputs[2, :4, 0].tolist() == [9, 6, 7, 8]
+    # tokens 2, 3, 4 at places 3, 0, 1
+    assert ring.read(torch.tensor([4]), torch.arange(4)[None])[0, :, 0].tolist() == [3, 4, 0, 2]
+    assert ring.read(torch.tensor([2]), torch.arange(4)[None])[0, :, 0].tolist() == [9, 6, 7, 8]
     one = Rows(Phase.DECODE, (2,), 1)
     ring.write(x[:1], *one.tail(4, [1]))
     assert ring.read(torch.tensor([2]), torch.tensor([[2, 3, 0, 1]]))[0, :, 0].tolist() == [7, 8, 9, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_ring_remembers_to_eight_bits(dtype):
+    x = torch.randn(6, 40).to(dtype)
+    x[1, 3] = 900.0  # the outlier dimension of a large model
+    x[2] = 0.0
+    x[3] *= 1e-4
+    ring = LayerRing(6, 40, dtype, CPU)
+    ring.grow(1)
+    slots = torch.zeros(6, dtype=torch.int64)
+    ring.write(x, torch.arange(6), slots, torch.arange(6))
+    got = ring.read(slots[:1], torch.arange(6)[None])[0]
+    assert got.dtype == dtype and torch.equal(got[2], x[2])
+    # three bits of mantissa; values far below a token's largest one have fewer
+    largest = x.float().abs().amax(1, keepdim=True)
+    assert ((got.float() - x.float()).abs() <= x.float().abs() / 16 + largest / 448 / 512 + 1e-6).all()
+    assert ring.bytes_per_slot() == 7 * (40 + 4)
 
 
 def test_slots_grow_and_move_at_once():

@@ -10,11 +10,24 @@ if TYPE_CHECKING:
     from dartprune.budget import DepthAware, Table, Uniform
     from dartprune.method import Detector
     from dartprune.model.families import Family, register_family
-    from dartprune.pruner import Clock, Dart, Dense, Griffin, Pruner, Random, Static, presets
+    from dartprune.pruner import (
+        Clock,
+        Dart,
+        Dense,
+        GatedDart,
+        Griffin,
+        PerToken,
+        Pruner,
+        Random,
+        SketchDart,
+        Static,
+        presets,
+    )
     from dartprune.refresh import Never, Relearn, Release, Replay
     from dartprune.report import Event, Report
     from dartprune.run import Run
     from dartprune.scoring import register_scorer
+    from dartprune.token.selector import Sketch, TokenGate
 
 __version__ = "0.1.0"
 
@@ -27,8 +40,10 @@ _HOME = {
     "Detector": "method",
     "Event": "report",
     "Family": "model.families",
+    "GatedDart": "pruner",
     "Griffin": "pruner",
     "Never": "refresh",
+    "PerToken": "pruner",
     "Pruner": "pruner",
     "Random": "pruner",
     "Relearn": "refresh",
@@ -36,8 +51,11 @@ _HOME = {
     "Replay": "refresh",
     "Report": "report",
     "Run": "run",
+    "Sketch": "token.selector",
+    "SketchDart": "pruner",
     "Static": "pruner",
     "Table": "budget",
+    "TokenGate": "token.selector",
     "Uniform": "budget",
     "presets": "pruner",
     "register_family": "model.families",
@@ -53,8 +71,10 @@ __all__ = [
     "Detector",
     "Event",
     "Family",
+    "GatedDart",
     "Griffin",
     "Never",
+    "PerToken",
     "Pruner",
     "Random",
     "Relearn",
@@ -62,8 +82,11 @@ __all__ = [
     "Replay",
     "Report",
     "Run",
+    "Sketch",
+    "SketchDart",
     "Static",
     "Table",
+    "TokenGate",
     "Uniform",
     "budget",
     "drift",

@@ -194,17 +194,22 @@ def register_budget(cls: B) -> B:
 @register_budget
 @dataclass(frozen=True)
 class DepthAware:
-    """The paper's budget; `depth_protection` and `magnitude_factor` switch two of its parts off for studies."""
+    """The paper's budget; `depth_protection` and `magnitude_factor` switch two of its parts off for studies.
+
+    min_sparsity: the paper's is 0.1; a layer that must not be touched may be left whole here (docs/choices.md).
+    spread: how far the layers may differ, of what the paper has: 1 is the paper's budget, 0 the same share everywhere.
+    """
 
     kind: ClassVar[str] = "depth-aware"
     early_width: float = 0.3
     late_width: float = 0.15
     early_floor: float = 0.25
     late_floor: float = 0.35
-    min_sparsity: float = 0.1
+    min_sparsity: float = 0.0
     max_sparsity: float = 0.9
     depth_protection: bool = True
     magnitude_factor: bool = True
+    spread: float = 1.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -214,6 +219,7 @@ class DepthAware:
             "late_floor",
             "min_sparsity",
             "max_sparsity",
+            "spread",
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
@@ -225,7 +231,7 @@ class DepthAware:
 
     def __call__(self, angle: Tensor, change: Tensor, sparsity: float, neurons: Sequence[int]) -> Tensor:
         """Pruned fractions [L] from the mean impact terms [L] of each layer."""
-        return depth_aware(
+        pruned = depth_aware(
             sensitivity(angle, change) if self.magnitude_factor else angle,
             sparsity,
             early_width=self.early_width if self.depth_protection else 0.0,
@@ -235,6 +241,7 @@ class DepthAware:
             min_sparsity=self.min_sparsity,
             max_sparsity=self.max_sparsity,
         )
+        return pruned if self.spread == 1 else sparsity + self.spread * (pruned - sparsity)
 
 
 @register_budget

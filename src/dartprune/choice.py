@@ -31,7 +31,8 @@ class Choice:
 
     def __init__(self, layers: Sequence[LayerRun]) -> None:
         self.layers = list(layers)
-        self._open = all(has_choice(layer.backend, layer.weights) for layer in layers)
+        # a token selector computes by rows of its own
+        self._open = all(layer.token is None and has_choice(layer.backend, layer.weights) for layer in layers)
         self._timing: dict[tuple[int, int, int], Timing] = {}
         self._known: tuple[tuple[int, tuple[int, ...]], bool] | None = None
 

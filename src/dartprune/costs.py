@@ -8,7 +8,7 @@ from typing import Any
 from dartprune.drift import KEPT_WINDOWS
 from dartprune.method import Method
 from dartprune.model.families import describe
-from dartprune.scoring import STATISTICS, scorer
+from dartprune.trace import STATISTICS
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def memory_per_sequence(shape: Shape, method: Method, *, masks: bool = False) ->
         masks: whether the backend zeroes neurons and so keeps a mask beside the index lists.
     """
     layers, hidden, neurons = shape.layers, shape.hidden, shape.neurons
-    statistics = sum(name in STATISTICS for name in scorer(method.scorer).inputs)
+    statistics = sum(name in STATISTICS for name in method.inputs)
     total = 4 * layers * neurons * statistics
     total += layers * (3 * 4 + 4)  # impact sums and token count
     smallest = getattr(method.budget, "min_sparsity", None)
@@ -113,10 +113,10 @@ def memory_per_sequence(shape: Shape, method: Method, *, masks: bool = False) ->
     if masks:
         total += layers * neurons
     if method.compensate == "mean":
-        total += layers * (4 * neurons + 4 * hidden)
+        total += layers * 4 * hidden
     replay = method.refresh.replay_tokens
     if replay:
-        total += layers * (replay + 1) * hidden * shape.weight_bytes
+        total += layers * (replay + 1) * (hidden + 4)  # eight bits a value, a scale for each token
     if method.refresh.detects:
         total += 4 * method.detector.window * hidden
     total += 4 * hidden * (KEPT_WINDOWS + 1)

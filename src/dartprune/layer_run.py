@@ -14,6 +14,7 @@ from dartprune.ffn.masked import apply_mask
 from dartprune.model.families import Layer
 from dartprune.ring import LayerRing
 from dartprune.selection import LayerSelection
+from dartprune.token.layer import LayerToken
 from dartprune.trace import LayerTrace, impact_terms
 
 
@@ -62,6 +63,7 @@ class LayerRun:
         place: tuple[torch.device, torch.dtype],
         *,
         residual: bool,
+        token: LayerToken | None = None,
     ) -> None:
         self.layer = layer
         self.state = state
@@ -72,10 +74,21 @@ class LayerRun:
         self.weights = weights
         self.place = place
         self.residual = residual
+        self.token = token
         self.staged: Tensor | None = None
         self.staged_impact: Tensor | None = None
         self._y: Tensor | None = None
         self._x: Tensor | None = None
+
+    @property
+    def saves_time(self) -> bool:
+        """Whether neurons that a token does not use are left unread here."""
+        return self.backend.saves_time and (self.token is None or self.token.saves_time)
+
+    @property
+    def fixed_share(self) -> float:
+        """Share of the layer's weight bytes that a token selector reads beside the weights."""
+        return 0.0 if self.token is None else self.token.fixed_share(0)
 
     def norm(self, y: Tensor) -> None:
         """Keep the residual stream for the impact of this FFN."""
@@ -120,8 +133,7 @@ class LayerRun:
         if step.weight is not None:
             self._trace(a, step.weight, step)
         if step.masking:
-            lines = a.reshape(step.slots.shape[0], -1, a.shape[-1])
-            a = apply_mask(lines, self.selection.rows_mask(step.slots)).reshape(a.shape)
+            a = self._masked(a, step)
         out = original(a)
         if step.masking:
             out = self._compensated(out, step)
@@ -145,14 +157,28 @@ class LayerRun:
             self._y = x
         if step.staging:
             self.staged = x.reshape(step.slots.shape[0], -1, x.shape[-1])
+        if step.masking and self.token is not None:
+            self._x = x
         if step.ring is not None and self.ring is not None:
             self.ring.write(x.reshape(-1, x.shape[-1]), *step.ring)
 
     def _gathered(self, x: Tensor, step: Step) -> Tensor:
         assert not isinstance(self.weights, str)
         rows = x.reshape(-1, x.shape[-1])
+        if self.token is not None:
+            return self.token.ffn(rows, self.weights, self.selection, step.row_slots).reshape(x.shape)
         out = self.backend.ffn(rows, self.weights, self.selection.index, self.selection.count, step.row_slots)
         return self._compensated(out.reshape(x.shape), step)
+
+    def _masked(self, a: Tensor, step: Step) -> Tensor:
+        if self.token is None:
+            lines = a.reshape(step.slots.shape[0], -1, a.shape[-1])
+            return apply_mask(lines, self.selection.rows_mask(step.slots)).reshape(a.shape)
+        x, self._x = self._x, None
+        assert x is not None
+        rows = a.reshape(-1, a.shape[-1])
+        mask = self.token.mask(rows, x.reshape(-1, x.shape[-1]), self.selection, step.row_slots)
+        return rows.masked_fill(~mask, 0).reshape(a.shape)
 
     def _compensated(self, out: Tensor, step: Step) -> Tensor:
         if not self.selection.has_compensation:

@@ -12,6 +12,7 @@ from dartprune.drift import AttentionDrift
 from dartprune.names import unknown
 from dartprune.refresh import Never, Refresh, refresh_kinds
 from dartprune.scoring import scorer
+from dartprune.token.selector import TokenSelector, token_kinds
 
 VERSION = 1
 SELECTIONS = ("topk", "threshold")
@@ -34,10 +35,13 @@ def whole(owner: str, name: str, value: object, least: int) -> None:
 
 @dataclass(frozen=True)
 class Detector:
-    """Settings of the drift detector; `build` gives its live form for one sequence (DART section 3.4)."""
+    """Settings of the drift detector; `build` gives its live form for one sequence (DART section 3.4).
+
+    The defaults were chosen by measurement, see docs/choices.md.
+    """
 
     window: int = 8
-    delta: float = 0.5
+    delta: float = 2.5
     min_drop: float = 0.02
     patience: int = 2
     leave_one_out: bool = True
@@ -63,6 +67,7 @@ class Method:
     skip_first: tokens at the beginning of a text that do not count in the neuron statistics.
     impact: `ffn_output` or `residual`, see `dartprune.trace.impact_terms`.
     compensate: None, or `mean`: add what the dropped neurons gave on average.
+    token: None, or a selector that gives each token neurons of its own, see `dartprune.token`.
     """
 
     prunes: ClassVar[bool] = True
@@ -80,6 +85,7 @@ class Method:
     seed: int = 0
     impact: str = "ffn_output"
     compensate: str | None = None
+    token: TokenSelector | None = None
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
@@ -104,11 +110,33 @@ class Method:
             raise TypeError(f"{owner}: detector must be a Detector, got {self.detector!r}")
         if type(self.budget) not in [budget_kinds.get(name) for name in budget_kinds.names()]:
             raise TypeError(f"{owner}: budget must be a registered budget such as DepthAware(), got {self.budget!r}")
+        self._check_token(owner)
         replay = self.refresh.replay_tokens
         if self.refresh.detects and replay % self.detector.window:
             raise ValueError(
                 f"{owner}: replay of {replay} tokens is no multiple of the detector's window of {self.detector.window}"
             )
+
+    def _check_token(self, owner: str) -> None:
+        if self.token is None:
+            return
+        if not isinstance(self.token, TokenSelector):
+            raise TypeError(f"{owner}: token must be a TokenSelector such as TokenGate() or None, got {self.token!r}")
+        kind = type(self.token).__name__
+        if self.selection != "topk":
+            raise ValueError(f"{owner}: {kind} takes a number of neurons from the budget: selection must be 'topk'")
+        if self.compensate is not None:
+            raise ValueError(f"{owner}: {kind} drops other neurons for each token: compensate must be None")
+        if not self.token.context and self.refresh.replay_tokens:
+            raise ValueError(f"{owner}: {kind} needs no context, so a replay would change nothing: use refresh=Never()")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What must be known of the context and the weights to make its masks, by the names of `dartprune.scoring`."""
+        names = scorer(self.scorer).inputs if self.token is None or self.token.context else ()
+        if self.compensate == "mean":
+            names = (*names, "total")
+        return names if self.token is None else (*names, *self.token.statistics)
 
     @property
     def name(self) -> str:
@@ -120,7 +148,7 @@ class Method:
         out: dict[str, Any] = {"version": VERSION}
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name in ("budget", "refresh"):
+            if item.name in ("budget", "refresh") or (item.name == "token" and value is not None):
                 value = {"kind": value.kind, **asdict(value)}
             elif item.name == "detector":
                 value = asdict(value)
@@ -143,6 +171,8 @@ def settings_from(data: Mapping[str, Any]) -> dict[str, Any]:
             value = _part("budget", budget_kinds.get(_kind("budget", value)), value)
         elif key == "refresh":
             value = _part("refresh", refresh_kinds.get(_kind("refresh", value)), value)
+        elif key == "token" and value is not None:
+            value = _part("token", token_kinds.get(_kind("token", value)), value)
         elif key == "detector":
             value = _part("detector", Detector, value)
         out[key] = value

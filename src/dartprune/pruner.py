@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from dartprune.budget import Uniform
+from dartprune.budget import DepthAware, Uniform
 from dartprune.method import Method, settings_from
 from dartprune.names import Registry
 from dartprune.refresh import Clock as ClockRefresh
 from dartprune.refresh import Never, Refresh, Replay
 from dartprune.run import Run
+from dartprune.token.selector import Exact, Sketch, TokenGate, TokenSelector
+from dartprune.token.sketching import Progress
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,12 @@ class Pruner(Method):
         finally:
             run.detach()
 
-    def attach(self, model: nn.Module, *, backend: str = "auto") -> Run:
-        """Prune `model` until `run.detach()` is called. Raises ValueError or TypeError for what cannot be pruned."""
-        return Run(self, model, backend=backend)
+    def attach(self, model: nn.Module, *, backend: str = "auto", progress: Progress | None = None) -> Run:
+        """Prune `model` until `run.detach()` is called. Raises ValueError or TypeError for what cannot be pruned.
+
+        `progress` is told how many layers a token selector has made ready, of how many (a sketch takes a while).
+        """
+        return Run(self, model, backend=backend, progress=progress)
 
     def to_dict(self) -> dict[str, Any]:
         """A versioned plain dict of every setting; `Pruner.from_dict` gives the same pruner back."""
@@ -74,9 +79,10 @@ def register_preset(name: str) -> Any:
 @register_preset("dart")
 @dataclass(frozen=True)
 class Dart(Pruner):
-    """The paper's method, with `replay` as its refresh."""
+    """The paper's method, with `replay` as its refresh and the dropped neurons' mean in their place."""
 
     refresh: Refresh = field(default_factory=Replay)
+    compensate: str | None = "mean"
 
 
 @register_preset("static")
@@ -114,6 +120,37 @@ class Random(Pruner):
 
     scorer: str = "random"
     budget: Any = field(default_factory=Uniform)
+
+
+@register_preset("per-token")
+@dataclass(frozen=True)
+class PerToken(Pruner):
+    """Each token its own best neurons, known because all are computed: the ceiling of every selector (WINA, TEAL)."""
+
+    budget: Any = field(default_factory=Uniform)
+    token: TokenSelector | None = field(default_factory=Exact)
+
+
+@register_preset("gated-dart")
+@dataclass(frozen=True)
+class GatedDart(Dart):
+    """DART whose masks name candidates: each token reads their gate rows and computes the best. No extra memory.
+
+    Even the layers that matter least must name candidates, so the layers differ less than DART's.
+    """
+
+    budget: Any = field(default_factory=lambda: DepthAware(spread=0.3))
+    token: TokenSelector | None = field(default_factory=TokenGate)
+    compensate: str | None = None  # each token drops others
+
+
+@register_preset("sketch-dart")
+@dataclass(frozen=True)
+class SketchDart(Pruner):
+    """Each token its own neurons, found by a low-bit sketch of the weights: no context, so no drift can hurt it."""
+
+    budget: Any = field(default_factory=Uniform)
+    token: TokenSelector | None = field(default_factory=Sketch)
 
 
 @register_preset("dense")

@@ -27,7 +27,10 @@ class Event:
 
 @dataclass
 class SequenceReport:
-    """One sequence: token counts, realised sparsity, events, kept neurons per layer, similarities over its windows."""
+    """One sequence: token counts, realised sparsity, events, kept neurons per layer, similarities over its windows.
+
+    candidates: with a token selector, the neurons of each layer among which each token finds its `keep`.
+    """
 
     sequence: int
     prompt_tokens: int
@@ -39,15 +42,20 @@ class SequenceReport:
     keep: list[int] | None
     similarities: list[tuple[int, float, float]]
     notes: list[str] = field(default_factory=list)
+    candidates: list[int] | None = None
 
 
 @dataclass
 class LayerReport:
-    """One layer: neurons it has, and the mean number kept over the sequences that had a mask (None: none had)."""
+    """One layer: neurons it has, and the mean number kept over the sequences that had a mask (None: none had).
+
+    candidates: with a token selector, among how many each token finds those it keeps.
+    """
 
     index: int
     neurons: int
     kept: float | None
+    candidates: float | None = None
 
     @property
     def pruned_fraction(self) -> float | None:
@@ -61,7 +69,9 @@ class Report:
 
     realised_sparsity: one minus the share of the FFN's weights that the decoded tokens used, dense ones included, the
         same on every backend.  bytes_saved: what the backend really left unread of the FFN's weights in whole decode
-        steps, replays included.  overhead_bytes: held for all live sequences; overhead_bytes_per_sequence: for one.
+        steps, replays included.  overhead_bytes: held for the model and all live sequences.
+    overhead_bytes_per_sequence: for one sequence.  overhead_bytes_per_model: for the model (a token selector's sketch).
+    ceiling: everything was computed to find what could have been left out.
     seconds: host time of attaching, tracing, detecting, refreshing and detaching.
     refresh_flops: arithmetic of all replays.
     pays_after_tokens: decoded tokens after which the time of attaching and detaching is won back, by a measurement in
@@ -70,6 +80,7 @@ class Report:
 
     method: str
     backend: str
+    ceiling: bool
     saves_time: bool
     target_sparsity: float
     realised_sparsity: float
@@ -81,6 +92,7 @@ class Report:
     layers: list[LayerReport]
     overhead_bytes: int
     overhead_bytes_per_sequence: int
+    overhead_bytes_per_model: int
     seconds: dict[str, float]
     refresh_flops: int
     pays_after_tokens: int | None
@@ -101,7 +113,7 @@ class Report:
 
     def __str__(self) -> str:
         rows = [
-            ("method", self.method),
+            ("method", self.method + (" (ceiling: computes everything)" if self.ceiling else "")),
             ("backend", self.backend + ("" if self.saves_time else " (saves no time)")),
             ("target sparsity", f"{self.target_sparsity:.3f}"),
             ("realised sparsity", f"{self.realised_sparsity:.3f}"),
@@ -111,7 +123,7 @@ class Report:
             ("sequences", str(len(self.sequences))),
             ("events", _counted([event.kind for event in self.events])),
             ("layers keep", _spread([layer.kept for layer in self.layers], [n.neurons for n in self.layers])),
-            ("extra memory", f"{self.overhead_bytes_per_sequence / 1e6:.2f} MB per sequence"),
+            ("extra memory", _held(self.overhead_bytes_per_sequence, self.overhead_bytes_per_model)),
             (
                 "attaching pays",
                 "never: no time is saved"
@@ -123,6 +135,11 @@ class Report:
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def _held(sequence: int, model: int) -> str:
+    text = f"{sequence / 1e6:.2f} MB per sequence"
+    return text + (f", {model / 1e6:.2f} MB for the model" if model else "")
 
 
 def _counted(kinds: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from dartprune.report import Event, Report
 from dartprune.setup import build, place
 from dartprune.slots import Slot, State
 from dartprune.stepper import Stepper
+from dartprune.token.sketching import Progress
 from dartprune.watch import Watch
 
 NO_CACHE = "use_cache=False would rerun the whole text at every step: pruned decoding needs a cache"
@@ -38,7 +39,9 @@ WHAT_PHASE = (
 class Run(Refuses):
     """A pruner at work on one model. Made by `Pruner.attach` or by a `with` block; ended by `detach`."""
 
-    def __init__(self, method: Method, model: nn.Module, *, backend: str = "auto") -> None:
+    def __init__(
+        self, method: Method, model: nn.Module, *, backend: str = "auto", progress: Progress | None = None
+    ) -> None:
         """Attach. Raises ValueError or TypeError, with the model untouched, for what cannot be pruned."""
         began = time.perf_counter()
         self.method = method
@@ -61,7 +64,7 @@ class Run(Refuses):
         self._ended: Tensor | None = None
         claim(self._core, method.name)
         try:
-            self._parts = parts = build(method, self._core, decoder, backend)
+            self._parts = parts = build(method, self._core, decoder, backend, progress)
             replay = method.refresh.replay_tokens
             self._account = Account(method, parts)
             self._renewal = Renewal(method, parts.layers, parts.counters, parts.facts)
@@ -73,6 +76,7 @@ class Run(Refuses):
                 Watch(parts.windows, method.refresh.settle_tokens, replay // method.detector.window),
                 self._renewal,
                 self._happened,
+                parts.tally,
             )
             self._sites = sites_of(self._core, decoder)
             self._door = model_site(self._core)
@@ -171,7 +175,10 @@ class Run(Refuses):
         return ids
 
     def selection(self, slot: int) -> list[Tensor | None]:
-        """Kept neurons of each layer for a slot, int32 [k_l] on the layer's device; None where nothing is pruned."""
+        """Kept neurons of each layer for a slot, int32 [k_l] on the layer's device; None where nothing is pruned.
+
+        With a token selector these are the candidates, among which each token finds its own.
+        """
         keep = self._pool.live[slot].keep
         if keep is None:
             return [None] * len(self._parts.layers)
@@ -183,6 +190,10 @@ class Run(Refuses):
         """Mean impact terms of each layer's FFN on a slot's traced tokens: `1 - cos(y, z)` and `|z - y| / |y|`."""
         rows = [layer.trace.impact[slot].tolist() for layer in self._parts.layers]
         return [(angle / max(count, 1.0), change / max(count, 1.0)) for angle, change, count in rows]
+
+    def scores(self, slot: int) -> list[Tensor]:
+        """The score of every neuron as a slot's trace stands now, float32 [I] of each layer on the layer's device."""
+        return [self._renewal.scores(layer, [self._pool.live[slot]])[0].clone() for layer in self._parts.layers]
 
     # ---- what the model's doors call
 
@@ -288,9 +299,12 @@ class Run(Refuses):
             self._check_unmoved()
         lines, length = int(tokens.shape[0]), int(tokens.shape[1])
         known = self._pool.of(cache) if cache is not None else None
-        in_loop = known is not None and length == 1 and not first and explicit is None
+        in_loop = known is not None and length == 1 and not first and (explicit is None or explicit[0] is Phase.DECODE)
         # a static cache keeps its length on the device, which a decoding step must not wait for
-        past = 0 if cache is None else (self._length if in_loop and _is_static(cache) else int(cache.get_seq_length()))
+        if in_loop and _is_static(cache):
+            past = max(1, self._length)
+        else:
+            past = 0 if cache is None else int(cache.get_seq_length())
         if explicit is not None:
             phase = explicit[0]
         elif first or past == 0:

@@ -1,6 +1,7 @@
 """Trace statistics -> importance of each neuron (DART section 3.1; GRIFFIN, arXiv 2404.01365; Wanda and WINA).
 
-A scorer is a pure function whose parameter names say what it needs; see `STATISTICS`, `WEIGHT_FACTS` and `NOISE`.
+A scorer is a pure function whose parameter names say what it needs; see `STATISTICS`, `WEIGHT_FACTS`, `NOISE` and
+`LAYER`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from dartprune.names import Registry
 STATISTICS = ("energy", "normalised_energy", "normalised_peak", "average")
 WEIGHT_FACTS = ("down_norm", "proxy_max", "proxy_mean")
 NOISE = "noise"
+LAYER = "layer"  # number of the layer, for scores that were fixed beforehand
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A registered scorer: its function takes `inputs` by name, float32 [..., I], and returns scores [..., I]."""
+    """A registered scorer: its function takes `inputs` by name, float32 [..., I], and returns scores [..., I].
+
+    `layer` alone is an int; scores [I] that depend on nothing else are the same for every sequence.
+    """
 
     name: str
     function: Callable[..., Tensor]
@@ -42,7 +47,7 @@ def register_scorer(name: str) -> Callable[[Callable[..., Tensor]], Callable[...
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         inputs = tuple(inspect.signature(function).parameters)
-        allowed = (*STATISTICS, *WEIGHT_FACTS, NOISE)
+        allowed = (*STATISTICS, *WEIGHT_FACTS, NOISE, LAYER)
         for given in inputs:
             if given not in allowed:
                 raise ValueError(f"scorer {name!r} asks for {given!r}: its parameters may be {', '.join(allowed)}")

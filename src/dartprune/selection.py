@@ -13,7 +13,7 @@ class LayerSelection(SlotTensors):
 
     With `masks`, also a bool mask [slots, I] for backends that zero instead of gather. A slot without a selection has
     every neuron: count -1 and a mask of ones. With `compensation`, a vector [slots, H] that is added to the FFN's
-    output.
+    output. With `everything` a selection keeps all neurons: a token selector goes on from there.
     """
 
     index: Tensor
@@ -29,8 +29,10 @@ class LayerSelection(SlotTensors):
         *,
         masks: bool,
         compensation: int | None = None,
+        everything: bool = False,
     ) -> None:
         super().__init__(device)
+        self.everything = everything
         self.neurons = neurons
         self.has_masks = masks
         self.has_compensation = compensation is not None
@@ -65,13 +67,19 @@ class LayerSelection(SlotTensors):
             self.mask[slot] = now
         return (now & ~before).sum()
 
+    def write_all(self, slots: list[int]) -> None:
+        """Let these slots keep everything, as a selection."""
+        for slot in slots:
+            self.count[slot] = self.neurons
+
     def open(self, slots: list[int]) -> None:
         """Every neuron again; the lists stay, to be compared with the next ones."""
-        self.count[slots] = -1
-        if self.has_masks:
-            self.mask[slots] = True
-        if self.has_compensation:
-            self.compensation[slots] = 0.0
+        for slot in slots:
+            self.count[slot] = -1
+            if self.has_masks:
+                self.mask[slot] = True
+            if self.has_compensation:
+                self.compensation[slot] = 0.0
 
     def rows_mask(self, slots: Tensor) -> Tensor:
         """The masks of these slots (int64 [B]), bool [B, I]; a slot without a selection has ones."""
@@ -86,4 +94,6 @@ class LayerSelection(SlotTensors):
 
     def kept(self, slot: int, count: int) -> Tensor:
         """The kept neurons of a slot, int32 [count]."""
+        if self.everything:
+            return torch.arange(self.neurons, dtype=torch.int32, device=self.device)
         return self.index[slot, :count]

@@ -11,17 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.choice import has_choice
-from dartprune.ffn import Backend, FFNWeights, choose
+from dartprune.ffn import Backend, FFNWeights, backend_names, choose
 from dartprune.layer_run import DeviceState, LayerRun
 from dartprune.method import Method
 from dartprune.model.families import Decoder, Layer
 from dartprune.model.layout import RowLayout, scattered, shared_weights, storage_owners
+from dartprune.model.probe import down_norms
 from dartprune.model.weights import row_weights
+from dartprune.names import unknown
 from dartprune.proxy import cached_forward_proxy, forward_proxy_flops
 from dartprune.ring import LayerRing
-from dartprune.scoring import WEIGHT_FACTS, scorer
+from dartprune.scoring import WEIGHT_FACTS
 from dartprune.selection import LayerSelection
 from dartprune.slots import Counters, SlotTensors
+from dartprune.token.build import TokenBuilder
+from dartprune.token.sketching import Progress
+from dartprune.token.tally import Tally
 from dartprune.trace import STATISTICS, LayerTrace
 from dartprune.watch import Windows
 
@@ -37,38 +42,44 @@ class Parts:
     facts: Callable[[LayerRun, str], Tensor]
     notes: list[str]
     layout: RowLayout
+    tally: Tally | None
 
 
-def build(method: Method, core: nn.Module, decoder: Decoder, backend: str) -> Parts:
+def build(method: Method, core: nn.Module, decoder: Decoder, backend: str, progress: Progress | None = None) -> Parts:
     """Everything that holds state for this method on this model.
 
     Raises:
-        ValueError: a named backend or scorer cannot work with these weights.
+        ValueError: a named backend, scorer or token selector cannot work with these weights.
     """
     layout = RowLayout()
     try:
-        return _build(method, core, decoder, backend, layout)
+        return _build(method, core, decoder, backend, layout, progress)
     except BaseException:
         layout.undo()
         raise
 
 
-def _build(method: Method, core: nn.Module, decoder: Decoder, backend: str, layout: RowLayout) -> Parts:
-    needed = scorer(method.scorer).inputs
+def _build(
+    method: Method, core: nn.Module, decoder: Decoder, backend: str, layout: RowLayout, progress: Progress | None
+) -> Parts:
+    needed, selector = method.inputs, method.token
     statistics = tuple(name for name in needed if name in STATISTICS)
-    if method.compensate == "mean":
-        statistics = (*statistics, "total")
+    if backend not in ("auto", *backend_names()):
+        raise unknown("backend", backend, ("auto", *backend_names()))
+    if not method.prunes or (selector is not None and selector.ceiling):
+        backend = "masked"
+    tokens = TokenBuilder(selector, decoder, method.sparsity, {layer.index: place(layer) for layer in decoder.layers})
     states: dict[torch.device, DeviceState] = {}
     layers: list[LayerRun] = []
     notes: list[str] = []
     owners = storage_owners(core)
     for layer in decoder.layers:
         device, dtype = place(layer)
-        chosen, weights, fallback = _lay_out(layer, device, backend if method.prunes else "masked", owners, layout)
+        chosen, weights, fallback = _lay_out(layer, device, backend, owners, layout)
         if fallback is not None and f"{chosen.name} backend: {fallback}" not in notes:
             notes.append(f"{chosen.name} backend: {fallback}")
         state = states.setdefault(device, DeviceState())
-        width = layer.neurons if method.selection == "threshold" else _widest(method, layer.neurons)
+        everything = selector is not None and not selector.context
         length = method.refresh.replay_tokens
         layers.append(
             LayerRun(
@@ -77,16 +88,18 @@ def _build(method: Method, core: nn.Module, decoder: Decoder, backend: str, layo
                 LayerTrace(statistics, layer.neurons, method.decay, device),
                 LayerSelection(
                     layer.neurons,
-                    width,
+                    0 if everything else _widest(method, layer),
                     device,
-                    masks=not chosen.gathers or has_choice(chosen, weights),
+                    masks=(not chosen.gathers and not everything) or (selector is None and has_choice(chosen, weights)),
                     compensation=layer.hidden if method.compensate == "mean" else None,
+                    everything=everything,
                 ),
                 LayerRing(length, layer.hidden, dtype, device) if length else None,
                 chosen,
                 weights,
                 (device, dtype),
                 residual=method.impact == "residual",
+                token=tokens.of(layer, weights, chosen, progress),
             )
         )
     last = layers[-1]
@@ -96,11 +109,13 @@ def _build(method: Method, core: nn.Module, decoder: Decoder, backend: str, layo
     if method.refresh.detects:
         holders.append(windows)
     for run in layers:
-        holders += [run.trace, run.selection] + ([run.ring] if run.ring is not None else [])
+        holders += [part for part in (run.trace, run.selection, run.ring, run.token) if part is not None]
     facts = Facts(core)
     if any(name in WEIGHT_FACTS for name in needed):
         facts.check(layers, needed)
-    return Parts(layers, counters, windows, holders, facts, notes, layout)
+    chosen_by = [run.token for run in layers if run.token is not None]
+    tally = Tally(chosen_by, counters.device) if chosen_by else None
+    return Parts(layers, counters, windows, holders, facts, notes, layout, tally)
 
 
 def _lay_out(
@@ -134,12 +149,15 @@ def place(layer: Layer) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
-def _widest(method: Method, neurons: int) -> int:
-    """The most neurons a layer may keep under the budget."""
+def _widest(method: Method, layer: Layer) -> int:
+    """The most neurons a layer's list may hold under the budget."""
     smallest = getattr(method.budget, "min_sparsity", None)
-    if smallest is None:
-        return neurons
-    return min(neurons, round((1 - min(float(smallest), method.sparsity)) * neurons))
+    if smallest is None or method.selection == "threshold":
+        return layer.neurons
+    rows = (1 - min(float(smallest), method.sparsity)) * layer.neurons
+    if method.token is not None:
+        return method.token.split(rows, layer.neurons, gated=layer.gated)[0]
+    return min(layer.neurons, round(rows))
 
 
 class Facts:
@@ -174,7 +192,7 @@ class Facts:
         if key not in self._known:
             assert not isinstance(layer.weights, str)
             if name == "down_norm":
-                self._known[key] = torch.linalg.vector_norm(layer.weights.down, dim=1, dtype=torch.float32)
+                self._known[key] = down_norms(layer.layer, layer.weights, *layer.place)
             else:
                 highest, mean = cached_forward_proxy(layer.weights.down, self._unembedding())
                 self._known[layer.layer.index, "proxy_max"] = highest.to(layer.trace.device)

@@ -51,6 +51,9 @@ class SlotTensors:
                         device=tensor.device,
                     )
                     larger[: tensor.shape[0]] = tensor
+                if larger.is_cuda:
+                    # a compiled step's CUDA graph then writes here, instead of refusing an input that it changes
+                    torch._dynamo.mark_static_address(larger, guard=False)
                 setattr(self, name, larger)
 
     def clear(self, slots: list[int]) -> None:
@@ -108,6 +111,7 @@ class Slot:
     least: int = 8  # tokens that must have been traced before the next mask is made
     finished: bool = False
     keep: list[int] | None = None  # neurons kept in each layer, None while dense
+    chosen: list[int] | None = None  # neurons that each token uses of these, with a token selector
     former: list[int] | None = None  # the same before the last change
     recent: list[Tensor] = field(default_factory=list)  # means of the last decoded windows
     events: list[tuple[Event, Tensor | None]] = field(default_factory=list)  # with the neurons changed, unread
@@ -120,6 +124,7 @@ class Slot:
         twin.id = slot_id
         twin.drift = self.drift.copy()
         twin.keep = list(self.keep) if self.keep is not None else None
+        twin.chosen = list(self.chosen) if self.chosen is not None else None
         twin.events, twin.notes, twin.similarities = (
             list(self.events),
             list(self.notes),

@@ -14,13 +14,13 @@ from dartprune.choice import Choice
 from dartprune.layer_run import LayerRun, Step
 from dartprune.method import Method
 from dartprune.model.rows import Phase, Rows
+from dartprune.once import Once
 from dartprune.refresh import Action
 from dartprune.renew import Renewal
 from dartprune.report import Event
 from dartprune.slots import Counters, Slot, State
+from dartprune.token.tally import Tally
 from dartprune.watch import Watch
-
-KEPT = 64  # small tensors that are remembered between tokens
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Pending:
     attention: Tensor | None
     cache: Any
     length: int  # of the cache without the candidates
+    spent: Tensor | None  # by each candidate's own neurons
 
 
 class Stepper:
@@ -45,6 +46,7 @@ class Stepper:
         watch: Watch,
         renewal: Renewal,
         announce: Callable[[Slot, Event, Tensor | None], None],
+        tally: Tally | None = None,
     ) -> None:
         self.method = method
         self.layers = list(layers)
@@ -57,6 +59,7 @@ class Stepper:
         self.choice = Choice(layers)
         self.gathered = False  # whether the forward that began last reads rows
         self._announce = announce
+        self._tally = tally
         self._ring = method.refresh.replay_tokens
         self._rows: Rows | None = None
         self._slots: list[Slot] = []
@@ -64,16 +67,7 @@ class Stepper:
         self._paused = False
         self._counted: Tensor | None = None
         self._plan: tuple[Any, dict[torch.device, Step], list[int]] | None = None
-        self._kept: dict[Any, Tensor] = {}
-
-    def _once(self, values: Sequence[int] | Sequence[bool], device: torch.device) -> Tensor:
-        """These values as a tensor on a device, made once: a copy from the host would make every token wait."""
-        key = (device, *map(type, values[:1]), *values)
-        if key not in self._kept:
-            if len(self._kept) >= KEPT:
-                self._kept.clear()
-            self._kept[key] = torch.tensor(values, device=device)
-        return self._kept[key]
+        self._once = Once()
 
     # ---- before the layers run
 
@@ -189,14 +183,15 @@ class Stepper:
         attention = self.layers[-1].state.attention if self.method.prunes and not self._paused else None
         if attention is not None:
             attention = attention.reshape(len(rows.slots), rows.tokens, -1)
+        spent = self._tally.spent(len(rows.slots)) if self._tally is not None else None
         if rows.phase is Phase.PREFILL:
             self._prefilled(rows, attention)
         elif rows.phase is Phase.DECODE:
             if self._plan is not None and self._ring:
                 self._advance_plan()
-            self._after(self._slots, rows.tokens, attention, self._ended)
+            self._after(self._slots, rows.tokens, attention, self._ended, spent)
         else:
-            self.pending = Pending(rows, self._slots, attention, cache, length)
+            self.pending = Pending(rows, self._slots, attention, cache, length, spent)
 
     def _advance_plan(self) -> None:
         assert self._plan is not None
@@ -237,7 +232,8 @@ class Stepper:
         if pending.attention is not None:
             self._keep_staged(pending, stayed)
         attention = pending.attention[:, :stayed] if pending.attention is not None else None
-        self._after(pending.slots, stayed, attention, None)
+        spent = pending.spent[:, :stayed] if pending.spent is not None else None
+        self._after(pending.slots, stayed, attention, None, spent)
 
     def _keep_staged(self, pending: Pending, stayed: int) -> None:
         slots = pending.slots
@@ -258,8 +254,15 @@ class Stepper:
                     layer.trace.add_impact(layer.staged_impact[:, :stayed], ids.to(device), weight.to(device))
             layer.staged = layer.staged_impact = None
 
-    def _after(self, slots: list[Slot], tokens: int, attention: Tensor | None, ended: Tensor | None) -> None:
-        """Count `tokens` decoded tokens of each sequence, feed the detectors, act."""
+    def _after(
+        self,
+        slots: list[Slot],
+        tokens: int,
+        attention: Tensor | None,
+        ended: Tensor | None,
+        spent: Tensor | None,
+    ) -> None:
+        """Count `tokens` decoded tokens of each sequence and what they spent, feed the detectors, act."""
         device = self.counters.device
         ids = self._once([slot.id for slot in slots], device)
         pruned = [slot.state is State.PRUNED and not self._paused for slot in slots]
@@ -267,7 +270,10 @@ class Stepper:
         mask = self._once(pruned, device)
         self.counters.pruned.index_add_(0, ids, (alive * mask * tokens).long())
         self.counters.dense.index_add_(0, ids, (alive * ~mask * tokens).long())
-        self.counters.saved.index_add_(0, ids, alive * mask * tokens * self.counters.share.index_select(0, ids))
+        left_out = tokens * self.counters.share.index_select(0, ids)
+        if spent is not None:
+            left_out = left_out - spent.sum(1)
+        self.counters.saved.index_add_(0, ids, alive * mask * left_out)
         chosen = [slot for slot, is_pruned in zip(slots, pruned, strict=True) if is_pruned]
         began = time.perf_counter()
         fired, settled = self._watch(slots, pruned, ids, tokens, attention, ended)
@@ -329,7 +335,8 @@ class Stepper:
                 due.setdefault(action, []).append(slot)
         if not due:
             return
-        if ended is not None:
+        # a detector that fired has looked already
+        if ended is not None and any(slot.id not in fired for group in due.values() for slot in group):
             over = {slot.id for slot, is_over in zip(slots, ended.tolist(), strict=True) if is_over}
             due = {action: [s for s in group if s.id not in over] for action, group in due.items()}
         began = time.perf_counter()

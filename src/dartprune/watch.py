@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dartprune.once import Once
 from dartprune.slots import Slot, SlotTensors
 
 
@@ -29,6 +30,7 @@ class Watch:
         self.windows = windows
         self.settle = settle
         self.keep_recent = keep_recent
+        self._once = Once()
 
     def feed(
         self, slots: Sequence[Slot], ids: Tensor, vectors: Tensor, ended: Tensor | None
@@ -49,9 +51,7 @@ class Watch:
             if len(fills) == 1:
                 rows, part = ids, vectors
             else:
-                chosen = torch.tensor(
-                    [i for i, slot in enumerate(slots) if slot.window_fill == fill], device=ids.device
-                )
+                chosen = self._once([i for i, slot in enumerate(slots) if slot.window_fill == fill], ids.device)
                 rows, part = ids.index_select(0, chosen), vectors.index_select(0, chosen)
             self.windows.vectors.select(1, fill).index_copy_(0, rows, part.float())
         due: list[tuple[int, Slot]] = []
@@ -80,7 +80,7 @@ class Watch:
         figures = torch.stack([slot.drift.compare(means[slot.id]) for _, slot in compared])
         over = figures.new_zeros(len(compared))
         if ended is not None:
-            over = ended[[line for line, _ in compared]].to(figures)
+            over = ended.index_select(0, self._once([line for line, _ in compared], ended.device)).to(figures)
         fired: set[int] = set()
         # the one transfer of this window, for all sequences together
         for (_, slot), (cosine, mu, sigma, is_over) in zip(

@@ -41,6 +41,13 @@ def test_generate_as_json(run):
     assert data["new_tokens"] <= 12 and isinstance(data["text"], str)
 
 
+@pytest.mark.parametrize(("method", "name"), [("gated-dart", "GatedDart"), ("sketch-dart", "SketchDart")])
+def test_generate_with_a_token_selector(run, method, name):
+    code, out, _ = run("generate", "once upon a time there was a little dog", "-n", 20, "--method", method)
+    assert code == 0 and name in out and "realised sparsity" in out
+    assert ("for the model" in out) and "0.7" in out
+
+
 def test_generate_compares_three_arms(run):
     code, out, _ = run("generate", "The evening had drawn in before", "-n", 12, "--compare")
     assert code == 0

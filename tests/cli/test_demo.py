@@ -11,7 +11,7 @@ import torch
 from dartprune import Dart, Dense, Static
 from dartprune.cli import demo
 from dartprune.demo import pairs, passages
-from dartprune.evaluation.forced import forced_losses
+from dartprune.forced import forced_losses
 from dartprune.loading import load
 
 
@@ -30,13 +30,16 @@ def test_the_demo_in_small(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(demo, "HALF", 96)
     demo.demo(sparsity=0.5, out=tmp_path / "new", backend="auto", as_json=True)
     data = json.loads(capsys.readouterr().out)
-    assert [arm["arm"] for arm in data["arms"]] == ["Dense", "Static", "Dart"]
-    dense, static, dart = data["arms"]
+    assert [arm["arm"] for arm in data["arms"]] == ["Dense", "Static", "Dart", "GatedDart", "SketchDart"]
+    dense, static, dart, gated, sketched = data["arms"]
     tokens = 6 * (2 * 96 - 64)
     assert dense["dense_tokens"] == tokens and dart["pruned_tokens"] == static["pruned_tokens"] == tokens
     assert dart["realised_sparsity"] == pytest.approx(0.5, abs=0.01)
     assert dense["perplexity_after"] < dart["perplexity_after"] and static["events_after"] == 0
     assert dart["events_after"] > 0 and (tmp_path / "new" / "demo.png").stat().st_size > 20_000
+    assert gated["realised_sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert sketched["realised_sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert sketched["perplexity_after"] < gated["perplexity_after"] < dart["perplexity_after"]
     assert len(data["sample"]["text"]) > 20
 
 

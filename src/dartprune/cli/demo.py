@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from dartprune.report import Report
 
 EXAMPLE = "Example: dartprune demo --sparsity 0.7 --out out"
+ARMS = ("dense", "static", "dart", "gated-dart", "sketch-dart")
+DART = ARMS.index("dart")
 CONTEXT = 64
 HALF = 184  # tokens of each domain
 
@@ -24,8 +26,8 @@ def demo(
     backend: o.Backend = "auto",
     as_json: o.AsJson = False,
 ) -> None:
-    """Decode texts that change their domain midway: dense, with the prompt's mask for ever, and with DART."""
-    arms = [o.make_pruner(name, sparsity) for name in ("dense", "static", "dart")]
+    """Decode texts that change their domain midway: dense, the prompt's mask for ever, DART, and each token its own."""
+    arms = [o.make_pruner(name, sparsity) for name in ARMS]
     out.mkdir(parents=True, exist_ok=True)
     o.quiet()
     data, report, names = _run(arms, backend, as_json)
@@ -44,7 +46,7 @@ def _run(arms: list[Any], backend: str, silent: bool) -> tuple[dict[str, Any], R
     from rich.progress import Progress
 
     from dartprune.demo import pairs
-    from dartprune.evaluation.forced import forced_losses
+    from dartprune.forced import forced_losses
     from dartprune.loading import load
 
     model, tokenizer = load()
@@ -57,7 +59,7 @@ def _run(arms: list[Any], backend: str, silent: bool) -> tuple[dict[str, Any], R
         names.append(f"{first} to {second}")
     tokens = torch.tensor(rows)
     result: list[dict[str, Any]] = []
-    report: Report | None = None
+    reports: list[Report] = []
     with Progress(console=Console(stderr=True), transient=True, disable=silent) as progress:
         task = progress.add_task("decoding", total=len(arms) * (2 * HALF - CONTEXT))
         for arm in arms:
@@ -65,9 +67,10 @@ def _run(arms: list[Any], backend: str, silent: bool) -> tuple[dict[str, Any], R
                 model, arm, tokens, CONTEXT, backend=backend, progress=lambda n: progress.advance(task, n)
             )
             result.append(_row(report, losses))
-    assert report is not None
+            reports.append(report)
+    report = reports[DART]
     prompt = tokenizer(texts[-1][1], return_tensors="pt", return_token_type_ids=False)["input_ids"][:, :CONTEXT]
-    with arms[-1](model, backend=backend):
+    with arms[DART](model, backend=backend):
         sample = model.generate(prompt, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     data = {
         "texts": names,
@@ -158,7 +161,7 @@ def _show(data: dict[str, Any]) -> None:
             f"{row['events_before']} + {row['events_after']}",
         )
     console.print(table)
-    dart = data["arms"][-1]
+    dart = data["arms"][DART]
     if dart["tokens_until_noticed"] is not None:
         console.print(
             f"DART noticed the change in {dart['texts_noticed']} of {len(texts)} texts, "
@@ -169,6 +172,10 @@ def _show(data: dict[str, Any]) -> None:
         console.print("DART noticed no change of domain at this sparsity.")
     if not data["saves_time"]:
         console.print(f"The {data['backend']} backend saves no time: it computes all neurons and zeroes the rest.")
+    console.print(
+        "GatedDart lets each token choose among DART's neurons by their gate rows; SketchDart keeps a few bits of "
+        "every weight to choose among all. Their savings count what they read to choose."
+    )
     sample = data["sample"]
     console.print(f"\nDART, {sample['domain']}: ...{sample['prompt_ends']}", markup=False, highlight=False, style="dim")
     console.print(sample["text"], markup=False, highlight=False)

@@ -108,11 +108,15 @@ def _decode(
         for i, arm in enumerate(arms):
             torch.manual_seed(seed)
             streamer = TextStreamer(tokenizer, skip_special_tokens=True) if live else None
-            with arm(model, backend=backend) as run:
+            with o.attaching(not live) as progress:
+                run = arm.attach(model, backend=backend, progress=progress)
+            try:
                 began = time.perf_counter()
                 out = model.generate(**inputs, **sampling, streamer=streamer, pad_token_id=tokenizer.pad_token_id)
                 took = time.perf_counter() - began
                 report = run.report()
+            finally:
+                run.detach()
             new = out[0, inputs["input_ids"].shape[1] :]
             text = tokenizer.decode(new, skip_special_tokens=True)
             known = results[i]

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 import dartprune
-from dartprune.cli import demo, generate, inspect
+from dartprune.cli import bench, compare, demo, generate, inspect, layers, lm_eval, study
+from dartprune.cli import eval as evaluation
 
 INTERRUPTED = 130
 
@@ -22,6 +23,12 @@ app = typer.Typer(
 app.command(name="generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command(name="inspect", epilog=inspect.EXAMPLE)(inspect.inspect)
 app.command(name="demo", epilog=demo.EXAMPLE)(demo.demo)
+app.command(name="study", epilog=study.EXAMPLE)(study.study)
+app.command(name="compare", epilog=compare.EXAMPLE)(compare.compare)
+app.command(name="eval", epilog=evaluation.EXAMPLE)(evaluation.evaluate)
+app.command(name="layers", epilog=layers.EXAMPLE)(layers.layers)
+app.command(name="lm-eval", epilog=lm_eval.EXAMPLE, context_settings=lm_eval.SETTINGS)(lm_eval.lm_eval)
+app.add_typer(bench.app, name="bench")
 
 
 def _version(asked: bool) -> None:

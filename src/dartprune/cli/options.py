@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +26,10 @@ Model = Annotated[
 Sparsity = Annotated[
     float, typer.Option("--sparsity", "-s", help="Share of the FFN's neurons to leave out, in [0, 1).")
 ]
-MethodName = Annotated[str, typer.Option("--method", help="dart, static, griffin, clock, random or dense.")]
+MethodName = Annotated[
+    str,
+    typer.Option("--method", help="dart, gated-dart, sketch-dart, static, griffin, clock, random, per-token or dense."),
+]
 Backend = Annotated[str, typer.Option("--backend", help="How the pruned FFN is computed: auto or a backend's name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Write a picture to this file (png, svg or pdf).")]
@@ -48,6 +53,17 @@ def check_plot(path: Path | None) -> None:
         raise ValueError(f"--plot {path}: the file must end in .png, .svg or .pdf")
     if not path.parent.is_dir():
         raise ValueError(f"--plot {path}: there is no folder {path.parent}")
+
+
+@contextmanager
+def attaching(silent: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for what a token selector makes ready, layer by layer; gives the callback for `progress=`."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=silent) as bar:
+        task = bar.add_task("sketching layers", visible=False)
+        yield lambda done, of: bar.update(task, completed=done, total=of, visible=done < of)
 
 
 def quiet() -> None:

@@ -6,6 +6,7 @@ import torch
 
 from dartprune.ffn.backend import Backend
 from dartprune.ffn.cpu import CpuBackend
+from dartprune.ffn.gpu import GpuBackend
 from dartprune.ffn.masked import MaskedBackend
 from dartprune.ffn.reference import ReferenceBackend
 from dartprune.ffn.weights import FFNWeights
@@ -15,11 +16,12 @@ __all__ = ["Backend", "FFNWeights", "backend_names", "choose"]
 
 _backends: Registry[Backend] = Registry("backend")
 _backends.register("cpu", CpuBackend())
+_backends.register("gpu", GpuBackend())
 _backends.register("reference", ReferenceBackend())
 _backends.register("masked", MaskedBackend())
 
-# tried in this order by `auto`; masked works everywhere
-_AUTOMATIC = ("cpu", "masked")
+# what `auto` tries before `masked`, which works everywhere, by the kind of device; "cpu" says why for all others
+_AUTOMATIC = {"cpu": "cpu", "cuda": "gpu"}
 
 
 def backend_names() -> list[str]:
@@ -44,11 +46,6 @@ def choose(name: str, weights: FFNWeights | str, device: torch.device) -> tuple[
         if reason is not None:
             raise ValueError(f"backend {name!r} cannot be used: {reason}; backend='auto' falls back to 'masked'")
         return backend, None
-    reasons: list[str] = []
-    for candidate in _AUTOMATIC:
-        backend = _backends.get(candidate)
-        reason = backend.reason_against(weights, device)
-        if reason is None:
-            return backend, "; ".join(dict.fromkeys(reasons)) or None
-        reasons.append(reason)
-    raise AssertionError("the masked backend refuses nothing")
+    backend = _backends.get(_AUTOMATIC.get(device.type, "cpu"))
+    reason = backend.reason_against(weights, device)
+    return (backend, None) if reason is None else (_backends.get("masked"), reason)

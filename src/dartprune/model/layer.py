@@ -44,6 +44,29 @@ class Layer:
         """Whether a gate multiplies the up projection."""
         return self.gate is not None or self.fused
 
+    @property
+    def matrices(self) -> int:
+        """Rows of weights that one neuron owns: 3 with a gate, else 2."""
+        return 3 if self.gated else 2
+
+    @property
+    def weights(self) -> int:
+        """Weights of the FFN, biases left out."""
+        return self.matrices * self.neurons * self.hidden
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the projections' weights, whatever they are kept in; biases left out."""
+        modules = [self.up, self.down] if self.gate is None else [self.gate, self.up, self.down]
+        parameters = {id(p): p for module in modules for p in module.parameters() if p.dim() > 1}
+        return sum(p.numel() * p.element_size() for p in parameters.values())
+
+    def gate_activations(self, x: Tensor) -> Tensor:
+        """`act(W_gate x)`, [..., I], of an FFN that has a gate."""
+        if self.gate is not None:
+            return self.act(self.gate(x))
+        return self.act(self.up(x).chunk(2, dim=-1)[0])
+
     def activations(self, x: Tensor) -> Tensor:
         """The input of the down projection, [..., I], for FFN inputs [..., H]; runs the modules, whatever they are."""
         up: Tensor = self.up(x)

@@ -1,0 +1,219 @@
+"""`dartprune compare`: arms against each other at equal realised sparsity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dartprune.cli import options as o
+
+if TYPE_CHECKING:
+    from dartprune.evaluation.arms import Arm
+    from dartprune.evaluation.outcomes import Comparison
+    from dartprune.evaluation.plan import Plan
+
+EXAMPLE = "Example: dartprune compare --texts my-texts --arms static,griffin,dart --sparsities 0.5,0.7 --out results"
+JOURNAL = "journal.jsonl"
+
+
+def compare(
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--texts", help="File or folder of texts, one domain a file (.txt or .jsonl, also .xz); may be repeated."
+        ),
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option("--dataset", help="Data set by name, as NAME or NAME:CONFIG, one domain each; may be repeated."),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="Of folders: files named DOMAIN.SPLIT.*. Of data sets: the split (test)."),
+    ] = None,
+    field: Annotated[str, typer.Option("--field", help="Of a data set's rows, that holds the text.")] = "text",
+    out: Annotated[Path, typer.Option("--out", help="Folder for results; the same folder continues them.")] = Path(
+        "comparison"
+    ),
+    arms: Annotated[
+        str | None,
+        typer.Option("--arms", help="Names with commas; `list` shows them.", show_default="all that need nothing"),
+    ] = None,
+    sparsities: Annotated[str, typer.Option("--sparsities", help="Realised ones to compare at.")] = "0.5,0.7",
+    streams: Annotated[int, typer.Option("--streams", help="Streams of each kind.")] = 30,
+    prompt: Annotated[int, typer.Option("--prompt", help="Tokens of each stream that are given.")] = 64,
+    lengths: Annotated[
+        str, typer.Option("--lengths", help="Tokens of the first topic, prompt included, and of the second.")
+    ] = "128,128",
+    kinds: Annotated[str, typer.Option("--kinds", help="one-topic, changing or both.")] = "one-topic,changing",
+    calibration: Annotated[
+        list[Path] | None, typer.Option("--calibration", help="Text for the calibrated arms; may be repeated.")
+    ] = None,
+    versus: Annotated[
+        str | None, typer.Option("--versus", help="Arm that the others are paired with.", show_default="dart")
+    ] = None,
+    model: o.Model = None,
+    batch: Annotated[int, typer.Option("--batch", help="Streams decoded together: bounds the memory.")] = 15,
+    tolerance: Annotated[float, typer.Option("--tolerance", help="How far apart realised sparsities may lie.")] = 0.005,
+    seed: Annotated[int, typer.Option("--seed", help="Of the streams and the intervals.")] = 0,
+    backend: Annotated[
+        str, typer.Option("--backend", help="Whose saved bytes are counted; quality is measured with masks.")
+    ] = "auto",
+    dtype: o.DType = "auto",
+    device: o.Device = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Decode streams that keep and that change their topic with every arm, and compare the losses."""
+    if arms == "list":
+        _list(as_json)
+        return
+    from dartprune.evaluation.arms import check_arms, default_arms
+    from dartprune.evaluation.plan import Plan
+    from dartprune.names import unknown
+
+    plan = Plan(
+        prompt=prompt,
+        lengths=_numbers("--lengths", lengths, int),
+        count=streams,
+        batch=batch,
+        kinds=tuple(part.strip() for part in kinds.split(",")),
+        sparsities=_numbers("--sparsities", sparsities, float),
+        tolerance=tolerance,
+        seed=seed,
+        versus=versus or "dart",
+    )
+    names = [part.strip() for part in arms.split(",") if part.strip()] if arms is not None else default_arms()
+    if versus is not None and versus not in names:
+        raise unknown("arm for --versus", versus, names)
+    check_arms(names, calibrated=bool(calibration))
+    documents = _documents(texts or [], dataset or [], split, field)
+    from dartprune.texts import read_texts
+
+    calibrating = read_texts(calibration) if calibration else {}
+    from dartprune.loading import load
+
+    o.quiet()
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    chosen = _arms(names, loaded, tokenizer, calibrating)
+    comparison = _run(loaded, tokenizer, documents, plan, chosen, out, backend, as_json)
+    comparison.settings |= {"model": Path(model).name if model else "demo", "arms": names, "backend": backend}
+    from dartprune.evaluation.compare_report import write
+
+    files = write(comparison, out, f"Arms compared on {Path(model).name if model else 'the demo model'}")
+    if as_json:
+        o.print_json(comparison.to_dict() | {"files": files})
+    else:
+        _show(comparison, files)
+
+
+def _documents(texts: list[Path], dataset: list[str], split: str | None, field: str) -> dict[str, list[str]]:
+    if not texts and not dataset:
+        raise ValueError("nothing to read: give --texts FILE_OR_FOLDER or --dataset NAME")
+    from dartprune.evaluation.named_texts import named_texts
+    from dartprune.texts import read_texts
+
+    documents = read_texts(texts, split=split) if texts else {}
+    for name in dataset:
+        documents.setdefault(name, []).extend(named_texts(name, split=split or "test", field=field))
+    return documents
+
+
+def _arms(names: list[str], model: Any, tokenizer: Any, calibrating: dict[str, list[str]]) -> list[Arm]:
+    from dartprune.evaluation.arms import Calibration, arm, cut
+
+    if not calibrating:
+        return [arm(name) for name in names]
+    tokens: list[int] = []
+    for text in (text for domain in calibrating.values() for text in domain):
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    made = Calibration(model, cut(tokens))
+    return [arm(name, made) for name in names]
+
+
+def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: write numbers with commas between them") from None
+
+
+def _list(as_json: bool) -> None:
+    from dartprune.evaluation.arms import arm_names
+
+    if as_json:
+        o.print_json(arm_names())
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, about in arm_names().items():
+        table.add_row(name, about)
+    Console().print(table)
+
+
+def _run(
+    model: Any,
+    tokenizer: Any,
+    documents: dict[str, list[str]],
+    plan: Plan,
+    arms: list[Arm],
+    out: Path,
+    backend: str,
+    silent: bool,
+) -> Comparison:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from dartprune.evaluation.compare import compare, journal_settings
+    from dartprune.evaluation.plan import material
+    from dartprune.journal import Journal
+
+    given = material(documents, tokenizer, plan)
+    journal = Journal(out / JOURNAL, journal_settings(model, given, plan, backend))
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=silent) as progress:
+        return compare(model, arms, given, plan, journal=journal, backend=backend, watcher=_Bar(progress))
+
+
+class _Bar:
+    """Shows how far a comparison has come."""
+
+    def __init__(self, progress: Any) -> None:
+        self._progress = progress
+        self._task = progress.add_task("comparing", total=0)
+        self._total = 0
+
+    def expect(self, steps: int) -> None:
+        """More is to be done."""
+        self._total += steps
+        self._progress.update(self._task, total=self._total)
+
+    def step(self, label: str, steps: int) -> None:
+        """Some of it is done."""
+        self._progress.update(self._task, description=label, advance=steps)
+
+
+def _show(comparison: Comparison, files: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dartprune.evaluation import compare_report
+
+    console = Console()
+    for target in comparison.settings["sparsities"]:
+        columns, rows = compare_report.brief(comparison, target)
+        title = f"{target:.0%} realised sparsity"
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        for column in columns:
+            table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(compare_report.brief_legend(comparison))
+    for note in compare_report.notes(comparison):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    for path in files.values():
+        console.print(path, markup=False, highlight=False, soft_wrap=True)

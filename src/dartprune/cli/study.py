@@ -1,0 +1,306 @@
+"""`dartprune study`: what happens inside a pruned model when the topic changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dartprune.cli import options as o
+
+if TYPE_CHECKING:
+    from dartprune.study.arms import Arm
+    from dartprune.study.layout import Text
+    from dartprune.study.report import Findings
+    from dartprune.study.results import Results
+    from dartprune.study.settings import Settings
+    from dartprune.study.similarity import Encoder
+
+EXAMPLE = (
+    "Example: dartprune study --mode forced --texts DIR --split valid --streams 60 "
+    "--arms dense,static,release@100,200,...,600,dart --out study"
+)
+ARMS = "dense,static,release@100,200,...,600,dart,griffin"
+
+
+def study(
+    more: Annotated[
+        list[Path] | None, typer.Argument(help="Further texts, as in --texts A B.", show_default=False)
+    ] = None,
+    mode: Annotated[str, typer.Option(help="forced: given texts; free: the model writes.")] = "forced",
+    texts: Annotated[
+        list[Path] | None, typer.Option("--texts", help="Forced: files or folders, one topic a file.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of folders, only the files NAME.SPLIT.*")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Free: one prompt.")] = None,
+    bridge: Annotated[str, typer.Option(help="Free: text that turns --prompt to the second topic.")] = "",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Free: a JSON file of two-topic prompts.", show_default="the hundred inside")
+    ] = None,
+    one_request: Annotated[
+        bool, typer.Option("--one-request", help="Free: ask for both topics at once; the change is then unknown.")
+    ] = False,
+    streams: Annotated[int, typer.Option(min=1, help="Texts that change their topic.")] = 60,
+    control: Annotated[
+        int | None, typer.Option(min=0, help="Texts on one topic.", show_default="as many as --streams")
+    ] = None,
+    arms: Annotated[str, typer.Option(help="Presets, dart-relearn, release@TOKEN; dense is always there.")] = ARMS,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for results; a study that was stopped goes on there.")
+    ] = Path("study"),
+    model: o.Model = None,
+    sparsity: o.Sparsity = 0.7,
+    prompt_tokens: Annotated[int, typer.Option(help="Forced: tokens of the prompt, dense for every arm.")] = 64,
+    before: Annotated[int, typer.Option(help="Decoded tokens of the first topic.")] = 60,
+    after: Annotated[int, typer.Option(help="Decoded tokens from the change on.")] = 840,
+    window: Annotated[int, typer.Option(help="Tokens of a window of the report.")] = 10,
+    layers: Annotated[
+        str, typer.Option(help="Layers to look at: first, middle, last or numbers.")
+    ] = "first,middle,last",
+    spaces: Annotated[str, typer.Option(help="Spaces to look at: attention, residual.")] = "attention,residual",
+    top: Annotated[
+        int, typer.Option(help="Largest dimensions whose overlap is counted; at most an eighth of all.")
+    ] = 100,
+    early: Annotated[int, typer.Option(help="Tokens after the change within which a detection is early.")] = 50,
+    horizon: Annotated[int, typer.Option(help="Tokens after a release over which recovery is judged.")] = 100,
+    recovered: Annotated[float, typer.Option(help="Share of the loss that a recovery must regain.")] = 0.8,
+    temperature: Annotated[float, typer.Option(help="Free: 0 decodes greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the texts, of sampling and of the intervals.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Forced: texts decoded at once.")] = 30,
+    separator: Annotated[bool, typer.Option(help="Forced: begin each stretch with the begin-of-text token.")] = True,
+    similarity: Annotated[
+        Path | None,
+        typer.Option(help="Free: folder of a local sentence encoder, to compare meanings.", show_default="none"),
+    ] = None,
+    backend: o.Backend = "auto",
+    dtype: o.DType = "auto",
+    device: o.Device = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Follow texts that change their topic through a pruned model, and ask when a release of the masks still helps."""
+    from dartprune.study.arms import parse_arms
+    from dartprune.study.settings import Settings
+
+    settings = Settings(
+        mode=mode,
+        sparsity=sparsity,
+        prompt=prompt_tokens,
+        before=before,
+        after=after,
+        window=window,
+        layers=_names(layers),
+        spaces=_names(spaces),
+        top=top,
+        early=early,
+        horizon=horizon,
+        recovered=recovered,
+        temperature=temperature,
+        seed=seed,
+    )
+    chosen = parse_arms(arms, sparsity)
+    settings.check_arms(chosen)
+    sources = [*(texts or []), *(more or [])]
+    _check_mode(mode, sources, prompt, bridge, prompts, similarity, one_request)
+    control = streams if control is None else control
+    from dartprune.loading import load
+
+    o.quiet()
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    encoder: Encoder | None = None
+    if mode == "forced":
+        from dartprune.study.layout import forced_texts
+        from dartprune.texts import read_texts
+
+        laid = forced_texts(read_texts(sources, split=split), tokenizer, settings, streams, control, separator)
+    else:
+        from dartprune.study.quality import check_libraries
+
+        check_libraries()
+        if similarity is not None:
+            from dartprune.study.similarity import Encoder
+
+            encoder = Encoder(similarity)
+        laid = _free(tokenizer, settings, prompt, bridge, prompts, one_request, streams, control)
+    name = "demo" if model is None else Path(model).name
+    results = _run(loaded, tokenizer, laid, chosen, settings, out, batch, backend, name, as_json)
+    found, paths = _conclude(results, laid, tokenizer, encoder, out, name, one_request)
+    if as_json:
+        from dartprune.study.report import to_data
+
+        o.print_json(to_data(results, found) | {"files": [str(path) for path in paths]})
+    else:
+        _show(found, paths)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _check_mode(
+    mode: str,
+    sources: list[Path],
+    prompt: str | None,
+    bridge: str,
+    prompts: Path | None,
+    similarity: Path | None,
+    one_request: bool,
+) -> None:
+    """ValueError before the long work for options that do not go together."""
+    written = prompt is not None or prompts is not None or similarity is not None or one_request or bridge
+    if mode == "forced":
+        if written:
+            raise ValueError("--prompt, --bridge, --prompts, --one-request and --similarity belong to --mode free")
+        if not sources:
+            raise ValueError("--mode forced needs --texts: files or folders with the text of at least two topics")
+    elif sources:
+        raise ValueError("--texts belongs to --mode forced; in free mode the model writes: give --prompt or --prompts")
+    if prompt is not None and prompts is not None:
+        raise ValueError("give either --prompt or --prompts")
+    if prompt is not None and not prompt.strip():
+        raise ValueError("--prompt is empty: give some text to continue")
+    if bridge and prompt is None:
+        raise ValueError("--bridge belongs to --prompt; prompts of a file bring their own")
+
+
+def _free(
+    tokenizer: Any,
+    settings: Settings,
+    prompt: str | None,
+    bridge: str,
+    prompts: Path | None,
+    one_request: bool,
+    streams: int,
+    control: int,
+) -> dict[str, list[Text]]:
+    from dartprune.study.layout import free_texts
+    from dartprune.study.prompts import TopicPrompt, read_prompts, stored_prompts
+
+    if prompt is not None:
+        rows = [TopicPrompt("first topic", "second topic", prompt, prompt, bridge)]
+    else:
+        rows = stored_prompts() if prompts is None else read_prompts(prompts)
+    return free_texts(rows[:streams], tokenizer, settings, control, one_request=one_request)
+
+
+def _run(
+    model: Any,
+    tokenizer: Any,
+    texts: dict[str, list[Text]],
+    arms: list[Arm],
+    settings: Settings,
+    out: Path,
+    batch: int,
+    backend: str,
+    name: str,
+    silent: bool,
+) -> Results:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from dartprune.study.study import run_study
+
+    with Progress(console=Console(stderr=True), transient=True, disable=silent) as progress:
+        task = progress.add_task("reading texts", total=settings.steps)
+
+        def told(label: str, steps: int) -> None:
+            progress.update(task, description=label, completed=steps)
+
+        return run_study(
+            model, tokenizer, texts, arms, settings,
+            folder=out, batch=batch, backend=backend, name=name, told=told,
+        )  # fmt: skip
+
+
+def _conclude(
+    results: Results,
+    texts: dict[str, list[Text]],
+    tokenizer: Any,
+    encoder: Encoder | None,
+    out: Path,
+    name: str,
+    one_request: bool,
+) -> tuple[Findings, list[Path]]:
+    import json
+
+    from dartprune.study.report import find, write
+
+    settings = results.settings
+    quality: dict[str, dict[str, dict[str, float]]] = {}
+    notes: list[str] = []
+    if settings.mode == "free":
+        import torch
+
+        from dartprune.study.layout import written
+        from dartprune.study.quality import text_quality
+        from dartprune.study.similarity import similarity
+
+        wrote = {
+            arm.name: written(texts["change"], torch.from_numpy(record.text), settings, tokenizer)
+            for arm in results.arms
+            if (record := results.get(arm.name)) is not None
+        }
+        for arm, parts in wrote.items():
+            quality[arm] = {part: text_quality(said, wrote["dense"][part]) for part, said in parts.items()}
+            if encoder is not None:
+                for part, said in parts.items():
+                    quality[arm][part] |= similarity(encoder, said, wrote["dense"][part])
+        (out / "written.json").write_text(json.dumps(wrote, indent=1) + "\n")
+        notes.append(
+            "Loss over dense is the dense model's loss on what the arm wrote, minus that on what the dense arm wrote: "
+            "text that repeats itself is easy to predict, so read it beside repetition."
+        )
+        if one_request or any(not any(token >= 0 for token in text.given) for text in texts["change"]):
+            notes.append(
+                "The place of the change is unknown, because the model was asked for both topics at once: 'before' "
+                f"and 'after' mean decoded token {settings.before}, and what is counted from the change has no meaning."
+            )
+    else:
+        notes.append(
+            "The text is given, so a pruned model cannot write itself into a corner: what a release must undo is the "
+            "cache that was filled by the pruned model. Free mode shows the other half."
+        )
+    found = find(results, quality, notes)
+    return found, write(
+        results, found, out, f"Knowledge drift: {name} at sparsity {settings.sparsity:g}, {settings.mode}"
+    )
+
+
+def _show(found: Findings, paths: list[Path]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    arms = Table(title="loss over dense in nats; cosine with dense vectors", title_justify="left")
+    for column in ("arm", "texts", "sparsity", "loss before", "after", "cosine before", "after", "events", "delay"):
+        arms.add_column(column, justify="left" if column in ("arm", "texts") else "right")
+    for row in found.arms:
+        arms.add_row(
+            row.arm,
+            "change" if row.kind == "change" else "one topic",
+            f"{row.realised_sparsity:.2f}",
+            f"{row.excess_before.value:.2f}",
+            f"{row.excess_after.value:.2f}",
+            f"{row.to_dense_before:.2f}",
+            f"{row.to_dense_after:.2f}",
+            f"{row.events_before + row.events_after:.1f}",
+            "" if row.delay is None else f"{row.delay:g}",
+        )
+    console.print(arms)
+    if found.recovery:
+        releases = Table(title="releases of the prompt's mask", title_justify="left")
+        for column in ("released at", "loss regained", "cosine regained", "left at the end", "verdict"):
+            releases.add_column(column, justify="left" if column == "verdict" else "right")
+        for release in found.recovery:
+            releases.add_row(
+                str(release.release),
+                str(release.regained),
+                str(release.similarity_regained),
+                str(release.lost),
+                release.verdict,
+            )
+        console.print(releases)
+    for claim in found.claims:
+        console.print(f"{claim.answer}: {claim.claim}: {claim.figures}", markup=False, highlight=False)
+    console.print(found.verdict, markup=False, highlight=False)
+    console.print(f"report: {paths[0]}", markup=False, soft_wrap=True)

@@ -1,0 +1,53 @@
+"""Which kernels a backend has for the token selectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dartprune.ffn import cpu_token, token_reference
+from dartprune.ffn.backend import Backend
+from dartprune.ffn.token_ops import FFNSketch, TokenRows
+from dartprune.ffn.weights import FFNWeights
+
+
+@dataclass(frozen=True)
+class TokenKernels:
+    """The two operators with the signatures of `token_ops`; saves_time: whether rows not chosen are left unread."""
+
+    gated_rows: Callable[..., TokenRows]
+    sketched_rows: Callable[..., TokenRows]
+    saves_time: bool
+
+    def prepare(self, weights: FFNWeights, sketch: FFNSketch | None) -> None:
+        """Compile what must be compiled for these weights, so that no token waits for it."""
+        if not self.saves_time:
+            return
+        threads = torch.get_num_threads()
+        try:
+            for rows in (1, 2):
+                x = torch.zeros(rows, weights.hidden, dtype=weights.up.dtype, device=weights.up.device)
+                self._call(x, weights, sketch)
+        finally:
+            torch.set_num_threads(threads)  # Numba's start may set the number of threads anew
+
+    def _call(self, x: Tensor, weights: FFNWeights, sketch: FFNSketch | None) -> None:
+        slots = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        one = torch.ones(1, dtype=torch.int32, device=x.device)
+        importance = torch.ones(1, weights.neurons, device=x.device)
+        if sketch is None:
+            self.gated_rows(x, weights, torch.zeros_like(one)[None], one, slots, one, importance=importance)
+        else:
+            self.sketched_rows(x, weights, sketch, slots, one, importance, weights.neurons)
+
+
+_REFERENCE = TokenKernels(token_reference.gated_rows, token_reference.sketched_rows, saves_time=False)
+_KERNELS = {"cpu": TokenKernels(cpu_token.gated_rows, cpu_token.sketched_rows, saves_time=True)}
+
+
+def token_kernels(backend: Backend) -> TokenKernels:
+    """The kernels of a backend; the reference operators where it has none."""
+    return _KERNELS.get(backend.name, _REFERENCE)

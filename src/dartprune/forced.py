@@ -1,0 +1,94 @@
+"""Teacher-forced decoding: given tokens go through the decode path one by one, with the masks in force.
+
+The context without its last token is prefilled dense and traced; the last context token and all that follow are decode
+tokens, so that every scored token is computed as a decoded one would be (DART section 4.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dartprune.pruner import Pruner
+from dartprune.report import Report
+from dartprune.run import Run
+
+
+def forced_steps(
+    model: nn.Module, run: Run, tokens: Tensor, context: int, *, block: int = 1
+) -> Iterator[tuple[int, Tensor]]:
+    """Decode given texts on an attached model; the caller may look at the run between the steps.
+
+    Args:
+        model: the model that `run` is attached to.
+        run: the run; its sequences are new ones.
+        tokens: int64 [B, T], one text a line, no padding.
+        context: tokens of each line that are given, at least 2.
+        block: decode tokens of one forward; events act after a block, so 1 is exact for every method.
+
+    Yields:
+        position p of the first token that the logits are for, and logits [B, n, V] of the tokens p to p + n - 1.
+
+    Raises:
+        ValueError: a context that leaves nothing to score, or a block below 1.
+    """
+    length = int(tokens.shape[1])
+    if not 2 <= context < length:
+        raise ValueError(f"context must lie between 2 and {length - 1} tokens for texts of {length}, got {context}")
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    tokens = tokens.to(next(model.parameters()).device)
+    with torch.no_grad(), run.phase("prefill"):
+        cache: Any = model(input_ids=tokens[:, : context - 1], use_cache=True, logits_to_keep=1).past_key_values
+    for first in range(context - 1, length - 1, block):
+        last = min(first + block, length - 1)
+        with torch.no_grad(), run.phase("decode"):
+            logits = model(input_ids=tokens[:, first:last], past_key_values=cache, use_cache=True).logits
+        yield first + 1, logits
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Loss of each token in nats: logits [B, n, V], targets int64 [B, n] -> float32 [B, n]."""
+    flat = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return flat.view(targets.shape)
+
+
+def forced_losses(
+    model: nn.Module,
+    pruner: Pruner,
+    tokens: Tensor,
+    context: int,
+    *,
+    block: int = 1,
+    backend: str = "auto",
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Tensor, Report]:
+    """Loss of each token after the context, as the pruned model decodes the text.
+
+    Args:
+        model: a decoder in evaluation mode, not attached.
+        pruner: what to attach.
+        tokens: int64 [B, T], one text a line, no padding.
+        context: tokens of each line that are given, at least 2.
+        block: decode tokens of one forward; events act after a block, so 1 is exact for every method.
+        backend: how the pruned FFN is computed.
+        progress: called with the number of tokens done in each forward.
+
+    Returns:
+        float32 [B, T - context] in nats on the host, and the run's report.
+
+    Raises:
+        ValueError: a context that leaves nothing to score.
+    """
+    losses: list[Tensor] = []
+    with pruner(model, backend=backend) as run:
+        for position, logits in forced_steps(model, run, tokens, context, block=block):
+            targets = tokens[:, position : position + logits.shape[1]].to(logits.device)
+            losses.append(token_losses(logits, targets))
+            if progress is not None:
+                progress(logits.shape[1])
+        report = run.report()
+    return torch.cat(losses, dim=1).cpu(), report

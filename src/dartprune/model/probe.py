@@ -1,0 +1,55 @@
+"""What a linear layer's weights are, found by sending inputs through it: for quantised, adapted or offloaded layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dartprune.ffn.weights import FFNWeights
+from dartprune.model.layer import Layer
+
+_ROWS = 256  # unit vectors of one call
+
+
+@torch.no_grad()
+def probed_bias(module: nn.Module, inputs: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What a linear layer gives for zero, float32 [outputs]."""
+    out: Tensor = module(torch.zeros(1, inputs, dtype=dtype, device=device))
+    return out[0].float()
+
+
+@torch.no_grad()
+def probed_columns(
+    module: nn.Module, inputs: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """The columns of a linear layer's weight, a block at a time, rounded as the layer rounds its output.
+
+    Args:
+        module: any layer that is linear but for its bias.
+        inputs: its width.
+        device: where it computes.
+        dtype: of its inputs.
+
+    Yields:
+        which inputs, and float32 [block, outputs] of their weights.
+    """
+    bias = probed_bias(module, inputs, device, dtype)
+    for first in range(0, inputs, _ROWS):
+        part = slice(first, min(inputs, first + _ROWS))
+        unit = torch.zeros(part.stop - first, inputs, dtype=dtype, device=device)
+        unit[torch.arange(part.stop - first), torch.arange(first, part.stop)] = 1
+        yield part, module(unit).float() - bias
+
+
+@torch.no_grad()
+def down_norms(layer: Layer, weights: FFNWeights | str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The norm of each neuron's column of the down projection, float32 [I]; probed where rows cannot be read."""
+    if not isinstance(weights, str):
+        known: Tensor = torch.linalg.vector_norm(weights.down, dim=1, dtype=torch.float32)
+        return known
+    norms = torch.empty(layer.neurons, device=device)
+    for part, columns in probed_columns(layer.down, layer.neurons, device, dtype):
+        norms[part] = torch.linalg.vector_norm(columns, dim=1)
+    return norms

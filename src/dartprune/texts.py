@@ -1,0 +1,167 @@
+"""Texts for evaluation and study: read by domain, cut into token streams that keep or change their topic."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEPARATOR = "<|doc|>"  # a line of its own between the documents of a file
+_SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One token sequence. domains: one, or two in order.  change: position of the second domain's first token."""
+
+    tokens: tuple[int, ...]
+    domains: tuple[str, ...]
+    change: int | None
+
+    @property
+    def name(self) -> str:
+        """Its domains, for people."""
+        return " > ".join(self.domains)
+
+
+def read_texts(sources: Sequence[str | Path], *, split: str | None = None) -> dict[str, list[str]]:
+    """The documents of each domain.
+
+    Args:
+        sources: files (.txt or .jsonl, also with .xz) or folders of such. A file's name up to its first dot is its
+            domain. Documents of a text file are separated by a line `<|doc|>`; lines of JSON have a field `text`, and
+            may name their `domain`.
+        split: in folders, only files named `DOMAIN.SPLIT.*`.
+
+    Raises:
+        ValueError: nothing there, an unknown kind of file, a line without text.
+    """
+    documents: dict[str, list[str]] = {}
+    for path in _files(sources, split):
+        for domain, text in _documents(path):
+            if text.strip():
+                documents.setdefault(domain, []).append(text.strip())
+    if not documents:
+        raise ValueError(f"no text in {', '.join(map(str, sources)) or 'nothing'}: give files or folders of .txt files")
+    return documents
+
+
+def _files(sources: Sequence[str | Path], split: str | None) -> list[Path]:
+    found: list[Path] = []
+    for source in map(Path, sources):
+        if source.is_dir():
+            inside = [p for p in sorted(source.iterdir()) if p.name.endswith(_SUFFIXES)]
+            if split is not None:
+                inside = [p for p in inside if split in p.name.split(".")[1:]]
+            if not inside:
+                wanted = "" if split is None else f" of the split {split!r}"
+                raise ValueError(f"{source}: the folder holds no .txt or .jsonl files{wanted}")
+            found += inside
+        elif not source.is_file():
+            raise ValueError(f"{source}: there is no such file or folder")
+        elif not source.name.endswith(_SUFFIXES):
+            raise ValueError(f"{source}: the name must end in one of {', '.join(_SUFFIXES)}")
+        else:
+            found.append(source)
+    return found
+
+
+def _documents(path: Path) -> Iterator[tuple[str, str]]:
+    domain = path.name.split(".")[0]
+    try:
+        raw = path.read_bytes()
+        text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
+    except (lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as text ({error})") from None
+    if ".jsonl" not in path.suffixes:
+        # split at whole lines only: the mark may stand inside a text that is about it
+        yield from ((domain, part) for part in ("\n" + text + "\n").split(f"\n{SEPARATOR}\n"))
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise ValueError(f"{path}, line {number}: needs a field 'text'")
+        yield str(row.get("domain", domain)), row["text"]
+
+
+def pieces(documents: Mapping[str, Sequence[str]], tokenizer: Any, length: int) -> dict[str, list[list[int]]]:
+    """Token sequences of at least `length` tokens, of each domain that has one; short documents are joined.
+
+    Raises:
+        ValueError: no domain has that much text.
+    """
+    out: dict[str, list[list[int]]] = {}
+    for domain, texts in documents.items():
+        current: list[int] = []
+        for text in texts:
+            current += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(current) >= length:
+                out.setdefault(domain, []).append(current)
+                current = []
+    if not out:
+        raise ValueError(f"no domain has a text of {length} tokens: give longer texts or ask for shorter streams")
+    return out
+
+
+def streams(
+    tokens: Mapping[str, Sequence[Sequence[int]]],
+    lengths: Sequence[int],
+    count: int,
+    *,
+    seed: int = 0,
+    separator: int | None = None,
+) -> list[Stream]:
+    """Draw token streams: the same streams for the same arguments.
+
+    Args:
+        tokens: of each domain, sequences of at least `max(lengths)` tokens (see `pieces`).
+        lengths: tokens of each stretch, one (a single topic) or two (a change of topic; each ordered pair in turn).
+        count: how many streams.
+        seed: of the draw.
+        separator: token that begins each stretch and counts in its length; None: no such token.
+
+    Raises:
+        ValueError: lengths that make no stream, too few domains, a text shorter than a stretch.
+    """
+    if len(lengths) not in (1, 2) or any(length < 2 for length in lengths):
+        raise ValueError(f"lengths must be one or two numbers of at least 2, got {list(lengths)}")
+    if len(tokens) < len(lengths):
+        raise ValueError(f"a change of topic needs two domains, the texts have {len(tokens)}: {', '.join(tokens)}")
+    generator = torch.Generator().manual_seed(seed)
+    orders = list(permutations(tokens, len(lengths)))
+    order = torch.randperm(len(orders), generator=generator).tolist()
+    out: list[Stream] = []
+    for i in range(count):
+        domains = orders[order[i % len(orders)]]
+        row: list[int] = []
+        for domain, length in zip(domains, lengths, strict=True):
+            texts = tokens[domain]
+            text = texts[int(torch.randint(len(texts), (), generator=generator))]
+            head = [] if separator is None else [separator]
+            needed = length - len(head)
+            if len(text) < needed:
+                raise ValueError(f"a text of {domain} has {len(text)} tokens, a stretch needs {needed}")
+            start = int(torch.randint(len(text) - needed + 1, (), generator=generator))
+            row += [*head, *text[start : start + needed]]
+        out.append(Stream(tuple(row), tuple(domains), lengths[0] if len(lengths) == 2 else None))
+    return out
+
+
+def batch(chosen: Sequence[Stream]) -> Tensor:
+    """Streams of equal length as int64 [B, T]; ValueError if they differ in length."""
+    sizes = {len(stream.tokens) for stream in chosen}
+    if len(sizes) != 1:
+        raise ValueError(f"streams of one batch must have one length, got {sorted(sizes)}")
+    return torch.tensor([stream.tokens for stream in chosen])

@@ -1,0 +1,130 @@
+"""`dartprune study` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from dartprune.cli.main import main
+from dartprune.demo import passages
+
+SHORT = ("--prompt-tokens", 16, "--before", 20, "--after", 40, "--early", 16, "--horizon", 20)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Call the command line in this process; gives exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["dartprune", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "160")
+        with pytest.raises(SystemExit) as end:
+            main()
+        out = capsys.readouterr()
+        return end.value.code or 0, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def topics(tmp_path):
+    """Two files with the package's own passages."""
+    for name in ("novels", "code"):
+        (tmp_path / f"{name}.txt").write_text("\n<|doc|>\n".join(passages()[name]))
+    return tmp_path / "novels.txt", tmp_path / "code.txt"
+
+
+def test_forced(run, topics, tmp_path):
+    args = (
+        "study",
+        "--texts",
+        *topics,
+        "--streams",
+        2,
+        "--arms",
+        "static,release@30,dart",
+        "--layers",
+        "last",
+        "--out",
+        "s",
+        *SHORT,
+    )
+    code, out, _ = run(*args, "--json")
+    data = json.loads(out)
+    assert code == 0 and [row["arm"] for row in data["arms"]] == [
+        "dense",
+        "static",
+        "release@30",
+        "dart",
+        "dense",
+        "static",
+        "dart",
+    ]
+    assert data["texts"]["change"] and {*data["texts"]["change"]} <= {"novels > code", "code > novels"}
+    assert len(data["recovery"]) == 1 and (tmp_path / "s" / "report.html").stat().st_size > 100_000
+    code, _, err = run(*args, "--seed", 5)
+    assert code == 2 and "holds results of other settings (settings, texts)" in err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_free(run, tmp_path):
+    pytest.importorskip("rouge_score")
+    pytest.importorskip("sacrebleu")
+    code, out, _ = run(
+        *("study", "--mode", "free", "--streams", 2, "--control", 0, "--arms", "static,release@30"),
+        *("--layers", "last", "--out", "f", *SHORT, "--after", 80),
+    )
+    assert code == 0 and "release@30" in out and "report: f/report.html" in out
+    data = json.loads((tmp_path / "f" / "report.json").read_text())
+    assert data["text_quality"]["dense"]["after"]["rouge1"] == 1
+    assert 0 <= data["text_quality"]["static"]["after"]["rougeL"] <= 1
+    wrote = json.loads((tmp_path / "f" / "written.json").read_text())
+    assert len(wrote["static"]["after"]) == 2 and wrote["static"]["before"] == wrote["release@30"]["before"]
+    assert [claim["answer"] for claim in data["claims"]] == ["undecided"] * 3, "no one-topic texts"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--before", 10), "before the change has 10 decoded tokens, fewer than two windows of 10"),
+        (("--arms", "statik"), "did you mean 'static'"),
+        (("--arms", "release@895"), "the text ends at decoded token 900"),
+        (("--layers", "first,9"), "unknown layer '9': write first, middle, last, or 0 to 5"),
+        (("--spaces", "residuals"), "did you mean 'residual'"),
+        (("--mode", "forcd"), "did you mean 'forced'"),
+        (("--prompt", "x"), "belong to --mode free"),
+        (("--mode", "free"), "--texts belongs to --mode forced"),
+        (("--sparsity", 1.5), "sparsity must be a number in [0, 1)"),
+        (("--after", 4000), "no domain has a text of"),
+    ],
+)
+def test_mistakes_are_one_line(run, topics, args, said):
+    code, _, err = run("study", "--texts", *topics, "--streams", 1, "--control", 0, *_with_short(args))
+    assert code == 2 and said in err and "Traceback" not in err, err
+
+
+def _with_short(args):
+    """The short layout, unless the mistake is about lengths."""
+    lengths = {"--before", "--after", "--arms"} & set(args)
+    return args if lengths else (*SHORT, "--arms", "static", *args)
+
+
+def test_more_mistakes(run, topics, tmp_path):
+    first, _ = topics
+    (tmp_path / "other.txt").write_text(first.read_text())
+    for args, said in (
+        ((), "--mode forced needs --texts"),
+        (("--texts", first), "two different topics, got only novels"),
+        (("--texts", first, tmp_path / "other.txt"), "'novels' and 'other' have the same text"),
+        (("--texts", "nowhere"), "no such file or folder"),
+        (("--mode", "free", "--prompt", " "), "--prompt is empty"),
+        (("--mode", "free", "--bridge", "x"), "--bridge belongs to --prompt"),
+        (("--mode", "free", "--prompts", "p.json", "--prompt", "x"), "either --prompt or --prompts"),
+        (("--mode", "free", "--prompts", "p.json"), "No such file"),
+        (("--mode", "free", "--similarity", tmp_path), "holds no encoder"),
+    ):
+        code, _, err = run("study", *SHORT, "--arms", "static", *args)
+        assert code == 2 and said in err and "Traceback" not in err, (args, err)
