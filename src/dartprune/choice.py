@@ -21,12 +21,9 @@ SMALL = 1 << 22  # weight bytes of a layer under which the row kernel always ser
 MEASURED = 1 << 28  # weight bytes that are measured on: more than the caches hold
 
 
-def has_choice(backend: Backend, weights: FFNWeights | str, token: object = None) -> bool:
-    """Whether a batch on this layer may run dense with masks where that is faster; then its masks must be held.
-
-    With a token selector it may not: what a step reads is known only while it runs.
-    """
-    return token is None and backend.name == "cpu" and not isinstance(weights, str) and _bytes(weights) >= SMALL
+def has_choice(backend: Backend, weights: FFNWeights | str) -> bool:
+    """Whether a batch on this layer may run dense with masks where that is faster; then its masks must be held."""
+    return backend.name == "cpu" and not isinstance(weights, str) and _bytes(weights) >= SMALL
 
 
 class Choice:
@@ -34,7 +31,8 @@ class Choice:
 
     def __init__(self, layers: Sequence[LayerRun]) -> None:
         self.layers = list(layers)
-        self._open = all(has_choice(layer.backend, layer.weights, layer.token) for layer in layers)
+        # a token selector computes by rows of its own
+        self._open = all(layer.token is None and has_choice(layer.backend, layer.weights) for layer in layers)
         self._timing: dict[tuple[int, int, int], Timing] = {}
         self._known: tuple[tuple[int, tuple[int, ...]], bool] | None = None
 

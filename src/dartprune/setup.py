@@ -90,7 +90,7 @@ def _build(
                     layer.neurons,
                     0 if everything else _widest(method, layer),
                     device,
-                    masks=not everything and (not chosen.gathers or has_choice(chosen, weights, selector)),
+                    masks=(not chosen.gathers and not everything) or (selector is None and has_choice(chosen, weights)),
                     compensation=layer.hidden if method.compensate == "mean" else None,
                     everything=everything,
                 ),

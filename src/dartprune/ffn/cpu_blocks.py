@@ -80,7 +80,7 @@ def _fits(floats: Any, rows: Any, ahead: Any) -> bool:
     return all(row.dtype == types.float32 for row in floats) and len(stored) == 1 and stored <= set(_BYTES)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def dots(context: Any, inputs: Any, rows: Any, ahead: Any) -> Any:
     """Dot products of weight rows with inputs, in float32; `ahead`, rows that are needed next, are fetched meanwhile.
 
@@ -125,7 +125,7 @@ def dots(context: Any, inputs: Any, rows: Any, ahead: Any) -> Any:
     return types.UniTuple(types.float32, len(rows) * many)(inputs, rows, ahead), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def add_rows(context: Any, outputs: Any, scales: Any, rows: Any, ahead: Any) -> Any:
     """Add scaled weight rows to outputs in place; `ahead`, rows that are needed next, are fetched meanwhile.
 
