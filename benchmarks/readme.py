@@ -1,17 +1,21 @@
-"""The README's tables of speed and memory, from the results of `dartprune bench`.
+"""The README's tables, from the results of `dartprune bench` and `dartprune compare`.
 
     python benchmarks/readme.py benchmarks/results
 
-Reads cpu-kernel.json, cpu-decode.json, cpu-refresh.json, cpu-trace.json and cpu-memory.json, those that are there.
+Reads cpu-kernel.json, cpu-decode.json, cpu-refresh.json, cpu-trace.json and cpu-memory.json, and compare-*.csv, those
+that are there.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+STREAMS = 30  # of each kind in the committed comparisons
 
 
 def kernel(data: dict[str, Any]) -> Iterator[str]:
@@ -81,8 +85,35 @@ def memory(data: dict[str, Any]) -> Iterator[str]:
         yield f"| {row['case']}: {row['arm']} | " + " | ".join(f"{value / 1e6:.2f}" for value in values) + " |"
 
 
+def compare(rows: Sequence[dict[str, str]], target: float) -> Iterator[str]:
+    """One line for each arm at one target: loss over dense with its interval on each part, refreshes, bytes."""
+    yield "| arm | realised | one topic | before the change | after it | refreshes / 200 tokens | FFN bytes saved |"
+    yield "|---|---|---|---|---|---|---|"
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        if float(row["target"]) == target:
+            found.setdefault(row["arm"], {})[row["part"]] = row
+    for arm, parts in sorted(found.items(), key=lambda item: -float(item[1]["after"]["loss_over_dense"])):
+        after, steady = parts["after"], parts["one topic"]
+        mark = "†" if after["ceiling"] == "True" else "" if after["reached"] == "True" else "*"
+        tokens = (int(steady["dense_tokens"]) + int(steady["pruned_tokens"])) / STREAMS
+        often = 200 * float(steady["refreshes_per_stream"]) / tokens
+        cells = [f"`{arm}`{mark}", f"{float(after['realised_sparsity']):.2f}"]
+        cells += [_interval(parts[part]) for part in ("one topic", "before", "after")]
+        yield "| " + " | ".join([*cells, f"{often:.1f}", f"{float(after['bytes_saved']):.2f}"]) + " |"
+
+
+def _interval(row: dict[str, str]) -> str:
+    mean, low, high = (float(row[f"loss_over_dense{end}"]) for end in ("", "_low", "_high"))
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def main(folder: Path) -> None:
     """Print all tables as Markdown, each with the command that gave it."""
+    for path in sorted(folder.glob("compare-*.csv")):
+        rows = list(csv.DictReader(path.open()))
+        for target in sorted({float(row["target"]) for row in rows} - {0.0}):
+            print(f"{path.stem}, {target:.0%}\n", *compare(rows, target), "", sep="\n")
     for show in (kernel, decode, refresh, trace, memory):
         path = folder / f"cpu-{show.__name__}.json"
         if path.is_file():

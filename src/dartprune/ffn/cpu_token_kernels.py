@@ -206,16 +206,17 @@ def _down_part(first, last, down, union, index, count, value, out):
 
 
 @njit(nogil=True)
-def _outliers(key, peak, place):
-    """The places of the largest keys uint32 [H], ties to the lower place; they become 0. peak uint32 [ceil(H / 64)]."""
+def _take_outliers(x, peak, place, exact):
+    """Move the largest entries of x float32 [H] to `exact`, ties to the lower place; peak uint32 [ceil(H / 64)]."""
+    key = x.view(np.uint32) & np.uint32(0x7FFFFFFF)
     for w in range(peak.shape[0]):
         peak[w] = key[w * 64 : w * 64 + 64].max()
     for o in range(place.shape[0]):
         w = np.argmax(peak)
         part = key[w * 64 : w * 64 + 64]
-        j = np.argmax(part)
-        place[o] = w * 64 + j
-        part[j] = 0
+        at = w * 64 + np.argmax(part)
+        place[o], exact[o] = at, x[at]
+        x[at], key[at] = ZERO, 0
         peak[w] = part.max()
 
 
@@ -235,12 +236,7 @@ def _round(x, bits, gaussian_step, planes, place, exact):
     """
     x = x.copy()
     top = np.float32(2 ** (bits - 1) - 1)
-    key = x.view(np.uint32) & np.uint32(0x7FFFFFFF)
-    _outliers(key, np.empty(planes.shape[1], np.uint32), place)
-    for o in range(place.shape[0]):
-        exact[o] = x[place[o]]
-    for o in range(place.shape[0]):
-        x[place[o]] = ZERO
+    _take_outliers(x, np.empty(planes.shape[1], np.uint32), place, exact)
     step = min(np.abs(x).max() / top, _root_mean_square(x) * gaussian_step)
     inverse = np.float32(1.0) / step if step > ZERO else ZERO
     total = 0

@@ -22,6 +22,9 @@ WORD = 64  # bits of one word of a plane
 SKETCH_BITS = (1, 2, 3, 4)
 # step of the best uniform quantiser with 2^b - 1 levels for a Gaussian, in standard deviations, by bits
 GAUSSIAN_STEP = {2: 1.224, 3: 0.651, 4: 0.353, 5: 0.194, 6: 0.106, 7: 0.0575, 8: 0.0311}
+# half the step of the best uniform quantiser with 2^b levels for a Gaussian, in mean absolute values, by bits
+_GAUSSIAN_SCALE = {1: 1.0, 2: 0.624, 3: 0.367, 4: 0.210}
+_STARTS = (0.7, 0.85, 1.0, 1.2, 1.4, 1.7)  # where the fit of a row's scale starts, times that
 _BLOCK = 1 << 22  # weights packed at a time, for the memory
 
 
@@ -96,7 +99,7 @@ class InputPlanes(NamedTuple):
     planes: int64 [N, A, ceil(H / 64)], laid out like `SketchPlanes.planes`.
     step: float32 [N].
     total: int32 [N], the sum of X over j.
-    outlier_index: int64 [N, K].  outlier_value: float32 [N, K], the exact entries.
+    outlier_index: int64 [N, K].  outlier_value: float32 [N, K], the exact entries (where it is 0, the index is any).
     """
 
     planes: Tensor
@@ -214,7 +217,7 @@ def build_planes(weight: Tensor, bits: int) -> SketchPlanes:
     """Round a weight matrix to b bits a weight, each row with the scale of the least squared error.
 
     The levels are the odd multiples of the scale, `+-1, +-3, .. +-(2^b - 1)`; with one bit that is the sign times
-    the row's mean absolute value. With more, levels and scale are fitted in turn.
+    the row's mean absolute value. With more, levels and scale are fitted in turn, from several starts.
 
     Args:
         weight: [I, H], any float dtype and layout.
@@ -232,10 +235,9 @@ def build_planes(weight: Tensor, bits: int) -> SketchPlanes:
     step = max(1, _BLOCK // hidden)
     for first in range(0, neurons, step):
         part = weight[first : first + step].detach().float()
-        s = part.abs().mean(dim=1, keepdim=True) * (2.0 / 2**bits)
-        for _ in range(0 if bits == 1 else 12):
-            level = 2 * _code(part, s, top) - top
-            s = (part * level).sum(dim=1, keepdim=True) / level.square().sum(dim=1, keepdim=True)
+        s = part.abs().mean(dim=1, keepdim=True) * _GAUSSIAN_SCALE[bits]
+        if bits > 1:
+            s = _fitted(part, s, top)
         planes[first : first + step] = _pack(_code(part, s, top).to(torch.int64), bits)
         scale[first : first + step] = s[:, 0]
     return SketchPlanes(planes, scale, hidden)
@@ -354,6 +356,19 @@ def _exact(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor) -> Tens
     a = a.masked_fill(~chosen_mask(index, count, weights.neurons), 0)
     out = a @ weights.down.float()
     return out if weights.down_bias is None else out + weights.down_bias.float()
+
+
+def _fitted(weight: Tensor, scale: Tensor, top: int) -> Tensor:
+    """The scale [R, 1] of the least squared error that is found from multiples of `scale`."""
+    best, least = scale, torch.full_like(scale, torch.inf)
+    for start in _STARTS:
+        s = scale * start
+        for _ in range(3):
+            level = 2 * _code(weight, s, top) - top
+            s = (weight * level).sum(dim=1, keepdim=True) / level.square().sum(dim=1, keepdim=True)
+        error = (weight - s * (2 * _code(weight, s, top) - top)).square().sum(dim=1, keepdim=True)
+        best, least = torch.where(error < least, s, best), torch.minimum(error, least)
+    return best
 
 
 def _code(weight: Tensor, scale: Tensor, top: int) -> Tensor:

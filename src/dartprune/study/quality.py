@@ -13,7 +13,7 @@ def check_libraries() -> None:
     """ValueError, in one line, if the libraries for ROUGE and BLEU are not there."""
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"text quality needs {', '.join(missing)}: pip install 'dartprune[eval]' sacrebleu")
+        raise ValueError(f"text quality needs {', '.join(missing)}: pip install 'dartprune[eval]'")
 
 
 def overlap_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
