@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dartprune.drift import AttentionDrift
 
 Array = NDArray[Any]
-DELTAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+DELTAS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 DROPS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 PATIENCES = (1, 2, 3)
 
