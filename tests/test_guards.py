@@ -244,3 +244,15 @@ def test_one_token_changed_at_the_end_leaves_earlier_logits(llama):
                 llama(input_ids=pair, past_key_values=cache)
             logits.append([k.tolist() for k in run.selection(0)])
     assert logits[2] == logits[3]
+
+
+@torch.no_grad()
+def test_sequences_that_ended_hold_no_vectors():
+    """A server ends many sequences; what the report keeps of each must not grow with the model's width."""
+    model = FAMILIES["llama"]()
+    with Dart(sparsity=0.5)(model) as run:
+        for _ in range(3):
+            model.generate(tokens(model, length=40), max_new_tokens=4)
+        ended = run._account._ended
+        assert len(ended) == 6 and len(run.report().sequences) == 6
+        assert all(row.slot.drift.reference_tokens == 0 and not row.slot.recent for row in ended)

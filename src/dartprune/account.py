@@ -117,6 +117,8 @@ class Account:
     def close(self, slot: Slot) -> None:
         """Keep what a sequence did, before its slot is used again."""
         counters = self.parts.counters
+        # the report needs counts and events; the detector's vectors would pile up where many sequences end
+        slot.drift, slot.recent = self.method.detector.build(), []
         self._ended.append(
             Ended(slot, *(t[slot.id].clone() for t in (counters.dense, counters.pruned, counters.saved)))
         )

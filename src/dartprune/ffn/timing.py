@@ -73,19 +73,21 @@ def measure(weights: Sequence[FFNWeights], dense: Sequence[Dense]) -> Timing:
 
         return work
 
-    k = neurons // 4
-    x, count, slots = inputs(4), torch.full((4,), k, dtype=torch.int32), torch.arange(4)
-    order = torch.randperm(neurons, generator=torch.Generator().manual_seed(0)).int()
-    apart = order[: 4 * k].reshape(4, k)
-
     def rows(index: Tensor) -> Callable[[], None]:
+        lines, k = index.shape
+        x, count, slots = inputs(lines), torch.full((lines,), k, dtype=torch.int32), torch.arange(lines)
+
         def work() -> None:
             for layer in weights:
                 backend.ffn(x, layer, index, count, slots)
 
         return work
 
-    works = [*map(whole, BATCHES), rows(apart[:1].repeat(4, 1)), rows(apart)]
+    # both read every neuron, as batches do where the choice is close: once each, or in half of eight lines
+    draw = torch.Generator().manual_seed(0)
+    once = torch.randperm(neurons, generator=draw)[: neurons // 4 * 4].int().reshape(4, -1)
+    often = torch.stack([torch.randperm(neurons, generator=draw)[: max(1, neurons // 2)].int() for _ in range(8)])
+    works = [*map(whole, BATCHES), rows(once), rows(often)]
     taken: list[list[float]] = [[] for _ in works]
     for run in range(RUNS + 1):
         for work, seconds in zip(works, taken, strict=True):
@@ -93,10 +95,10 @@ def measure(weights: Sequence[FFNWeights], dense: Sequence[Dense]) -> Timing:
             work()
             if run:  # the first one warms
                 seconds.append((time.perf_counter() - began) / layers)
-    *full, alike, different = (statistics.median(seconds) for seconds in taken)
-    # alike = k * union + 4 k * pair; different = 4 k * union + 4 k * pair
-    union = max(0.0, (different - alike) / (3 * k))
-    return Timing(tuple(full), union, max(0.0, (alike - k * union) / (4 * k)))
+    *full, single, eightfold = (statistics.median(seconds) for seconds in taken)
+    pair = max(0.0, (eightfold - single) / max(1, often.numel() - once.numel()))
+    union = max(0.0, single / max(1, once.numel()) - pair)
+    return Timing(tuple(full), union, pair)
 
 
 def kept_timing(

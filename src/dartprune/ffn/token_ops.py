@@ -25,7 +25,7 @@ GAUSSIAN_STEP = {2: 1.224, 3: 0.651, 4: 0.353, 5: 0.194, 6: 0.106, 7: 0.0575, 8:
 # half the step of the best uniform quantiser with 2^b levels for a Gaussian, in mean absolute values, by bits
 _GAUSSIAN_SCALE = {1: 1.0, 2: 0.624, 3: 0.367, 4: 0.210}
 _STARTS = (0.7, 0.85, 1.0, 1.2, 1.4, 1.7)  # where the fit of a row's scale starts, times that
-_BLOCK = 1 << 22  # weights packed at a time, for the memory
+_BLOCK = 1 << 18  # weights packed at a time: the caches hold their temporaries
 
 
 @dataclass(frozen=True)
