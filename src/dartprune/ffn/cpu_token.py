@@ -9,11 +9,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from dartprune.ffn.cpu import _array, _float, _use_threads
-from dartprune.ffn.token_ops import GAUSSIAN_STEP, WORD, FFNSketch, InputPlanes, SketchPlanes, TokenRows
+from dartprune.ffn.cpu import _array, _use_threads
+from dartprune.ffn.token_ops import GAUSSIAN_STEP, FFNSketch, InputPlanes, SketchPlanes, TokenRows
 from dartprune.ffn.weights import FFNWeights
 
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # of a TokenRows
+_NONE, _NO_BITS = numpy.empty(0, numpy.float32), numpy.empty(0, numpy.uint32)
+_NO_IMPORTANCE = numpy.empty((0, 0), numpy.float32)
 
 
 def gated_rows(
@@ -27,7 +29,8 @@ def gated_rows(
     importance: Tensor | None = None,
 ) -> TokenRows:
     """Token gate, fused: see `token_ops.gated_rows`. Rows of the weights must be contiguous."""
-    parts: _Parts = _gated_cpu(
+    operator = _gated_operator if torch.compiler.is_compiling() else _gated
+    parts: _Parts = operator(
         x, *weights.tensors(), index, count, slots, wanted, threshold, importance, weights.activation
     )
     return TokenRows(*parts)
@@ -45,7 +48,8 @@ def sketched_rows(
 ) -> TokenRows:
     """Sketch, fused: see `token_ops.sketched_rows`. Rows of the weights must be contiguous."""
     gate = sketch.gate
-    parts: _Parts = _sketched_cpu(
+    operator = _sketched_operator if torch.compiler.is_compiling() else _sketched
+    parts: _Parts = operator(
         x,
         *weights.tensors(),
         None if gate is None else gate.planes,
@@ -68,17 +72,12 @@ def quantise_input(x: Tensor, activation_bits: int = 4, outliers: int = 4) -> In
     """See `token_ops.quantise_input`."""
     from dartprune.ffn import cpu_token_kernels as kernels
 
-    rows, hidden = x.shape
-    result = InputPlanes(
-        torch.empty(rows, activation_bits, -(-hidden // WORD), dtype=torch.int64),
-        torch.empty(rows),
-        torch.empty(rows, dtype=torch.int32),
-        torch.empty(rows, outliers, dtype=torch.int64),
-        torch.empty(rows, outliers),
-    )
-    given = x.detach().float().contiguous().numpy(), activation_bits, numpy.float32(GAUSSIAN_STEP[activation_bits])
-    kernels.round_rows(*given, *(array.numpy() for array in result))
-    return result
+    arrays = kernels.round_rows(x.detach().float().contiguous().numpy(), *_rounding(activation_bits, outliers))
+    return InputPlanes(*(torch.from_numpy(array) for array in arrays))
+
+
+def _rounding(activation_bits: int, outliers: int) -> tuple[Any, ...]:
+    return activation_bits, numpy.float32(GAUSSIAN_STEP[activation_bits]), outliers
 
 
 def sketch_integers(x: InputPlanes, sketch: SketchPlanes) -> Tensor:
@@ -97,10 +96,10 @@ def chosen_rows(
     from dartprune.ffn import cpu_token_kernels as kernels
 
     rows = scores.shape[0]
-    index, count, cut = _lists(rows, width)
+    lists = _lists(rows, width)
     key = scores.float().abs().contiguous().numpy().view(numpy.uint32)
-    kernels.choose(key, numpy.arange(rows), wanted.numpy(), _bits(threshold), index.numpy(), count.numpy(), cut)
-    return index, count, torch.from_numpy(cut.view("float32"))
+    kernels.choose(key, numpy.arange(rows), wanted.numpy(), _bits(threshold), *lists)
+    return _tensors(*lists)
 
 
 class _Call:
@@ -115,45 +114,43 @@ class _Call:
         width: int,
     ) -> None:
         gate, up, down, gate_bias, up_bias = weights
+        for name, matrix in (("gate", gate), ("up", up), ("down", down)):
+            if matrix is not None and matrix.stride(1) != 1 and matrix.shape[1] > 1:
+                raise ValueError(f"the rows of the {name} matrix are not contiguous: the cpu kernels read whole rows")
         self.threads = torch.get_num_threads()
         _use_threads(self.threads)
         self.dtype = x.dtype
-        self.rows, self.neurons = x.shape[0], up.shape[0]
-        self.x = x.detach().float().contiguous()
+        self.x = x.detach().float().contiguous().numpy()
+        biases = [_NONE if bias is None else bias.detach().float().numpy() for bias in (gate_bias, up_bias)]
         biased = (gate_bias is not None) + 2 * (up_bias is not None)
-        biases = _float(gate_bias, x), _float(up_bias, x)
         up_words = _array(up)
-        self.weights = (
-            gate is not None,
-            up_words if gate is None else _array(gate),
-            up_words,
-            _array(down),
-            *biases,
-            biased,
-        )
+        gate_words = up_words if gate is None else _array(gate)
+        self.weights = gate is not None, gate_words, up_words, _array(down), *biases, biased
         self.choice = wanted.numpy(), _bits(threshold)
-        self.index, self.count, self.cut = _lists(self.rows, width)
-        self.out = torch.empty_like(self.x)
+        rows, self.neurons = self.x.shape[0], up.shape[0]
+        self.index, self.count, self.cut = _lists(rows, width)
+        self.out = numpy.empty_like(self.x)
 
-    def parts(self) -> Iterator[tuple[slice, tuple[Any, ...]]]:
-        """Rows that fit one call of a kernel, and the arrays that it fills for them."""
+    def parts(self) -> Iterator[tuple[slice, Any, tuple[Any, ...]]]:
+        """Rows that fit one call of a kernel: which, their x, and the arrays that it fills for them."""
         from dartprune.ffn import cpu_token_kernels as kernels
 
-        for first in range(0, self.rows, kernels.MOST_ROWS):
-            part = slice(first, min(self.rows, first + kernels.MOST_ROWS))
-            # a neuron that is no candidate scores 0
-            key, value = torch.zeros(2, part.stop - first, self.neurons).numpy()
-            index, count, out = self.index[part].numpy(), self.count[part].numpy(), self.out[part].numpy()
-            yield part, (key, value, index, count, self.cut[part], out)
+        for first in range(0, self.x.shape[0], kernels.MOST_ROWS):
+            part = slice(first, first + kernels.MOST_ROWS)
+            x = self.x[part]
+            key = numpy.zeros((x.shape[0], self.neurons), numpy.float32)  # a neuron that is no candidate scores 0
+            lists = self.index[part], self.count[part], self.cut[part]
+            yield part, x, (key, numpy.empty_like(key), *lists, self.out[part])
 
     def finish(self, down_bias: Tensor | None) -> _Parts:
+        """The results as tensors."""
+        out = torch.from_numpy(self.out)
         if down_bias is not None:
-            self.out += down_bias.float()
-        return self.out.to(self.dtype), self.index, self.count, torch.from_numpy(self.cut.view("float32"))
+            out += down_bias.detach().float()
+        return out.to(self.dtype), *_tensors(self.index, self.count, self.cut)
 
 
-@torch.library.custom_op("dartprune::gated_rows_cpu", mutates_args=())
-def _gated_cpu(
+def _gated(
     x: Tensor,
     gate: Tensor | None,
     up: Tensor,
@@ -172,11 +169,10 @@ def _gated_cpu(
     from dartprune.ffn import cpu_token_kernels as kernels
 
     call = _Call(x, (gate, up, down, gate_bias, up_bias), wanted, threshold, index.shape[1])
-    weight = (x.new_empty(0, 0) if importance is None else importance).float().numpy()
-    lists, counts, owners = index.numpy(), count.numpy(), slots.numpy()
-    for part, results in call.parts():
-        given = call.x[part].numpy(), call.weights, (lists, counts, owners[part]), call.choice, weight
-        kind = kernels.ACTIVATIONS[act]
+    weight = _NO_IMPORTANCE if importance is None else importance.float().numpy()
+    lists, counts, owners, kind = index.numpy(), count.numpy(), slots.numpy(), kernels.ACTIVATIONS[act]
+    for part, rows, results in call.parts():
+        given = rows, call.weights, (lists, counts, owners[part]), call.choice, weight
         if call.threads == 1:
             kernels.gate_rows_alone(*given, kind, *results)
         else:
@@ -184,13 +180,16 @@ def _gated_cpu(
     return call.finish(down_bias)
 
 
-@_gated_cpu.register_fake
+# plain calls leave out the operator's dispatch, 50 us; torch.compile needs it
+_gated_operator = torch.library.custom_op("dartprune::gated_rows_cpu", _gated, mutates_args=())
+
+
+@_gated_operator.register_fake
 def _(x: Tensor, *others: Any) -> _Parts:
     return _like(x, others[6].shape[1])
 
 
-@torch.library.custom_op("dartprune::sketched_rows_cpu", mutates_args=())
-def _sketched_cpu(
+def _sketched(
     x: Tensor,
     gate: Tensor | None,
     up: Tensor,
@@ -217,18 +216,9 @@ def _sketched_cpu(
     up_sketch = up_planes.numpy(), up_scale.numpy()
     first = up_sketch if gate_planes is None or gate_scale is None else (gate_planes.numpy(), gate_scale.numpy())
     weight, owners, kind = importance.float().numpy(), slots.numpy(), kernels.ACTIVATIONS[act]
-    for part, results in call.parts():
-        rounded = tuple(array.numpy() for array in quantise_input(call.x[part], activation_bits, outliers))
-        given = (
-            call.x[part].numpy(),
-            call.weights,
-            rounded,
-            (*first, *up_sketch),
-            call.choice,
-            owners[part],
-            weight,
-            kind,
-        )
+    rounding = _rounding(activation_bits, outliers)
+    for part, rows, results in call.parts():
+        given = rows, call.weights, rounding, (*first, *up_sketch), call.choice, owners[part], weight, kind
         if call.threads == 1:
             kernels.sketch_rows_alone(*given, *results)
         else:
@@ -236,7 +226,10 @@ def _sketched_cpu(
     return call.finish(down_bias)
 
 
-@_sketched_cpu.register_fake
+_sketched_operator = torch.library.custom_op("dartprune::sketched_rows_cpu", _sketched, mutates_args=())
+
+
+@_sketched_operator.register_fake
 def _(x: Tensor, *others: Any) -> _Parts:
     return _like(x, others[-2])
 
@@ -248,14 +241,16 @@ def _like(x: Tensor, width: int) -> _Parts:
     return x.new_empty(x.shape), index, count, x.new_empty(rows, dtype=torch.float32)
 
 
-def _lists(rows: int, width: int) -> tuple[Tensor, Tensor, Any]:
+def _lists(rows: int, width: int) -> tuple[Any, Any, Any]:
     """Room for the chosen neurons, their number, and the bits of the cut."""
-    index = torch.zeros(rows, width, dtype=torch.int32)
-    return index, torch.empty(rows, dtype=torch.int32), numpy.empty(rows, numpy.uint32)
+    index = numpy.zeros((rows, width), numpy.int32)
+    return index, numpy.empty(rows, numpy.int32), numpy.empty(rows, numpy.uint32)
+
+
+def _tensors(index: Any, count: Any, cut: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.from_numpy(index), torch.from_numpy(count), torch.from_numpy(cut.view(numpy.float32))
 
 
 def _bits(threshold: Tensor | None) -> Any:
     """Thresholds as bits, ordered as the floats are; none is empty, and one under 0 counts as 0."""
-    if threshold is None:
-        return numpy.empty(0, numpy.uint32)
-    return threshold.float().clamp(min=0).numpy().view(numpy.uint32)
+    return _NO_BITS if threshold is None else threshold.float().clamp(min=0).numpy().view(numpy.uint32)

@@ -11,13 +11,15 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
+from dartprune.ffn.cpu_blocks import LINE, add_rows, dots
 from dartprune.ffn.cpu_kernels import ACTIVATIONS as ACTIVATIONS
 from dartprune.ffn.cpu_kernels import MOST_ROWS as MOST_ROWS
-from dartprune.ffn.cpu_kernels import ZERO, _activate, _union, _wide
-from dartprune.ffn.cpu_vector import LINE, activate_all, add_four, common_four, common_ones, dot
+from dartprune.ffn.cpu_kernels import ZERO, _activate, _union
+from dartprune.ffn.cpu_vector import activate_all, common_ones
 
 BLOCK = 64  # neurons that pass through the nearer caches at a time
 BINS = 2048
+AHEAD = 4  # neurons between the one that is computed and the one that is fetched
 INFINITE = np.uint32(0x7F800000)  # the bits of float32 infinity
 
 
@@ -113,6 +115,13 @@ def _choose_part(first, last, key, slots, wanted, least, index, count, cut):
 # ---- the rows of weights
 
 
+@njit(inline="always")
+def _dot(x, row, following):
+    """One row at a time, so that its sum is made in the same order whoever else needs it."""
+    (total,) = dots((x,), (row,), (following,))
+    return total
+
+
 @njit(nogil=True)
 def _gate_part(first, last, x, weights, member, union, slots, importance, kind, key, value):
     """Read the candidates union[first:last]: their activations to value [N, I], their scores to key [N, I]."""
@@ -121,10 +130,10 @@ def _gate_part(first, last, x, weights, member, union, slots, importance, kind, 
     bias = gate_bias if gated else up_bias
     with_bias = biased & (1 if gated else 2)
     for u in range(first, last):
-        i, following = union[u], union[min(u + 1, last - 1)]
+        i, following = union[u], union[min(u + AHEAD, last - 1)]
         for n in range(x.shape[0]):
             if (member[i] >> np.uint64(n)) & np.uint64(1):
-                v = dot(x[n], matrix[i], matrix[following])
+                v = _dot(x[n], matrix[i], matrix[following])
                 if with_bias:
                     v += bias[i]
                 v = _activate(kind, v)
@@ -139,10 +148,10 @@ def _up_part(first, last, x, weights, member, union, kind, known, value):
     """Make value[n, i] the chosen neurons' `act(gate . x) * (up . x)`; with `known` it holds the activation already."""
     gated, gate, up, _, gate_bias, up_bias, biased = weights
     for u in range(first, last):
-        i, following = union[u], union[min(u + 1, last - 1)]
+        i, following = union[u], union[min(u + AHEAD, last - 1)]
         for n in range(x.shape[0]):
             if (member[i] >> np.uint64(n)) & np.uint64(1):
-                v = dot(x[n], up[i], up[following])
+                v = _dot(x[n], up[i], up[following])
                 if biased & 2:
                     v += up_bias[i]
                 if not gated:
@@ -150,17 +159,11 @@ def _up_part(first, last, x, weights, member, union, kind, known, value):
                 elif known:
                     v *= value[n, i]
                 else:
-                    g = dot(x[n], gate[i], gate[following])
+                    g = _dot(x[n], gate[i], gate[following])
                     if biased & 1:
                         g += gate_bias[i]
                     v *= _activate(kind, g)
                 value[n, i] = v
-
-
-@njit(fastmath={"contract"}, nogil=True)
-def _add_one(out, s, p):
-    for j in range(out.shape[0]):
-        out[j] = out[j] + s * _wide(p[j])
 
 
 @njit(nogil=True)
@@ -175,10 +178,11 @@ def _down_block(first, last, down, rows, ahead, value, out):
         e, f, g, h = ahead[min(i + 4, end)], ahead[min(i + 5, end)], ahead[min(i + 6, end)], ahead[min(i + 7, end)]
         following = down[e, first:last], down[f, first:last], down[g, first:last], down[h, first:last]
         p, q, r, s = down[a, first:last], down[b, first:last], down[c, first:last], down[d, first:last]
-        add_four(out, p, q, r, s, value[a], value[b], value[c], value[d], following)
+        add_rows((out,), (value[a], value[b], value[c], value[d]), (p, q, r, s), following)
         i += 4
     while i < rows.shape[0]:
-        _add_one(out, value[rows[i]], down[rows[i], first:last])
+        row = down[rows[i], first:last]
+        add_rows((out,), (value[rows[i]],), (row,), (row,))
         i += 1
 
 
@@ -252,25 +256,40 @@ def _round(x, bits, gaussian_step, planes, place, exact):
 
 
 @njit(nogil=True)
-def _integer(planes, x, total):
-    """`token_ops.sketch_integers` of one neuron and one row: planes int64 [b, words], x int64 [A, words]."""
-    bits, last = planes.shape[0], x.shape[0] - 1
-    d = -(2**bits - 1) * total
-    for k in range(bits):
-        plane = planes[k]
-        if last == 3:
-            s = common_four(plane, x[0], x[1], x[2], x[3])
-        else:
-            s = -(common_ones(plane, x[last]) << last)
-            for p in range(last):
-                s += common_ones(plane, x[p]) << p
-        d += s << (k + 1)
-    return d
+def _integers(first, last, planes, x, total, out):
+    """`token_ops.sketch_integers` of the neurons first:last and one row, to out [last - first], four at a time.
+
+    planes int64 [I, b, words], x int64 [A, words].
+    """
+    bits, highest = planes.shape[1], x.shape[0] - 1
+    for i in range(first, last, 4):
+        d = -(2**bits - 1) * total
+        d0, d1, d2, d3 = d, d, d, d
+        for k in range(bits):
+            end = last - 1
+            rows = (planes[i, k], planes[min(i + 1, end), k], planes[min(i + 2, end), k], planes[min(i + 3, end), k])
+            if highest == 3:
+                s0, s1, s2, s3 = common_ones(rows, (x[0], x[1], x[2], x[3]))
+            else:
+                s0, s1, s2, s3 = 0, 0, 0, 0
+                for p in range(highest + 1):
+                    weight = -(1 << p) if p == highest else 1 << p
+                    t0, t1, t2, t3 = common_ones(rows, (x[p],))
+                    s0, s1, s2, s3 = s0 + weight * t0, s1 + weight * t1, s2 + weight * t2, s3 + weight * t3
+            d0, d1, d2, d3 = d0 + (s0 << k + 1), d1 + (s1 << k + 1), d2 + (s2 << k + 1), d3 + (s3 << k + 1)
+        at = i - first
+        out[at] = d0
+        if i + 1 < last:
+            out[at + 1] = d1
+        if i + 2 < last:
+            out[at + 2] = d2
+        if i + 3 < last:
+            out[at + 3] = d3
 
 
 @njit(nogil=True)
-def _add_outliers(first, planes, place, exact, dots):
-    """Add what up to four exact entries of x give to dots [B] of the neurons from `first` on.
+def _add_outliers(first, planes, place, exact, products):
+    """Add what up to four exact entries of x give to products [B] of the neurons from `first` on.
 
     Their bits, side by side, are the place in a table of the 16 sums that can come of it.
     """
@@ -284,28 +303,29 @@ def _add_outliers(first, planes, place, exact, dots):
     w0, w1, w2, w3 = word[0], word[1], word[2], word[3]
     j0, j1, j2, j3 = shift[0], shift[1], shift[2], shift[3]
     base = table[15] * np.float32(2**bits - 1)
-    for i in range(dots.shape[0]):
+    for i in range(products.shape[0]):
         total = -base
         for k in range(bits):
             plane = planes[first + i, k]
             low = (plane[w0] >> j0 & 1) | (plane[w1] >> j1 & 1) << 1
             high = (plane[w2] >> j2 & 1) | (plane[w3] >> j3 & 1) << 1
             total += np.float32(2 << k) * table[low | high << 2]
-        dots[i] += total
+        products[i] += total
 
 
 @njit(nogil=True)
-def _estimate(first, last, planes, scale, x, step, total, place, exact, bias, dots):
-    """Estimated products float32 [last - first] of the neurons first:last with one rounded row, to dots."""
-    for i in range(first, last):
-        dots[i - first] = np.float32(_integer(planes[i], x, total)) * step
+def _estimate(first, last, planes, scale, x, step, total, place, exact, bias, exactly, products):
+    """Estimated products float32 [last - first] of the neurons first:last with one rounded row, to products."""
+    _integers(first, last, planes, x, total, exactly)
+    for i in range(last - first):
+        products[i] = np.float32(exactly[i]) * step
     for o in range(0, place.shape[0], 4):
-        _add_outliers(first, planes, place[o : o + 4], exact[o : o + 4], dots[: last - first])
+        _add_outliers(first, planes, place[o : o + 4], exact[o : o + 4], products[: last - first])
     for i in range(first, last):
-        dots[i - first] *= scale[i]
+        products[i - first] *= scale[i]
     if bias.shape[0]:
         for i in range(first, last):
-            dots[i - first] += bias[i]
+            products[i - first] += bias[i]
 
 
 @njit(nogil=True)
@@ -314,14 +334,14 @@ def _score_part(first, last, rounded, weights, sketches, slots, importance, kind
     gated, _, _, _, gate_bias, up_bias, _ = weights
     gate, gate_scale, up, up_scale = sketches
     planes, step, total, place, exact = rounded
-    g, u = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    g, u, exactly = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int32)
     for start in range(first, last, BLOCK):
         end = min(start + BLOCK, last)
         for n in range(planes.shape[0]):
             row = (planes[n], step[n], total[n], place[n], exact[n])
-            _estimate(start, end, up, up_scale, *row, up_bias, u)
+            _estimate(start, end, up, up_scale, *row, up_bias, exactly, u)
             if gated:
-                _estimate(start, end, gate, gate_scale, *row, gate_bias, g)
+                _estimate(start, end, gate, gate_scale, *row, gate_bias, exactly, g)
                 activate_all(kind, g[: end - start])
                 for i in range(end - start):
                     u[i] *= g[i]
@@ -336,18 +356,21 @@ def _score_part(first, last, rounded, weights, sketches, slots, importance, kind
 
 
 @njit(nogil=True, cache=True)
-def round_rows(x, bits, gaussian_step, planes, step, total, place, exact):
-    """Round the rows x float32 [N, H] into the arrays of `token_ops.InputPlanes`."""
-    for n in range(x.shape[0]):
+def round_rows(x, bits, gaussian_step, outliers):
+    """Rows x float32 [N, H] rounded, as the arrays of `token_ops.InputPlanes`."""
+    rows, words = x.shape[0], -(-x.shape[1] // 64)
+    planes, step, total = np.empty((rows, bits, words), np.int64), np.empty(rows, np.float32), np.empty(rows, np.int32)
+    place, exact = np.empty((rows, outliers), np.int64), np.empty((rows, outliers), np.float32)
+    for n in range(rows):
         step[n], total[n] = _round(x[n], bits, gaussian_step, planes[n], place[n], exact[n])
+    return planes, step, total, place, exact
 
 
 @njit(nogil=True, cache=True)
 def integers(planes, x, total, out):
     """`token_ops.sketch_integers` into out int32 [N, I]."""
     for n in range(x.shape[0]):
-        for i in range(planes.shape[0]):
-            out[n, i] = _integer(planes[i], x[n], total[n])
+        _integers(0, planes.shape[0], planes, x[n], total[n], out[n])
 
 
 @njit(nogil=True, cache=True)
@@ -405,14 +428,15 @@ def gate_rows(x, weights, lists, choice, importance, kind, threads, key, value, 
 
 @njit(nogil=True, cache=True)
 def sketch_rows_alone(
-    x, weights, rounded, sketches, choice, slots, importance, kind, key, value, index, count, cut, out
+    x, weights, rounding, sketches, choice, slots, importance, kind, key, value, index, count, cut, out
 ):
     """`token_ops.sketched_rows` for up to 64 rows in the calling thread.
 
-    rounded (planes, step, total, place, exact) from `round_rows`; sketches (planes and scale of gate, of up), the
+    rounding (activation bits, Gaussian step, outliers); sketches (planes and scale of gate, of up), the
     latter twice where there is no gate; key float32 [N, I], anything; the rest as for `gate_rows_alone`.
     """
     neurons = key.shape[1]
+    rounded = round_rows(x, *rounding)
     _score_part(0, neurons, rounded, weights, sketches, slots, importance, kind, key)
     _choose_part(0, x.shape[0], key.view(np.uint32), slots, *choice, index, count, cut)
     member, union = _union(neurons, x.shape[0], index, count, np.arange(x.shape[0]))
@@ -422,10 +446,11 @@ def sketch_rows_alone(
 
 @njit(parallel=True, nogil=True, cache=True)
 def sketch_rows(
-    x, weights, rounded, sketches, choice, slots, importance, kind, threads, key, value, index, count, cut, out
+    x, weights, rounding, sketches, choice, slots, importance, kind, threads, key, value, index, count, cut, out
 ):
     """The same with several threads."""
     rows, hidden, neurons = x.shape[0], x.shape[1], key.shape[1]
+    rounded = round_rows(x, *rounding)
     for t in prange(threads):
         first, last = _share(neurons, t, threads, BLOCK)
         _score_part(first, last, rounded, weights, sketches, slots, importance, kind, key)

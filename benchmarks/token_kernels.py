@@ -1,0 +1,111 @@
+"""Time of one FFN with each token selector on the CPU, everything counted, against torch's dense FFN and plain row lists.
+
+    python benchmarks/token_kernels.py --batch 1 --saved 0.7
+
+All ways run in turn, layer after layer, on the same random weights; medians over the rounds. Each reads the same share
+of the FFN's bytes: its own (candidates' gate rows, bit planes) are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from dartprune.ffn import cpu_token
+from dartprune.ffn.cpu import CpuBackend
+from dartprune.ffn.token_ops import FFNSketch, SketchPlanes, build_planes
+from dartprune.ffn.weights import FFNWeights
+
+
+def copy(planes: SketchPlanes) -> SketchPlanes:
+    """The same planes in memory of their own."""
+    return SketchPlanes(planes.planes.clone(), planes.scale.clone(), planes.hidden)
+
+
+def ways(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """What is timed, by name; each call computes all layers."""
+    torch.manual_seed(0)
+    hidden, neurons, rows, kept = args.hidden, args.neurons, args.batch, 1 - args.saved
+    base = [(torch.randn(neurons, hidden) / hidden**0.5).bfloat16() for _ in range(3)]
+    layers = [FFNWeights(*(w.clone() for w in base), None, None, None, "silu", F.silu) for _ in range(args.layers)]
+    columns = [w.down.t().contiguous() for w in layers]  # as a model keeps it
+    planes = build_planes(base[0], args.bits)
+    sketches = [FFNSketch(copy(planes), copy(planes)) for _ in layers]
+    x, slots, backend = torch.randn(rows, hidden).bfloat16(), torch.arange(rows), CpuBackend()
+
+    def lists(share: float) -> tuple[torch.Tensor, torch.Tensor]:
+        k = round(share * neurons)
+        index = torch.stack([torch.randperm(neurons)[:k].sort().values for _ in range(rows)])
+        return index.int(), torch.full((rows,), k, dtype=torch.int32)
+
+    mask, masked = lists(kept)
+    candidates, counted = lists(min(1.0, 3 * kept / (1 + 2 * args.rate)))
+    some, importance = (counted * args.rate).int(), torch.ones(1, neurons)
+    chosen = torch.full_like(some, round((kept - 2 * args.bits / 16 / 3) * neurons))
+
+    def dense() -> None:
+        for w, down in zip(layers, columns, strict=True):
+            F.linear(F.silu(F.linear(x, w.gate)) * F.linear(x, w.up), down)
+
+    def row_lists() -> None:
+        for w in layers:
+            backend.ffn(x, w, mask, masked, slots)
+
+    def gate() -> None:
+        for w in layers:
+            cpu_token.gated_rows(x, w, candidates, counted, slots, some, None, importance)
+
+    def sketch() -> None:
+        for w, s in zip(layers, sketches, strict=True):
+            cpu_token.sketched_rows(x, w, s, slots, chosen, importance, neurons)
+
+    def sketch_choice() -> None:
+        for w, s in zip(layers, sketches, strict=True):
+            cpu_token.sketched_rows(x, w, s, slots, torch.zeros_like(chosen), importance, neurons)
+
+    return {
+        "torch dense": dense,
+        "row lists": row_lists,
+        "token gate": gate,
+        "sketch": sketch,
+        "the sketch's choice alone": sketch_choice,
+    }
+
+
+def main() -> None:
+    """Parse, warm up, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--neurons", type=int, default=8192)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--bits", type=int, default=1)
+    parser.add_argument("--saved", type=float, default=0.7, help="share of the FFN's bytes that is not read")
+    parser.add_argument("--rate", type=float, default=0.25, help="share of the candidates that the gate chooses")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args()
+    timed = ways(args)
+    for way in timed.values():
+        way()
+        torch.set_num_threads(args.threads)  # Numba's start may have set it anew
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(args.rounds):
+        for name, way in timed.items():
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    dense = statistics.median(seconds["torch dense"])
+    print(f"H={args.hidden} I={args.neurons} bf16, batch {args.batch}, {args.saved:.0%} saved, {args.threads} threads")
+    for name, values in seconds.items():
+        middle = statistics.median(values)
+        print(f"{name:26} {1e3 * middle / args.layers:7.2f} ms a layer {dense / middle:6.2f} times as fast as dense")
+
+
+if __name__ == "__main__":
+    main()
