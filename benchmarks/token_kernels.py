@@ -1,4 +1,4 @@
-"""Time of one FFN with each token selector on the CPU, everything counted, against torch's dense FFN and plain row lists.
+"""Time of one FFN with each token selector on the CPU, everything counted, against torch's dense FFN and row lists.
 
     python benchmarks/token_kernels.py --batch 1 --saved 0.7
 
