@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -188,6 +189,27 @@ def test_not_a_number_shows():
     for operator in operators:
         result = operator(x, slots)
         assert result.out[0].isfinite().all() and result.out[1].isnan().all()
+
+
+def test_infinite_activations_of_neurons_without_importance():
+    w = make(8, 10, torch.float32, True, False, "relu")
+    w.gate.copy_(w.gate.abs())
+    sketch, importance = build_sketch(w, 1), torch.zeros(1, 10)
+    index, count = lists(10, [10])
+    slots, x = torch.tensor([0]), torch.full((1, 8), 3e38)
+    for got, want in (
+        (f.gated_rows(x, w, index, count, slots, count, None, importance).count for f in (cpu_token, token_ops)),
+        (f.sketched_rows(x, w, sketch, slots, count, importance, 10).count for f in (cpu_token, token_ops)),
+    ):
+        assert torch.equal(got, want)
+
+
+def test_rows_that_are_not_contiguous_are_refused():
+    w = make(8, 10, torch.float32, True, False, "silu")
+    columns = replace(w, down=w.down.t().contiguous().t())
+    index, count = lists(10, [4])
+    with pytest.raises(ValueError, match="down matrix are not contiguous"):
+        cpu_token.gated_rows(torch.randn(1, 8), columns, index, count, torch.tensor([0]), count)
 
 
 def test_inside_a_full_graph():

@@ -138,9 +138,9 @@ def _gate_part(first, last, x, weights, member, union, slots, importance, kind, 
                     v += bias[i]
                 v = _activate(kind, v)
                 value[n, i] = v
-                key[n, i] = abs(v)
                 if importance.shape[0]:
-                    key[n, i] *= importance[slots[n] if importance.shape[0] > 1 else 0, i]
+                    v *= importance[slots[n] if importance.shape[0] > 1 else 0, i]
+                key[n, i] = abs(v)  # last, also for the sign of a NaN: the search needs bits without a sign
 
 
 @njit(nogil=True)
@@ -349,7 +349,7 @@ def _score_part(first, last, rounded, weights, sketches, slots, importance, kind
                 activate_all(kind, u[: end - start])
             scale = importance[slots[n] if importance.shape[0] > 1 else 0]
             for i in range(start, end):
-                key[n, i] = abs(u[i - start]) * scale[i]
+                key[n, i] = abs(u[i - start] * scale[i])
 
 
 # ---- what is called
