@@ -17,6 +17,8 @@ WORDS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32
 
 def _array(tensor: Tensor) -> Any:
     """A numpy view of a weight; 16-bit floats as words, since numpy has no bf16."""
+    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+        raise ValueError("the cpu kernel needs weights whose rows are contiguous: it reads whole rows by their address")
     return tensor.view(WORDS[tensor.dtype]).numpy()
 
 
