@@ -103,7 +103,7 @@ def _delays(report: Report, change: int) -> list[int]:
 
 def table(rows: dict[str, dict[str, dict[str, float]]]) -> Iterator[str]:
     """The results as Markdown."""
-    yield f"| | before | after the change | its first {EARLY} tokens | later | one topic | refreshes / 200 tokens of it |"
+    yield f"| | before | after the change | its first {EARLY} tokens | later | one topic | refreshes / 200 tokens |"
     yield "|" + "---|" * 7
     for name, row in rows.items():
         two, one = row["changing"], row["steady"]
