@@ -25,13 +25,13 @@ test: $(READY) lint ## check style and types, then run all tests
 	$(BIN)/python -m pytest
 
 lint: $(READY) ## check style and types
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks tools
+	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/mypy
 
 format: $(READY) ## put the style right
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks tools
+	$(BIN)/ruff format src tests benchmarks tools
 
 clean: ## remove what was made, the virtual environment too
 	rm -rf $(VENV) out dist build .pytest_cache .mypy_cache .ruff_cache

@@ -73,6 +73,7 @@ def _run(arms: list[Any], backend: str, silent: bool) -> tuple[dict[str, Any], R
     with arms[DART](model, backend=backend):
         sample = model.generate(prompt, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     data = {
+        "parameters": sum(p.numel() for p in model.parameters()),
         "texts": names,
         "prompt_tokens": CONTEXT,
         "decoded_tokens_of_each_half": [HALF - CONTEXT, HALF],
@@ -139,7 +140,7 @@ def _show(data: dict[str, Any]) -> None:
         f"{len(texts)} texts move from one domain to another ({', '.join(texts)}).\n"
         f"The first {prompt} tokens of each are the prompt; then {halves[0]} more of the first domain and {halves[1]} "
         "of the second go through decoding one by one.\n"
-        "The model inside has 4 M parameters and writes plausible fragments, no more."
+        f"The model inside has {data['parameters'] / 1e6:.0f} M parameters and writes plausible fragments, no more."
     )
     table = Table()
     for column in (

@@ -23,8 +23,8 @@ SKETCH_BITS = (1, 2, 3, 4)
 # step of the best uniform quantiser with 2^b - 1 levels for a Gaussian, in standard deviations, by bits
 GAUSSIAN_STEP = {2: 1.224, 3: 0.651, 4: 0.353, 5: 0.194, 6: 0.106, 7: 0.0575, 8: 0.0311}
 # half the step of the best uniform quantiser with 2^b levels for a Gaussian, in mean absolute values, by bits
-_GAUSSIAN_SCALE = {1: 1.0, 2: 0.624, 3: 0.367, 4: 0.210}
-_STARTS = (0.7, 0.85, 1.0, 1.2, 1.4, 1.7)  # where the fit of a row's scale starts, times that
+GAUSSIAN_SCALE = {1: 1.0, 2: 0.624, 3: 0.367, 4: 0.210}
+STARTS = (0.7, 0.85, 1.0, 1.2, 1.4, 1.7)  # where the fit of a row's scale starts, times that
 _BLOCK = 1 << 18  # weights packed at a time: the caches hold their temporaries
 
 
@@ -226,21 +226,30 @@ def build_planes(weight: Tensor, bits: int) -> SketchPlanes:
     Raises:
         ValueError: bits outside 1 to 4.
     """
+    out = empty_planes(weight, bits)
+    top = 2**bits - 1
+    step = max(1, _BLOCK // out.hidden)
+    for first in range(0, out.neurons, step):
+        part = weight[first : first + step].detach().float()
+        s = part.abs().mean(dim=1, keepdim=True) * GAUSSIAN_SCALE[bits]
+        if bits > 1:
+            s = _fitted(part, s, top)
+        out.planes[first : first + step] = _pack(_code(part, s, top).to(torch.int64), bits)
+        out.scale[first : first + step] = s[:, 0]
+    return out
+
+
+def empty_planes(weight: Tensor, bits: int) -> SketchPlanes:
+    """Planes for a weight matrix [I, H], on its device, to be filled.
+
+    Raises:
+        ValueError: bits outside 1 to 4.
+    """
     if bits not in SKETCH_BITS:
         raise ValueError(f"bits={bits} is not one of {SKETCH_BITS}")
     neurons, hidden = weight.shape
-    top = 2**bits - 1
     planes = torch.empty(neurons, bits, -(-hidden // WORD), dtype=torch.int64, device=weight.device)
-    scale = torch.empty(neurons, dtype=torch.float32, device=weight.device)
-    step = max(1, _BLOCK // hidden)
-    for first in range(0, neurons, step):
-        part = weight[first : first + step].detach().float()
-        s = part.abs().mean(dim=1, keepdim=True) * _GAUSSIAN_SCALE[bits]
-        if bits > 1:
-            s = _fitted(part, s, top)
-        planes[first : first + step] = _pack(_code(part, s, top).to(torch.int64), bits)
-        scale[first : first + step] = s[:, 0]
-    return SketchPlanes(planes, scale, hidden)
+    return SketchPlanes(planes, torch.empty(neurons, dtype=torch.float32, device=weight.device), hidden)
 
 
 def build_sketch(weights: FFNWeights, bits: int, activation_bits: int = 4, outliers: int = 4) -> FFNSketch:
@@ -361,7 +370,7 @@ def _exact(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor) -> Tens
 def _fitted(weight: Tensor, scale: Tensor, top: int) -> Tensor:
     """The scale [R, 1] of the least squared error that is found from multiples of `scale`."""
     best, least = scale, torch.full_like(scale, torch.inf)
-    for start in _STARTS:
+    for start in STARTS:
         s = scale * start
         for _ in range(3):
             level = 2 * _code(weight, s, top) - top

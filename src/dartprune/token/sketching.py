@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dartprune.ffn.token_ops import SKETCH_BITS, WORD, FFNSketch, SketchPlanes, build_planes, sketch_dots
+from dartprune.ffn.planes import build_planes
+from dartprune.ffn.token_ops import SKETCH_BITS, WORD, FFNSketch, SketchPlanes, sketch_dots
 from dartprune.ffn.token_ops import quantise_input as rounded
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.families import Decoder, describe

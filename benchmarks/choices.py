@@ -1,0 +1,149 @@
+"""How DART's defaults were chosen: one setting changed at a time, on training texts.
+
+    python benchmarks/choices.py --texts DIR --out benchmarks/results/choices-demo.json
+
+DIR holds NAME.train.txt files as in `dartprune.texts`. Two kinds of streams, teacher-forced after 64 tokens of prompt
+with the masks in force: 192 tokens of one domain and 256 of another, and 448 of one domain. Loss over dense in nats a
+token. A run that was stopped goes on; the table is printed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from dartprune import Dart, Dense, DepthAware, Detector, Griffin, Pruner, Replay, Static, Uniform
+from dartprune.forced import forced_losses
+from dartprune.loading import load
+from dartprune.refresh import Clock
+from dartprune.report import Report
+from dartprune.texts import batch, pieces, read_texts, streams
+
+PROMPT, FIRST, SECOND = 64, 192, 256
+EARLY = 64  # tokens after the change that count as right after it
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting: `name` says what differs from the default."""
+
+    name: str
+    pruner: Pruner
+
+
+def cases(sparsity: float) -> Iterator[Case]:
+    """Everything that is tried, the default of each part first."""
+    frozen, dart = Static(sparsity=sparsity), Dart(sparsity=sparsity)
+    yield Case("Static", frozen)
+    for bounds in ({"min_sparsity": 0.1}, {"max_sparsity": 0.8}, {"max_sparsity": 0.98}):
+        yield Case(f"Static, {_words(bounds)}", replace(frozen, budget=DepthAware(**bounds)))
+    for floors in ({"early_floor": 1.0}, {"late_floor": 1.0}, {"early_floor": 1.0, "late_floor": 1.0}):
+        yield Case(f"Static, {_words(floors)}", replace(frozen, budget=DepthAware(**floors)))
+    yield Case("Static, uniform budget", replace(frozen, budget=Uniform()))
+    yield Case("Griffin", Griffin(sparsity=sparsity))
+    yield Case("Dart", dart)
+    yield Case("Dart, uniform budget", replace(dart, budget=Uniform()))
+    yield Case("Dart, min_sparsity=0.1", replace(dart, budget=DepthAware(min_sparsity=0.1)))
+    for scorer in ("weight-aware", "average"):
+        yield Case(f"Dart, scorer={scorer}", replace(dart, scorer=scorer))
+    yield Case("Dart, compensate=None", replace(dart, compensate=None))
+    for settings in ({"memory": 0.0}, {"memory": 0.25}, {"tokens": 8}, {"tokens": 32}, {"settle": 0}, {"settle": 128}):
+        yield Case(f"Dart, replay {_words(settings)}", replace(dart, refresh=replace(Replay(), **settings)))
+    for found in ({"delta": 0.5}, {"delta": 1.0}, {"delta": 1.5}, {"delta": 3.5}, {"patience": 1}, {"min_drop": 0.1}):
+        yield Case(f"Dart, detector {_words(found)}", replace(dart, detector=Detector(**found)))
+    for every in (8, 40):
+        clock = Clock(every=every, dense=None, replay=Replay().tokens, memory=Replay().memory)
+        yield Case(f"Dart, a replay every {every} tokens", replace(dart, refresh=clock))
+
+
+def _words(settings: dict[str, float]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def measure(
+    model: torch.nn.Module, pruner: Pruner, tokens: Tensor, dense: Tensor, change: int | None
+) -> dict[str, float]:
+    """Loss over dense and events of one setting on streams [B, T]; change: position of the second domain."""
+    losses, report = forced_losses(model, pruner, tokens, PROMPT, backend="masked")
+    over = losses - dense
+    often = 200 * len(report.events) / over.numel()
+    row = {"realised_sparsity": report.realised_sparsity, "refreshes_in_200": often}
+    if change is None:
+        return row | {"loss": float(over.mean())}
+    at = change - PROMPT
+    parts = {
+        "before": over[:, :at],
+        "after": over[:, at:],
+        "early": over[:, at : at + EARLY],
+        "late": over[:, at + EARLY :],
+    }
+    delays = _delays(report, at)
+    row |= {name: float(part.mean()) for name, part in parts.items()}
+    row |= {"noticed": len(delays) / len(tokens)}
+    return row | ({"delay": float(median(delays))} if delays else {})
+
+
+def _delays(report: Report, change: int) -> list[int]:
+    """Of each sequence that noticed: tokens from the change to the first event after it."""
+    firsts = (
+        min((e.decoded - change for e in sequence.events if e.decoded > change and e.kind != "settle"), default=None)
+        for sequence in report.sequences
+    )
+    return [first for first in firsts if first is not None]
+
+
+def table(rows: dict[str, dict[str, dict[str, float]]]) -> Iterator[str]:
+    """The results as Markdown."""
+    yield f"| | before | after the change | its first {EARLY} tokens | later | one topic | refreshes / 200 tokens |"
+    yield "|" + "---|" * 7
+    for name, row in rows.items():
+        two, one = row["changing"], row["steady"]
+        figures = [two["before"], two["after"], two["early"], two["late"], one["loss"]]
+        yield f"| {name} | " + " | ".join(f"{x:.2f}" for x in figures) + f" | {one['refreshes_in_200']:.1f} |"
+
+
+def main() -> None:
+    """Measure what is missing, write after each setting, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--model", default=None, help="folder or name; the model of the package unless given")
+    parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--streams", type=int, default=36)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    model, tokenizer = load(args.model, dtype="float32")
+    texts = {name: parts[:200] for name, parts in read_texts([args.texts], split="train").items()}
+    tokens = pieces(texts, tokenizer, FIRST + SECOND)
+    separator = tokenizer.bos_token_id
+    two = batch(streams(tokens, (FIRST, SECOND), args.streams, seed=2, separator=separator))
+    one = batch(streams(tokens, (FIRST + SECOND,), args.streams, seed=3, separator=separator))
+    settings = {"sparsity": args.sparsity, "streams": args.streams, "model": args.model or "demo"}
+    data = {"date": str(date.today()), "machine": platform.processor(), "settings": settings, "rows": {}}
+    if args.out.is_file():
+        data = json.loads(args.out.read_text())
+        if data["settings"] != settings:
+            parser.error(f"{args.out} holds results of other settings {data['settings']}; give another --out")
+    dense = [forced_losses(model, Dense(), streams_, PROMPT)[0] for streams_ in (two, one)]
+    for case in cases(args.sparsity):
+        if case.name in data["rows"]:
+            continue
+        data["rows"][case.name] = {
+            "changing": measure(model, case.pruner, two, dense[0], FIRST),
+            "steady": measure(model, case.pruner, one, dense[1], None),
+        }
+        args.out.write_text(json.dumps(data, indent=1) + "\n")
+        print(*list(table({case.name: data["rows"][case.name]}))[2:], flush=True)
+    print(*table(data["rows"]), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Bit planes of weights, by the quickest way there is: Numba on a CPU that has it, plain torch elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy
+import torch
+from torch import Tensor
+
+from dartprune.ffn import token_ops
+from dartprune.ffn.token_ops import SketchPlanes
+
+_BLOCK = 1 << 24  # weights widened at a time
+
+
+def build_planes(weight: Tensor, bits: int) -> SketchPlanes:
+    """Round a weight matrix [I, H] to b bits a weight: see `token_ops.build_planes`.
+
+    The sums of a row's fit are made in another order than there, so its scale may differ in the last digits, and a
+    weight that lies between two levels may fall to the other side.
+
+    Raises:
+        ValueError: bits outside 1 to 4.
+    """
+    if weight.device.type != "cpu" or importlib.util.find_spec("numba") is None:
+        return token_ops.build_planes(weight, bits)
+    empty = token_ops.empty_planes(weight, bits)
+    threads = torch.get_num_threads()
+    try:
+        _fill(weight.detach(), empty, threads)
+    finally:
+        torch.set_num_threads(threads)  # Numba's start may set the number of threads anew
+    return empty
+
+
+def _fill(weight: Tensor, into: SketchPlanes, threads: int) -> None:
+    from dartprune.ffn import cpu_planes
+    from dartprune.ffn.cpu import _use_threads
+
+    _use_threads(threads)
+    first_scale = numpy.float32(token_ops.GAUSSIAN_SCALE[into.bits])
+    starts = numpy.array(token_ops.STARTS, dtype=numpy.float32)
+    step = max(1, _BLOCK // into.hidden)
+    for first in range(0, into.neurons, step):
+        part = weight[first : first + step].float().contiguous()
+        planes, scale = into.planes[first : first + step], into.scale[first : first + step]
+        cpu_planes.round_matrix(part.numpy(), into.bits, first_scale, starts, threads, planes.numpy(), scale.numpy())
