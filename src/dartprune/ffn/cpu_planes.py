@@ -79,7 +79,7 @@ def _pack(row, scale, top, code, planes):
 
 @kernel(parallel=True)
 def round_matrix(weight, bits, first_scale, starts, threads, planes, scale):
-    """Rows to planes and scales: see `token_ops.build_planes`.
+    """Rows to planes and scales: see `sketch.build_planes`.
 
     weight float32 [I, H], first_scale float32: the scale that a row's fit starts from, in mean absolute values.
     starts float32 [n], times that. planes int64 [I, bits, words] and scale float32 [I] are filled.

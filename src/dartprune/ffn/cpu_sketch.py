@@ -36,7 +36,7 @@ def _root_mean_square(x):
 
 @njit(nogil=True)
 def round_row(x, bits, gaussian_step, planes, place, exact):
-    """Round one row, see `token_ops.quantise_input`; returns the step and the total of the integers.
+    """Round one row, see `sketch.quantise_input`; returns the step and the total of the integers.
 
     x float32 [H]; planes int64 [A, words], place int64 [K] and exact float32 [K] are filled.
     """
@@ -59,7 +59,7 @@ def round_row(x, bits, gaussian_step, planes, place, exact):
 
 @njit(nogil=True)
 def integers_of(first, last, planes, x, total, out):
-    """`token_ops.sketch_integers` of the neurons first:last and one row, to out [last - first], four at a time.
+    """`sketch.sketch_integers` of the neurons first:last and one row, to out [last - first], four at a time.
 
     planes int64 [I, b, words], x int64 [A, words].
     """
@@ -132,7 +132,7 @@ def _estimate(first, last, planes, scale, x, step, total, place, exact, bias, ex
 
 @njit(nogil=True)
 def score_part(first, last, rounded, weights, sketches, slots, importance, kind, key):
-    """Scores of the neurons first:last for every row, to key [N, I]: see `token_ops.sketch_scores`."""
+    """Scores of the neurons first:last for every row, to key [N, I]: see `sketch.sketch_scores`."""
     gated, _, _, _, gate_bias, up_bias, _ = weights
     gate, gate_scale, up, up_scale = sketches
     planes, step, total, place, exact = rounded

@@ -119,7 +119,7 @@ def _down_part(first, last, down, union, index, count, value, out):
 
 @kernel()
 def round_rows(x, bits, gaussian_step, outliers):
-    """Rows x float32 [N, H] rounded, as the arrays of `token_ops.InputPlanes`."""
+    """Rows x float32 [N, H] rounded, as the arrays of `sketch.InputPlanes`."""
     rows, words = x.shape[0], -(-x.shape[1] // 64)
     planes, step, total = np.empty((rows, bits, words), np.int64), np.empty(rows, np.float32), np.empty(rows, np.int32)
     place, exact = np.empty((rows, outliers), np.int64), np.empty((rows, outliers), np.float32)
@@ -130,7 +130,7 @@ def round_rows(x, bits, gaussian_step, outliers):
 
 @kernel()
 def integers(planes, x, total, out):
-    """`token_ops.sketch_integers` into out int32 [N, I]."""
+    """`sketch.sketch_integers` into out int32 [N, I]."""
     for n in range(x.shape[0]):
         integers_of(0, planes.shape[0], planes, x[n], total[n], out[n])
 
