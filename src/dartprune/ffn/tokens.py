@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dartprune.ffn import cpu_token, token_reference
+from dartprune.ffn import cpu_token, gpu_token, token_reference
 from dartprune.ffn.backend import Backend
 from dartprune.ffn.token_ops import FFNSketch, TokenRows
 from dartprune.ffn.weights import FFNWeights
@@ -45,7 +45,10 @@ class TokenKernels:
 
 
 _REFERENCE = TokenKernels(token_reference.gated_rows, token_reference.sketched_rows, saves_time=False)
-_KERNELS = {"cpu": TokenKernels(cpu_token.gated_rows, cpu_token.sketched_rows, saves_time=True)}
+_KERNELS = {
+    "cpu": TokenKernels(cpu_token.gated_rows, cpu_token.sketched_rows, saves_time=True),
+    "gpu": TokenKernels(gpu_token.gated_rows, gpu_token.sketched_rows, saves_time=True),
+}
 
 
 def token_kernels(backend: Backend) -> TokenKernels:
