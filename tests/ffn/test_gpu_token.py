@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from dartprune import GatedDart, Sketch, SketchDart
-from dartprune.ffn import gpu_kernels, gpu_token, gpu_token_cut, gpu_token_gate, gpu_token_sketch, gpu_tuning, token_ops
+from dartprune.ffn import gpu_cut, gpu_gate, gpu_kernels, gpu_sketch, gpu_token, gpu_tuning, token_ops
 from dartprune.ffn.gpu import GpuBackend
 from dartprune.ffn.gpu_kernels import Blocks, Config
 from dartprune.ffn.token_ops import build_planes, build_sketch
@@ -49,7 +49,7 @@ def on_gpu(operator, *call):
     return moved(operator(*map(moved, call)), "cpu")
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(20))
 def test_gate_on_random_cases(seed, monkeypatch):
     rng, w, x, slots, wanted, threshold, importance = case(seed, **SMALL)
     monkeypatch.setattr(gpu_tuning, "config", lambda gate, up: rng.choice(CONFIGS))
@@ -60,7 +60,7 @@ def test_gate_on_random_cases(seed, monkeypatch):
     assert_agree(got, want, gate_scores(x, w, slots, importance), w, x)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(20))
 def test_sketch_on_random_cases(seed, monkeypatch):
     rng, w, x, slots, wanted, threshold, importance = case(seed, **SMALL)
     monkeypatch.setattr(gpu_tuning, "config", lambda gate, up: rng.choice(CONFIGS))
@@ -75,8 +75,8 @@ def rounded_rows(x, bits, outliers):
     """`round_kernel` on rows x; the counts that it must clear held something else."""
     x = moved(x)
     planes = gpu_token.room_for_planes(x, bits, outliers)
-    tally = torch.full((x.shape[0], gpu_token_cut.TALLY), 7, dtype=torch.int32, device=DEVICE)
-    gpu_token_sketch.launch_round(x, planes, tally)
+    tally = torch.full((x.shape[0], gpu_cut.TALLY), 7, dtype=torch.int32, device=DEVICE)
+    gpu_sketch.launch_round(x, planes, tally)
     assert not tally.any()
     return planes
 
@@ -88,17 +88,17 @@ def integers_kernel(
 ):  # fmt: skip
     n, i = tl.program_id(0), (tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)).to(tl.int64)
     x, live = x + n * INPUT_BITS * WORDS, i < ALL
-    d = gpu_token_sketch.integers(
+    d = gpu_sketch.integers(
         planes, x, tl.load(total + n), i, live, WORDS, BITS, INPUT_BITS, NEURONS, COLUMNS
     )  # fmt: skip
     tl.store(out + n * ALL + i, d, mask=live)
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(10))
 def test_rounded_inputs_and_integers(seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    hidden, bits = rng.choice([1, 7, 64, 130, 600, 1100]), rng.choice([2, 3, 4, 4, 8])
+    hidden, bits = rng.choice([1, 7, 64, 130, 300]), rng.choice([2, 3, 4, 4, 8])
     x = torch.randn(3, hidden) * torch.tensor([[1.0], [1e-3], [0.0]])
     x[0, rng.randrange(hidden)] = 100
     outliers = min(hidden, rng.choice([0, 1, 4, 5]))
@@ -121,13 +121,13 @@ def chosen_rows(scores, wanted, width, threshold=None):
     """`cut_kernel` alone, behind counts made in torch."""
     rows, device = scores.shape[0], torch.device(DEVICE)
     key = scores.contiguous().view(torch.int32) & 0x7FFFFFFF
-    tally = torch.zeros(rows, gpu_token_cut.TALLY, dtype=torch.int32)
+    tally = torch.zeros(rows, gpu_cut.TALLY, dtype=torch.int32)
     tally.scatter_add_(1, (key >> 20).long(), (key > 0).int())
     made = [torch.empty(rows, width, dtype=torch.int32, device=device)]
     made += [torch.empty(rows, dtype=kind, device=device) for kind in (torch.int32, torch.float32, torch.int64)]
     acts = torch.empty(rows, width, device=device)
     slots = torch.arange(rows)
-    gpu_token_cut.launch_cut(*map(moved, (key, tally, scores.contiguous(), slots, wanted, threshold)), *made, acts)
+    gpu_cut.launch_cut(*map(moved, (key, tally, scores.contiguous(), slots, wanted, threshold)), *made, acts)
     index, count, cut, owners = (part.cpu() for part in made)
     assert torch.equal(owners, slots)
     for n, k in enumerate(count.tolist()):
@@ -137,9 +137,9 @@ def chosen_rows(scores, wanted, width, threshold=None):
 
 
 @pytest.mark.parametrize("keys", [64, 8192])
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(20))
 def test_choice_against_a_sort(seed, keys, monkeypatch):
-    monkeypatch.setattr(gpu_token_cut, "MOST_KEYS", keys)
+    monkeypatch.setattr(gpu_cut, "MOST_KEYS", keys)
     check_choice(seed, chosen_rows)
 
 
@@ -255,7 +255,7 @@ def test_launches_are_few_and_depend_on_shapes_alone(monkeypatch):
     plain = replace(w, gate=None)
     sketch, importance = build_sketch(w, 1), torch.ones(1, 90, device=DEVICE)
     seen = []
-    for module in (gpu_kernels, gpu_token_cut, gpu_token_gate, gpu_token_sketch):
+    for module in (gpu_kernels, gpu_cut, gpu_gate, gpu_sketch):
         for name in list(vars(module)):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(name, seen))
@@ -332,7 +332,7 @@ def test_the_backend_has_these_kernels_and_warms_them(monkeypatch):
     kernels = token_kernels(GpuBackend())
     assert kernels.saves_time and kernels.gated_rows is gpu_token.gated_rows
     w, called = make(16, 20, torch.float32, True, False, "silu", DEVICE), []
-    for module, name in ((gpu_token_gate, "launch_gate"), (gpu_token_sketch, "launch_score")):
+    for module, name in ((gpu_gate, "launch_gate"), (gpu_sketch, "launch_score")):
         launch = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, launch=launch, name=name: [called.append(name), launch(*args)])
     kernels.prepare(w, None)
@@ -340,3 +340,57 @@ def test_the_backend_has_these_kernels_and_warms_them(monkeypatch):
     called.clear()
     kernels.prepare(w, moved(build_sketch(w, 1)))
     assert set(called) == {"launch_score"}
+
+
+# ---- with a GPU
+
+
+def large_calls(dtype, rows):
+    """Both operators at a large shape: their x, what is read anew at every call, and functions of nothing."""
+    w = make(4096, 14336, dtype, True, False, "silu", "cuda")
+    sketch = build_sketch(w, 1)
+    index, count = map(moved, lists(14336, [8000, 14336]))
+    x, slots = torch.randn(rows, 4096).to("cuda", dtype), torch.arange(rows, device="cuda") % 2
+    wanted, importance = torch.tensor([4000, 1234], dtype=torch.int32, device="cuda"), torch.rand(1, 14336).cuda()
+    gate = (x, w, index, count, slots, wanted, None, importance)
+    sketched = (x, w, sketch, slots, wanted, importance, 14336)
+    calls = [
+        (lambda: gpu_token.gated_rows(*gate), lambda: token_ops.gated_rows(*gate)),
+        (lambda: gpu_token.sketched_rows(*sketched), lambda: token_ops.sketched_rows(*sketched)),
+    ]
+    return x, wanted, calls
+
+
+def assert_nearly_agree(got, want):
+    """Few neurons differ, at the cut; and so little of the output."""
+    torch.testing.assert_close(got.cut, want.cut, rtol=1e-3, atol=0)
+    there = [token_ops.chosen_mask(rows.index, rows.count, 14336) for rows in (got, want)]
+    assert torch.equal(got.count, want.count) and int((there[0] ^ there[1]).sum()) <= 8 * want.count.numel()
+    assert float((got.out - want.out).float().norm()) <= 0.03 * float(want.out.float().norm())
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_large_shapes_and_the_same_bits_twice(dtype):
+    for run, reference in large_calls(dtype, rows=3)[2]:
+        first = run()
+        assert_nearly_agree(first, reference())
+        assert all(same(moved(first, "cpu"), moved(run(), "cpu")) for _ in range(5))
+
+
+@needs_cuda
+def test_a_captured_graph_follows_inputs_and_rates_that_change_in_place():
+    x, wanted, calls = large_calls(torch.bfloat16, rows=2)
+    for run, reference in calls:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = run()
+        for rates in ([4000, 1234], [0, 14336], [1, 500]):
+            x.copy_(torch.randn(2, 4096))
+            wanted.copy_(torch.tensor(rates))
+            graph.replay()
+            assert_nearly_agree(got, reference())

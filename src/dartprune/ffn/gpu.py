@@ -17,7 +17,7 @@ OLDEST = (7, 0)  # compute capability that Triton compiles for
 
 
 def ready(x: Tensor, *matrices: Tensor | None) -> Tensor:
-    """x as the kernels take it, contiguous and aligned.
+    """X as the kernels take it, contiguous and aligned.
 
     Raises:
         ValueError: a matrix is not contiguous.

@@ -4,7 +4,7 @@ A sketched row takes six launches, one after another on the current stream:
 
 1. `round_kernel`: x as bit planes; it also clears the counts that the cut begins with;
 2. `score_kernel`: products of planes by AND and population count (exact integers), then every neuron's key;
-3. `cut_kernel`: the chosen neurons of each row, ascending (see `gpu_token_cut`);
+3. `cut_kernel`: the chosen neurons of each row, ascending (see `gpu_cut`);
 4. to 6. the kernels of `gpu_kernels` over the rows' own lists.
 
 A gated row takes five and one fill: `gate_kernel` reads the candidates' gate rows, the cut hands the activations of the
@@ -12,15 +12,16 @@ chosen ones on, `chosen_up_kernel` reads their up rows alone, and the down rows 
 first rows are the up rows and need no second look: four launches.
 
 Bytes that must move for one row that chooses k of I neurons, H wide, weights of w bytes:
-- sketch of b bits: `(b H / 8 + 4) I` for each of gate and up, `4 I` of norms, and `3 k H w`;
-  a plain FFN has no gate and `2 k H w`;
+- sketch of b bits: `(b H / 8 + 4) I` for each of gate and up, `4 I` of norms, and `3 k H w`; a plain FFN has no gate
+  and `2 k H w`;
 - gate with C candidates: `(C + 2 k) H w` and `4 C` of importance; a plain FFN `(C + k) H w`.
-The rest stays in the L2 cache: keys (written once, read five times by the cut, `24 I`), a gate's values (`4 C`), 24 KB of
-counts, lists, and what `gpu_kernels` names. The cut is one program for each row: few bytes, but the others wait for it.
+The rest stays in the L2 cache: keys (written once, read three times by the cut, `16 I`), a gate's values (`8 C`), 24 KB
+of counts, lists, and what `gpu_kernels` names. The cut is one program for each row: it reads little, but at a batch of
+one it has the device for itself.
 
 Launch sizes come from shapes alone and nothing is read back, so a captured CUDA graph follows lists, rates and slots
 that change in place. Sums are float32 and their order does not depend on the number of rows, so a row gives the same
-bits alone and in a batch. Each row reads its own neurons; rows of a batch share them through the L2 cache at best.
+bits alone and in a batch. Each row reads its own neurons; rows of a batch find each other's in the L2 cache at best.
 """
 
 from __future__ import annotations
@@ -117,12 +118,10 @@ class _Group:
 
     def choose(self, key: Tensor, tally: Tensor, value: Tensor | None) -> None:
         """Cut: fill the lists, and acts where the chosen neurons' values are known."""
-        from dartprune.ffn import gpu_token_cut
+        from dartprune.ffn import gpu_cut
 
         lists = self.index, self.count, self.cut, self.owners
-        gpu_token_cut.launch_cut(
-            key, tally, value, self.slots, self.call.wanted, self.call.threshold, *lists, self.acts
-        )
+        gpu_cut.launch_cut(key, tally, value, self.slots, self.call.wanted, self.call.threshold, *lists, self.acts)
 
     def add_down(self, down: Tensor, down_bias: Tensor | None) -> None:
         """The down rows of the chosen, times acts; as many parts for any number of rows, so in the same order."""
@@ -182,7 +181,7 @@ def _gated(
     importance: Tensor | None,
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from dartprune.ffn import gpu_token_cut, gpu_token_gate
+    from dartprune.ffn import gpu_cut, gpu_gate
 
     matrix, bias = (up, up_bias) if gate is None else (gate, gate_bias)
     lists = index.contiguous(), count.contiguous()
@@ -193,16 +192,14 @@ def _gated(
         for group in call.groups():
             rows, neurons = group.x.shape[0], up.shape[0]
             # one fill for both: what is no candidate has the key 0
-            zeros = torch.zeros(rows * (gpu_token_cut.TALLY + neurons), dtype=torch.int32, device=x.device)
-            tally, key = zeros.split((rows * gpu_token_cut.TALLY, rows * neurons))
+            zeros = torch.zeros(rows * (gpu_cut.TALLY + neurons), dtype=torch.int32, device=x.device)
+            tally, key = zeros.split((rows * gpu_cut.TALLY, rows * neurons))
             key = key.view(rows, neurons)
             value = torch.empty(key.shape, dtype=torch.float32, device=x.device)
-            gpu_token_gate.launch_gate(
-                group.x, matrix, bias, weight, *lists, group.slots, key, value, tally, act, blocks
-            )
+            gpu_gate.launch_gate(group.x, matrix, bias, weight, *lists, group.slots, key, value, tally, act, blocks)
             group.choose(key, tally, value)
             if gate is not None:
-                gpu_token_gate.launch_chosen_up(group.x, up, up_bias, group.index, group.count, group.acts, blocks)
+                gpu_gate.launch_chosen_up(group.x, up, up_bias, group.index, group.count, group.acts, blocks)
             group.add_down(down, down_bias)
     return call.results()
 
@@ -234,7 +231,7 @@ def _sketched(
     width: int,
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from dartprune.ffn import gpu_kernels, gpu_token_cut, gpu_token_sketch
+    from dartprune.ffn import gpu_cut, gpu_kernels, gpu_sketch
 
     hidden, neurons = x.shape[1], up.shape[0]
     first = None
@@ -247,9 +244,9 @@ def _sketched(
         for group in call.groups():
             rounded = room_for_planes(group.x, activation_bits, outliers)
             key = torch.empty(group.x.shape[0], neurons, dtype=torch.int32, device=x.device)
-            tally = torch.empty(group.x.shape[0], gpu_token_cut.TALLY, dtype=torch.int32, device=x.device)
-            gpu_token_sketch.launch_round(group.x, rounded, tally)
-            gpu_token_sketch.launch_score(rounded, sketch, gate_bias, up_bias, weight, group.slots, key, tally, act)
+            tally = torch.empty(group.x.shape[0], gpu_cut.TALLY, dtype=torch.int32, device=x.device)
+            gpu_sketch.launch_round(group.x, rounded, tally)
+            gpu_sketch.launch_score(rounded, sketch, gate_bias, up_bias, weight, group.slots, key, tally, act)
             group.choose(key, tally, None)
             lists = group.index, group.count, group.owners
             gpu_kernels.launch_up(group.x, gate, up, gate_bias, up_bias, *lists, group.acts, act, call.config.up)

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dartprune.ffn.gpu_cut import TALLY, store_keys
 from dartprune.ffn.gpu_kernels import Blocks, activate
-from dartprune.ffn.gpu_token_cut import TALLY, store_keys
 
 
 @triton.jit

@@ -11,7 +11,6 @@ Counts are integers, added atomically: their order changes nothing, the same key
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -110,12 +109,12 @@ def cut_kernel(
     if THRESHOLDED:
         # a threshold under 0 takes all that a threshold of 0 takes: what is above 0
         least = tl.maximum(tl.load(threshold + slot).to(tl.int32, bitcast=True), 1)
-        take = own * 0
+        take = tl.zeros([], tl.int32)
         for start in range(0, ALL, KEYS):
             i = start + tl.arange(0, KEYS)
             k = tl.load(key + i, mask=i < ALL, other=0)
             take += tl.sum(tl.where(k >= least, 1, 0), axis=0)
-        lowest, ties = least, ties * 0 + ALL
+        lowest, ties = least, tl.full([], ALL, tl.int32)
     if take > width:
         take = tl.minimum(take, width)
         lowest, ties = _search(key, tally, again + 2 * _NEXT, take, ALL, KEYS)
@@ -136,6 +135,11 @@ def cut_kernel(
         if VALUED:
             tl.store(acts + n * width + place, tl.load(value + n * ALL + i, mask=chosen, other=0.0), mask=chosen)
         before += tl.sum(mine, axis=0)
+
+
+def cut_warps(keys: int) -> int:
+    """Warps of one program that holds so many keys: 16 keys a thread."""
+    return max(4, min(16, keys // 512))
 
 
 def launch_cut(
@@ -172,10 +176,5 @@ def launch_cut(
         KEYS=keys,
         THRESHOLDED=threshold is not None,
         VALUED=value is not None,
-        num_warps=max(4, min(32, keys // 256)),
+        num_warps=cut_warps(keys),
     )
-
-
-def empty_tally(rows: int, device: torch.device) -> Tensor:
-    """Room for the counts of so many rows; whoever makes the keys clears it."""
-    return torch.empty(rows, TALLY, dtype=torch.int32, device=device)

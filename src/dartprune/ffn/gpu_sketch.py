@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dartprune.ffn.gpu_cut import TALLY, store_keys
 from dartprune.ffn.gpu_kernels import Blocks, activate
-from dartprune.ffn.gpu_token_cut import TALLY, store_keys
 from dartprune.ffn.token_ops import GAUSSIAN_STEP, FFNSketch, InputPlanes
 
 _LOW = tl.constexpr(0x7FFFFFFF)
@@ -77,7 +77,8 @@ def _ones(v):
     v = v - ((v >> 1) & 0x5555555555555555)
     v = (v & 0x3333333333333333) + ((v >> 2) & 0x3333333333333333)
     v = (v + (v >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((v * 0x0101010101010101) >> 56).to(tl.int32)
+    # the limit changes nothing: without it the shift by 56 and one that follows become one, and it is not found
+    return tl.minimum(((v * 0x0101010101010101) >> 56).to(tl.int32), 64)
 
 
 @triton.jit
