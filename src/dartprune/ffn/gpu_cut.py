@@ -177,4 +177,5 @@ def launch_cut(
         THRESHOLDED=threshold is not None,
         VALUED=value is not None,
         num_warps=cut_warps(keys),
+        enable_fp_fusion=True,
     )

@@ -271,4 +271,5 @@ def launch_score(
         NEURONS=blocks.neurons,
         COLUMNS=blocks.columns,
         num_warps=blocks.warps,
+        enable_fp_fusion=True,
     )
