@@ -88,7 +88,10 @@ class Account:
         return total
 
     def _candidates(self, number: int, layer: LayerRun, slots: Sequence[Slot]) -> int:
-        """Neurons that are a candidate of any of these sequences."""
+        """Candidates that are read for these sequences: their union, or each sequence's own."""
+        assert layer.token is not None
+        if not layer.token.reads_union:
+            return sum(slot.keep[number] for slot in slots if slot.keep is not None)
         if len(slots) == 1 or layer.selection.everything:
             keep = slots[0].keep
             assert keep is not None

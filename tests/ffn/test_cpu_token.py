@@ -12,45 +12,9 @@ pytest.importorskip("numba")
 
 from dartprune.ffn import cpu_token, token_ops
 from dartprune.ffn.token_ops import build_planes, build_sketch
-from ffn.test_cpu import ACTS, DTYPES, TOLERANCE, lists, make, naive
+from ffn.test_cpu import DTYPES, lists, make
 from ffn.test_token_ops import test_chosen_rows_against_a_sort as check_choice
-
-
-def case(seed):
-    """A random FFN, rows, slots and choice."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    hidden, neurons = rng.choice([1, 3, 16, 31, 64, 97, 200, 577]), rng.choice([1, 2, 5, 33, 64, 129, 200])
-    dtype, gated, biases, act = rng.choice(DTYPES), rng.random() < 0.6, rng.random() < 0.5, rng.choice(ACTS)
-    w = make(hidden, neurons, dtype, gated, biases, act)
-    rows = rng.randint(1, 9)
-    slots = torch.tensor([rng.randrange(3) for _ in range(rows)])
-    wanted = torch.tensor([0, rng.randint(1, neurons), rng.randint(0, neurons)], dtype=torch.int32)
-    threshold = None if rng.random() < 0.6 else torch.rand(3) * 0.3
-    importance = torch.rand(rng.choice([1, 3]), neurons)
-    x = torch.randn(hidden, rows).to(dtype).t()  # not contiguous
-    kind = rng.random()
-    if kind < 0.1:
-        x = torch.zeros(rows, hidden, dtype=dtype)
-    elif kind < 0.2:
-        x[:, rng.randrange(hidden)] *= 100
-    return rng, w, x, slots, wanted, threshold, importance
-
-
-def check(got, want, scores, w, x):
-    """The same choice, up to scores that lie within rounding of the cut, and the exact output of the choice made."""
-    tolerance = TOLERANCE[x.dtype]
-    assert got.out.dtype is x.dtype and got.out.shape == x.shape
-    assert got.index.shape == want.index.shape and got.index.dtype is torch.int32 and got.count.dtype is torch.int32
-    torch.testing.assert_close(got.cut, want.cut, rtol=1e-3, atol=1e-6)
-    here = token_ops.chosen_mask(got.index, got.count, w.neurons)
-    there = token_ops.chosen_mask(want.index, want.count, w.neurons)
-    for n in (here ^ there).any(dim=1).nonzero()[:, 0].tolist():
-        border = scores[n][here[n] ^ there[n]]
-        assert float(border.max() - border.min()) <= 1e-4 * float(scores[n].max()) + 1e-6
-    exact = naive(x, w, got.index, got.count, torch.arange(x.shape[0]))
-    scale = float(exact.abs().max()) + 1.0
-    torch.testing.assert_close(got.out.double(), exact, rtol=tolerance, atol=tolerance * scale)
+from token_cases import assert_agree, case, gate_scores, same
 
 
 @pytest.mark.parametrize("seed", range(160))
@@ -60,13 +24,7 @@ def test_gate_on_random_cases(seed):
     importance = None if rng.random() < 0.3 else importance
     call = (x, w, index, count, slots, wanted, threshold, importance)
     want = token_ops.gated_rows(*call)
-    matrix, bias = (w.up, w.up_bias) if w.gate is None else (w.gate, w.gate_bias)
-    scores = token_ops.activation(
-        w.activation, x.float() @ matrix.float().T + (0 if bias is None else bias.float())
-    ).abs()
-    if importance is not None:
-        scores = scores * (importance if importance.shape[0] == 1 else importance[slots])
-    check(cpu_token.gated_rows(*call), want, scores, w, x)
+    assert_agree(cpu_token.gated_rows(*call), want, gate_scores(x, w, slots, importance), w, x)
 
 
 @pytest.mark.parametrize("seed", range(160))
@@ -77,7 +35,7 @@ def test_sketch_on_random_cases(seed):
     width = rng.randint(1, w.neurons + 2)
     call = (x, w, sketch, slots, wanted, importance, width, threshold)
     scores = token_ops.sketch_scores(x, w, sketch, importance if importance.shape[0] == 1 else importance[slots])
-    check(cpu_token.sketched_rows(*call), token_ops.sketched_rows(*call), scores, w, x)
+    assert_agree(cpu_token.sketched_rows(*call), token_ops.sketched_rows(*call), scores, w, x)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -132,11 +90,6 @@ def every_call(dtype, act="silu", rows=9, hidden=200, neurons=300):
             lambda x, slots: cpu_token.sketched_rows(x, w, sketch, slots, wanted, importance, 100),
         ),
     )
-
-
-def same(a, b):
-    lists_agree = all(torch.equal(p[:k], q[:k]) for p, q, k in zip(a.index, b.index, a.count.tolist(), strict=True))
-    return lists_agree and all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("out", "count", "cut"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

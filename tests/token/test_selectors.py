@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -22,6 +24,8 @@ from dartprune import (
     TokenGate,
     Uniform,
 )
+from dartprune.ffn.reference import ReferenceBackend
+from dartprune.ffn.tokens import token_kernels
 from dartprune.token import Exact
 from test_decoding import padded
 from test_matrix import tokens
@@ -130,6 +134,22 @@ def test_bytes_saved_are_those_of_the_union(llama, pruner):
     with pruner(llama, backend="reference") as run:
         llama.generate(tokens(llama, lines=3, length=20, seed=5), **options)
         assert run.report().bytes_saved < saved[1]
+
+
+@pytest.mark.parametrize("pruner", [GATE, SKETCH], ids=["gate", "sketch"])
+def test_where_each_row_reads_its_own_neurons_all_of_them_count(llama, pruner, monkeypatch):
+    own = replace(token_kernels(ReferenceBackend()), reads_union=False)
+    monkeypatch.setattr("dartprune.token.build.token_kernels", lambda backend: own)
+    read, fixed = [], 0.0
+    for lines in (1, 3):
+        with replace(pruner, refresh=Never())(llama, backend="reference") as run:
+            llama.generate(tokens(llama, lines=1, length=20).repeat(lines, 1), max_new_tokens=6, min_new_tokens=6)
+            read.append(1 - run.report().bytes_saved)
+            layers = run._parts.layers
+            if pruner is SKETCH:
+                fixed = sum(la.token.held for la in layers) / sum(la.layer.weight_bytes for la in layers)
+    # three equal lines: everything three times, but for the sketch
+    assert read[1] - fixed == pytest.approx(3 * (read[0] - fixed), rel=1e-4)
 
 
 def test_the_sketch_counts_itself(llama):

@@ -16,6 +16,19 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST = (7, 0)  # compute capability that Triton compiles for
 
 
+def ready(x: Tensor, *matrices: Tensor | None) -> Tensor:
+    """X as the kernels take it, contiguous and aligned.
+
+    Raises:
+        ValueError: a matrix is not contiguous.
+    """
+    if not all(matrix is None or matrix.is_contiguous() for matrix in matrices):
+        raise ValueError("the gpu kernel needs weights whose rows are contiguous, one after another")
+    rows = x.detach().contiguous()
+    # or the kernels would be compiled again, for unaligned memory
+    return rows.clone() if rows.data_ptr() % 16 else rows
+
+
 # A custom operator, not `triton_op`: torch.compile then calls it as it stands, so the blocks stay those measured at
 # attach (Inductor would tune the kernels again inside the graph), nothing is compiled anew when a batch or a list
 # changes its width, and it runs under the interpreter. Launches inside it are captured by a CUDA graph like any other.
@@ -35,12 +48,7 @@ def _ffn_gpu(
 ) -> Tensor:
     from dartprune.ffn import gpu_kernels, gpu_tuning
 
-    for matrix in (gate, up, down):
-        if matrix is not None and not matrix.is_contiguous():
-            raise ValueError("the gpu kernel needs weights whose rows are contiguous, one after another")
-    rows = x.detach().contiguous()
-    if rows.data_ptr() % 16:
-        rows = rows.clone()  # or the kernel would be compiled again, for unaligned memory
+    rows = ready(x, gate, up, down)
     lists = (index.contiguous(), count.contiguous(), slots.contiguous())
     with torch.cuda.device_of(x):
         return gpu_kernels.pruned_ffn(

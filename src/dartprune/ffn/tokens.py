@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dartprune.ffn import cpu_token, token_reference
+from dartprune.ffn import cpu_token, gpu_token, token_reference
 from dartprune.ffn.backend import Backend
 from dartprune.ffn.token_ops import FFNSketch, TokenRows
 from dartprune.ffn.weights import FFNWeights
@@ -16,11 +16,16 @@ from dartprune.ffn.weights import FFNWeights
 
 @dataclass(frozen=True)
 class TokenKernels:
-    """The two operators with the signatures of `token_ops`; saves_time: whether rows not chosen are left unread."""
+    """The two operators with the signatures of `token_ops`.
+
+    saves_time: whether rows not chosen are left unread.
+    reads_union: whether a neuron that several rows of a batch need is read once for all of them.
+    """
 
     gated_rows: Callable[..., TokenRows]
     sketched_rows: Callable[..., TokenRows]
     saves_time: bool
+    reads_union: bool
 
     def prepare(self, weights: FFNWeights, sketch: FFNSketch | None) -> None:
         """Compile what must be compiled for these weights, so that no token waits for it."""
@@ -44,8 +49,11 @@ class TokenKernels:
             self.sketched_rows(x, weights, sketch, slots, one, importance, weights.neurons)
 
 
-_REFERENCE = TokenKernels(token_reference.gated_rows, token_reference.sketched_rows, saves_time=False)
-_KERNELS = {"cpu": TokenKernels(cpu_token.gated_rows, cpu_token.sketched_rows, saves_time=True)}
+_REFERENCE = TokenKernels(token_reference.gated_rows, token_reference.sketched_rows, saves_time=False, reads_union=True)
+_KERNELS = {
+    "cpu": TokenKernels(cpu_token.gated_rows, cpu_token.sketched_rows, saves_time=True, reads_union=True),
+    "gpu": TokenKernels(gpu_token.gated_rows, gpu_token.sketched_rows, saves_time=True, reads_union=False),
+}
 
 
 def token_kernels(backend: Backend) -> TokenKernels:

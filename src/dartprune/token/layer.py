@@ -21,13 +21,21 @@ class LayerToken(SlotTensors, ABC):
     """One layer's selector: `wanted` int32 [slots] neurons for each token of a slot.
 
     row_share: share of the layer's weights that one chosen neuron costs.  chosen_bytes: the same in bytes.
+    kernels: the backend's operators; None where the choice is applied as a mask.
     taken: neurons that each row of the last forward used, int32 [N]; union: how many neurons the backend read for all
     rows together, a scalar. They wait here until it is known which of the rows count.
     """
 
     wanted: Tensor
 
-    def __init__(self, layer: Layer, device: torch.device, importance: Tensor | None, chosen_matrices: int) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        device: torch.device,
+        importance: Tensor | None,
+        chosen_matrices: int,
+        kernels: TokenKernels | None = None,
+    ) -> None:
         """Set up.
 
         Args:
@@ -35,9 +43,11 @@ class LayerToken(SlotTensors, ABC):
             device: where it computes.
             importance: what each neuron's activation is multiplied with, float32 [I]; None: 1.
             chosen_matrices: rows that choosing a neuron costs.
+            kernels: see the class.
         """
         super().__init__(device)
         self.layer = layer
+        self.kernels = kernels
         self.importance = None if importance is None else importance[None].contiguous()
         self.row_share = chosen_matrices / (layer.matrices * layer.neurons)
         self.chosen_bytes = layer.weight_bytes * self.row_share
@@ -61,7 +71,12 @@ class LayerToken(SlotTensors, ABC):
     @property
     def saves_time(self) -> bool:
         """Whether the kernels leave unread what is not chosen."""
-        return False
+        return self.kernels is not None and self.kernels.saves_time
+
+    @property
+    def reads_union(self) -> bool:
+        """Whether a neuron that several rows need is read once for all of them."""
+        return self.kernels is None or self.kernels.reads_union
 
     def take(self) -> tuple[Tensor | None, Tensor | None]:
         """`taken` and `union` of the last forward, once; None where the selector was not asked."""
@@ -75,8 +90,10 @@ class LayerToken(SlotTensors, ABC):
         self.taken = rows.count
         if x.shape[0] == 1:
             self.union = rows.count[0]
-        else:
+        elif self.reads_union:
             self.union = chosen_mask(rows.index, rows.count, weights.neurons).any(0).sum()
+        else:
+            self.union = rows.count.sum()
         return rows.out
 
     def compute(
@@ -125,13 +142,7 @@ class GateLayer(LayerToken):
     def __init__(
         self, layer: Layer, device: torch.device, importance: Tensor | None, kernels: TokenKernels | None
     ) -> None:
-        super().__init__(layer, device, importance, layer.matrices - 1)
-        self.kernels = kernels
-
-    @property
-    def saves_time(self) -> bool:
-        """Whether the kernels leave unread what is not chosen."""
-        return self.kernels is not None and self.kernels.saves_time
+        super().__init__(layer, device, importance, layer.matrices - 1, kernels)
 
     def fixed_share(self, candidates: int) -> float:
         """The candidates' gate rows (up rows in a plain FFN)."""
@@ -163,15 +174,9 @@ class SketchLayer(LayerToken):
         biases: tuple[Tensor | None, Tensor | None],
         kernels: TokenKernels | None,
     ) -> None:
-        super().__init__(layer, device, importance, layer.matrices)
+        super().__init__(layer, device, importance, layer.matrices, kernels)
         self.sketch = sketch
         self.gate_bias, self.up_bias = biases
-        self.kernels = kernels
-
-    @property
-    def saves_time(self) -> bool:
-        """Whether the kernels leave unread what is not chosen."""
-        return self.kernels is not None and self.kernels.saves_time
 
     def fixed_share(self, candidates: int) -> float:
         """The sketch itself, and the norms of the down rows."""
