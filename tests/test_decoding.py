@@ -219,11 +219,10 @@ def test_rejected_candidates_leave_no_trace(llama):
         with run.phase("decode"):
             llama(input_ids=new[:, :6], past_key_values=cache)
         ring = run._parts.layers[1].ring.codes.clone()
-        stepper = run._stepper
-        run._begin(
-            cache, new[:, 6:11], None, first=False, explicit=None
-        )  # a verify forward, as assisted decoding makes it
-        run.armed = True
+        stepper, forwards = run._stepper, run._forwards
+        # a verify forward, as assisted decoding makes it
+        forwards._begin(cache, new[:, 6:11], None, first=False, explicit=None)
+        forwards.armed = True
         llama(input_ids=new[:, 6:11], past_key_values=cache)
         assert stepper.pending is not None
         cache.crop(-5)

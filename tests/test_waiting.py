@@ -80,7 +80,7 @@ def per_step(model, pruner, backend, steps, lines=1, mask=None):
         with run.phase("decode"):
             for t in range(steps):
                 if mask is not None:  # the second line is over at the tenth token
-                    run.stopped(torch.tensor([False, t > 9]))
+                    run._forwards.stopped(torch.tensor([False, t > 9]))
                 with Waits() as waits:
                     model(new[:, t : t + 1], past_key_values=cache)
                 seen.append(waits.seen)

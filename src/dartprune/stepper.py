@@ -1,4 +1,4 @@
-"""One forward after another: what the layers must do, and what follows once the tokens are known."""
+"""One forward after another: has it planned, and draws what follows once the tokens are known."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from dartprune.choice import Choice
-from dartprune.layer_run import LayerRun, Step
+from dartprune.layer_run import LayerRun
 from dartprune.method import Method
 from dartprune.model.rows import Phase, Rows
 from dartprune.once import Once
+from dartprune.planner import Planner, Steps
 from dartprune.refresh import Action
 from dartprune.renew import Renewal
 from dartprune.report import Event
@@ -36,7 +37,7 @@ class Pending:
 
 
 class Stepper:
-    """Plans each forward and draws the consequences: counts, windows, events, new masks."""
+    """Has each forward planned and draws its consequences: counts, windows, events, new masks."""
 
     def __init__(
         self,
@@ -61,12 +62,11 @@ class Stepper:
         self._announce = announce
         self._tally = tally
         self._ring = method.refresh.replay_tokens
+        self._planner = Planner(self.states, self._ring, method.skip_first)
         self._rows: Rows | None = None
         self._slots: list[Slot] = []
         self._ended: Tensor | None = None
         self._paused = False
-        self._counted: Tensor | None = None
-        self._plan: tuple[Any, dict[torch.device, Step], list[int]] | None = None
         self._once = Once()
 
     # ---- before the layers run
@@ -78,7 +78,7 @@ class Stepper:
         if paused or not self.method.prunes:
             self.clear()
             return
-        steps = self._prefill(rows, slots) if rows.phase is Phase.PREFILL else self._decode(rows, slots, ended)
+        steps = self._planner.prefill(rows, slots) if rows.phase is Phase.PREFILL else self._decode(rows, slots, ended)
         for device, state in self.states.items():
             state.step, state.attention = steps[device], None
 
@@ -91,59 +91,16 @@ class Stepper:
         """The forward failed: nothing of it counts."""
         self.clear()
         self._rows = None
-        self._plan = None
+        self._planner.forget()
 
-    def _spread(self, step: Step) -> dict[torch.device, Step]:
-        def on(value: Any, device: torch.device) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
-            if isinstance(value, tuple):
-                return tuple(on(part, device) for part in value)
-            return value
-
-        return {device: Step(**{k: on(v, device) for k, v in vars(step).items()}) for device in self.states}
-
-    def _step(self, rows: Rows, slots: Sequence[Slot]) -> Step:
-        ids = torch.tensor(rows.slots, dtype=torch.int64)
-        ring = rows.tail(self._ring, [slot.ring_next for slot in slots]) if self._ring else None
-        return Step(ids, ids.repeat_interleave(rows.tokens), ring=ring, padded=rows.valid is not None)
-
-    def _prefill(self, rows: Rows, slots: Sequence[Slot]) -> dict[torch.device, Step]:
-        step = self._step(rows, slots)
-        skip = [max(0, self.method.skip_first - slot.position) for slot in slots]
-        self._counted = rows.weight(skip)
-        step.weight = self._counted
-        step.impact_weight = rows.weight([0] * len(slots))
-        return self._spread(step)
-
-    def _decode(self, rows: Rows, slots: list[Slot], ended: Tensor | None) -> dict[torch.device, Step]:
+    def _decode(self, rows: Rows, slots: list[Slot], ended: Tensor | None) -> Steps:
         self._make_ready(slots)
-        pruned = [slot.state is State.PRUNED for slot in slots]
-        learning = [slot.state is State.LEARNING for slot in slots]
-        verify = rows.phase is Phase.VERIFY
         # where some lines are dense all weights are read anyway: masks cost nothing more
-        self.gathered = all(pruned) and all(layer.backend.gathers for layer in self.layers)
+        self.gathered = all(slot.state is State.PRUNED for slot in slots)
+        self.gathered = self.gathered and all(layer.backend.gathers for layer in self.layers)
         if self.gathered and rows.tokens == 1:
             self.gathered = self.choice.gathers(slots, self.renewal.version)
-        key = (rows.slots, rows.tokens, rows.phase, tuple(pruned), tuple(learning), self.gathered)
-        places = [slot.ring_next for slot in slots]
-        if self._plan is not None and self._plan[0] == key and self._plan[2] == places:
-            steps = self._plan[1]
-        else:
-            step = self._step(rows, slots)
-            if verify:
-                step.ring, step.staging = None, True
-            step.gathering = self.gathered
-            step.masking = any(pruned) and not step.gathering
-            steps = self._spread(step)
-            self._plan = (key, steps, places) if rows.tokens == 1 else None
-        if any(learning) and not verify:
-            for device, step in steps.items():
-                counted = self._once(learning, device)
-                if ended is not None:
-                    counted = counted & ~ended.to(device)
-                step.weight = step.impact_weight = counted.float()[:, None].expand(-1, rows.tokens)
-        return steps
+        return self._planner.decode(rows, slots, ended, gathering=self.gathered)
 
     def _make_ready(self, slots: Sequence[Slot]) -> None:
         ready = [
@@ -187,22 +144,14 @@ class Stepper:
         if rows.phase is Phase.PREFILL:
             self._prefilled(rows, attention)
         elif rows.phase is Phase.DECODE:
-            if self._plan is not None and self._ring:
-                self._advance_plan()
+            self._planner.advance()
             self._after(self._slots, rows.tokens, attention, self._ended, spent)
         else:
             self.pending = Pending(rows, self._slots, attention, cache, length, spent)
 
-    def _advance_plan(self) -> None:
-        assert self._plan is not None
-        _, steps, places = self._plan
-        for step in steps.values():
-            if step.ring is not None:
-                step.ring[2].add_(1).remainder_(self._ring)
-        places[:] = [(place + 1) % self._ring for place in places]
-
     def _prefilled(self, rows: Rows, attention: Tensor | None) -> None:
-        traced = self._counted.sum(1).tolist() if self._counted is not None and attention is not None else None
+        counted = self._planner.counted
+        traced = counted.sum(1).tolist() if counted is not None and attention is not None else None
         for line, (slot, count) in enumerate(zip(self._slots, rows.counts(), strict=True)):
             slot.position += count
             slot.prompt_tokens += count

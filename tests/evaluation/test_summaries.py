@@ -8,7 +8,7 @@ import pytest
 
 from dartprune import Dart, Dense
 from dartprune.evaluation.protocol import Protocol
-from dartprune.evaluation.sources import corpus, summaries
+from dartprune.evaluation.sources import summaries
 from dartprune.evaluation.summaries import INSTRUCTION, prompts, rouge, summarise
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -79,33 +79,3 @@ def test_summaries_are_greedy_and_counted_one_by_one(demo, tmp_path):
         assert done["did"]["contexts"] == 2
         spread = abs(documents[0]["ROUGE-1"] - documents[1]["ROUGE-1"]) / 2
         assert done["errors"]["ROUGE-1"] == pytest.approx(spread)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("a.jsonl", "{oops", "line 1: not JSON"),
-        ("a.jsonl", '{"document": "x"}', "needs the fields 'document' and 'summary'"),
-        ("a.jsonl", "\n", "holds no line"),
-        ("a.txt", "x", "ends in .jsonl"),
-    ],
-)
-def test_bad_files(tmp_path, name, content, said):
-    path = tmp_path / name
-    path.write_text(content)
-    with pytest.raises(ValueError, match=said):
-        summaries(str(path))
-
-
-def test_sources_that_cannot_be_had(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="did you mean 'xsum'"):
-        summaries("xsumm")
-    with pytest.raises(ValueError, match="did you mean 'wikitext-2'"):
-        corpus("wikitext2")
-    with pytest.raises(ValueError, match="no such file or folder"):
-        corpus(str(tmp_path / "missing.txt"))
-    with pytest.raises(ValueError, match=r"c4: the data set cannot be loaded .*connect, or give a local file"):
-        corpus("c4")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"xsum by name needs the package datasets: pip install 'dartprune\[eval\]'"):
-        summaries("xsum")

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from dartprune.ffn import planes, token_ops
-from dartprune.ffn.token_ops import SketchPlanes
+from dartprune.ffn import planes, sketch
+from dartprune.ffn.sketch import SketchPlanes
 
 
 def values(of: SketchPlanes) -> torch.Tensor:
@@ -23,7 +23,7 @@ def values(of: SketchPlanes) -> torch.Tensor:
 def test_both_ways_round_alike(seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    bits = rng.choice(token_ops.SKETCH_BITS)
+    bits = rng.choice(sketch.SKETCH_BITS)
     hidden, neurons = rng.choice([1, 63, 64, 65, 200, 1000]), rng.choice([1, 2, 33])
     weight = torch.randn(neurons, hidden) * torch.rand(neurons, 1) * 10 ** rng.uniform(-4, 3)
     if rng.random() < 0.5:
@@ -32,7 +32,7 @@ def test_both_ways_round_alike(seed):
     if rng.random() < 0.3:
         weight = weight.t().contiguous().t()  # rows that are not contiguous
     weight[rng.randrange(neurons)] = 0
-    quick, plain = planes.build_planes(weight, bits), token_ops.build_planes(weight, bits)
+    quick, plain = planes.build_planes(weight, bits), sketch.build_planes(weight, bits)
     assert quick.planes.shape == plain.planes.shape and quick.bits == bits
     torch.testing.assert_close(quick.scale, plain.scale, rtol=1e-5, atol=0)
     wide = weight.float()
@@ -61,7 +61,7 @@ def test_without_numba_torch_does_it(monkeypatch):
     weight = torch.randn(3, 70)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setitem(__import__("sys").modules, "dartprune.ffn.cpu_planes", None)
-    assert torch.equal(planes.build_planes(weight, 3).planes, token_ops.build_planes(weight, 3).planes)
+    assert torch.equal(planes.build_planes(weight, 3).planes, sketch.build_planes(weight, 3).planes)
 
 
 def test_bits_are_checked():

@@ -8,8 +8,9 @@ import json
 import numpy as np
 import pytest
 
+from dartprune.study.findings import find
 from dartprune.study.layout import Text
-from dartprune.study.report import find, write
+from dartprune.study.report import write
 from dartprune.study.settings import Settings
 from dartprune.study.study import run_study
 from oracle import assert_untouched, snapshot

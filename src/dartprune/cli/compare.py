@@ -111,7 +111,7 @@ def compare(
 def _documents(texts: list[Path], dataset: list[str], split: str | None, field: str) -> dict[str, list[str]]:
     if not texts and not dataset:
         raise ValueError("nothing to read: give --texts FILE_OR_FOLDER or --dataset NAME")
-    from dartprune.evaluation.named_texts import named_texts
+    from dartprune.evaluation.sources import named_texts
     from dartprune.texts import read_texts
 
     documents = read_texts(texts, split=split) if texts else {}

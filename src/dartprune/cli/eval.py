@@ -36,7 +36,9 @@ def evaluate(
     model: o.Model = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", help="Presets, with commas.", show_default="dense,static,griffin,dart"),
+        typer.Option(
+            "--method", help="Presets or other arms of compare, with commas.", show_default="dense,static,griffin,dart"
+        ),
     ] = None,
     sparsity: Annotated[
         str | None, typer.Option("--sparsity", "-s", help="In [0, 1), with commas.", show_default="0.7")

@@ -11,8 +11,8 @@ from dartprune.cli import options as o
 
 if TYPE_CHECKING:
     from dartprune.study.arms import Arm
+    from dartprune.study.findings import Findings
     from dartprune.study.layout import Text
-    from dartprune.study.report import Findings
     from dartprune.study.results import Results
     from dartprune.study.settings import Settings
     from dartprune.study.similarity import Encoder
@@ -126,7 +126,7 @@ def study(
     results = _run(loaded, tokenizer, laid, chosen, settings, out, batch, backend, name, as_json)
     found, paths = _conclude(results, laid, tokenizer, encoder, out, name, one_request)
     if as_json:
-        from dartprune.study.report import to_data
+        from dartprune.study.findings import to_data
 
         o.print_json(to_data(results, found) | {"files": [str(path) for path in paths]})
     else:
@@ -223,7 +223,8 @@ def _conclude(
 ) -> tuple[Findings, list[Path]]:
     import json
 
-    from dartprune.study.report import find, write
+    from dartprune.study.findings import find
+    from dartprune.study.report import write
 
     settings = results.settings
     quality: dict[str, dict[str, dict[str, float]]] = {}

@@ -1,4 +1,4 @@
-"""Named arms of a comparison: each builds a pruner for a nominal sparsity.
+"""Named arms of an evaluation: each builds a pruner for a nominal sparsity.
 
 Every preset is an arm by its own name. The others are variations of DART and masks calibrated beforehand; a name may
 carry a number after `@`.
@@ -215,7 +215,9 @@ def arm(name: str, calibration: Calibration | None = None) -> Arm:
     kind = arm_kinds.get(head)
     number = _number(name, head, at, tail, kind.number)
     if kind.calibrated and calibration is None:
-        raise ValueError(f"arm {name!r} needs a calibration text: give --calibration FILE")
+        raise ValueError(
+            f"arm {name!r} needs a calibration text: give --calibration FILE, which dartprune compare takes"
+        )
     return Arm(name, lambda sparsity: kind.build(sparsity, number, calibration))
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dartprune.evaluation.models import pruner_from
+from dartprune.evaluation.arms import arm
 from dartprune.evaluation.tally import Tally
 from dartprune.journal import Journal
-from dartprune.pruner import Pruner, presets
+from dartprune.pruner import Pruner
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class Outcome:
 
 
 def arms(methods: Sequence[str], sparsities: Sequence[float]) -> dict[str, Pruner]:
-    """Every preset at every sparsity by name; one that does not prune stands there once.
+    """Every arm at every sparsity by name; one that does not prune stands there once.
+
+    Args:
+        methods: names of arms, see `arms.arm`.
+        sparsities: of those that prune.
 
     Raises:
-        ValueError: an unknown method, a sparsity outside [0, 1), or nothing asked for.
+        ValueError: an unknown arm, a sparsity outside [0, 1), or nothing asked for.
     """
-    out: dict[str, Pruner] = {}
-    for method in methods:
-        if not presets.get(method).prunes:
-            out[method] = pruner_from(method)
+    chosen = [arm(method) for method in methods]
+    out = {one.name: one.build(0.0) for one in chosen if not one.prunes}
     for sparsity in sparsities:
-        for method in methods:
-            if presets.get(method).prunes:
-                out[f"{method} {sparsity:g}"] = pruner_from(method, sparsity)
+        out |= {f"{one.name} {sparsity:g}": one.build(sparsity) for one in chosen if one.prunes}
     if not out:
         raise ValueError("nothing to measure: give at least one method, and a sparsity if it prunes")
     return out

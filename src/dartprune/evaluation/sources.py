@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dartprune.names import unknown
 from dartprune.texts import read_texts
+
+SECONDS = 10.0  # that the hub has for an answer
+DOCUMENTS = 2000  # rows of a data set that may be large
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,26 @@ def corpus(name: str) -> dict[str, list[str]]:
     return {name: texts}
 
 
+def named_texts(name: str, *, split: str, field: str = "text", documents: int = DOCUMENTS) -> list[str]:
+    """The texts of any data set; rows without text are left out.
+
+    Args:
+        name: on the Hugging Face hub or a local folder, with `:CONFIG` where the data set has several.
+        split: such as `test`.
+        field: of each row, that holds the text.
+        documents: rows to read at most; the rest is not downloaded.
+
+    Raises:
+        ValueError: the extra is not installed, the hub cannot be reached, or there is no such data set, split or field.
+    """
+    path, _, config = name.partition(":")
+    rows = _rows(name, Source(path, config or None, split, (field,)), documents)
+    if not rows or not isinstance(rows[0].get(field), str):
+        has = ", ".join(rows[0]) if rows else "no rows"
+        raise ValueError(f"{name}: no text in a field {field!r}; it has {has}")
+    return [row[field] for row in rows if row[field].strip()]
+
+
 def summaries(name: str) -> list[tuple[str, str]]:
     """Documents and their summaries: of a data set in `SUMMARIES`, or of a local file of JSON lines.
 
@@ -100,24 +124,44 @@ def _check_local(name: str, what: str, known: list[str]) -> None:
     raise unknown(f"source of {what}", name, known)
 
 
-def _rows(name: str, source: Source) -> Any:
+def _rows(name: str, source: Source, most: int | None = None) -> Any:
+    """The rows of a data set; with `most` no more of them than that, and no more is downloaded."""
     require("datasets", f"{name} by name")
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # it tells of each of its attempts
+    streaming = most is not None and not constants.HF_HUB_OFFLINE  # offline, what was cached before can still be read
+    if streaming and not Path(source.path).is_dir():
+        _ask(source.path)
     try:
-        return load_dataset(
+        rows = load_dataset(
             source.path,
             source.name,
             split=source.split,
             data_files=None if source.files is None else {source.split: source.files},
             revision=source.revision,
+            streaming=streaming,
         )
-    except (OSError, DatasetsError, HTTPError, ValueError, RuntimeError) as error:
+        return rows if most is None else list(islice(iter(rows), most))
+    except (OSError, DatasetsError, HTTPError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{name}: {why(error)}; connect, or give a local file") from error
+
+
+def _ask(name: str) -> None:
+    """Whether the hub knows the data set, asked once: `datasets` itself repeats a failing request for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+
+    try:
+        HfApi().dataset_info(name, timeout=SECONDS)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"there is no data set {name!r} on the Hugging Face hub: check the spelling") from error
+    except (HTTPError, OSError) as error:
+        raise ValueError(f"{name}: the Hugging Face hub cannot be reached; connect, or give a local file") from error
 
 
 def why(error: BaseException) -> str:

@@ -23,6 +23,8 @@ LEVEL = 2  # fetch into the second cache: a block of eight rows would flood the 
 _BYTES = {types.uint16: 2, types.int16: 2, types.float32: 4}
 _FLOAT, _SIZE = ir.FloatType(), ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
+_WORD, _WORDS = ir.IntType(64), ir.VectorType(ir.IntType(64), 8)  # of bit planes
+_AHEAD = 4096  # bytes between the planes that are counted and those that are fetched
 
 
 def _call(builder: Any, name: str, result: Any, *args: Any, flags: tuple[str, ...] = ()) -> Any:
@@ -55,12 +57,15 @@ def _multiply_add(builder: Any, a: Any, b: Any, c: Any, kind: Any) -> Any:
 
 def _fetch(builder: Any, words: Any, rows: Sequence[Any], at: Any) -> None:
     """Ask for what lies at row[at : at + STEP] of each row, without waiting for it."""
-    hint = ir.IntType(32)
     for row in rows:
         for first in range(0, STEP, LINE // _BYTES[words]):
-            place = builder.gep(row, [builder.add(at, _SIZE(first))])
-            place = builder.bitcast(place, ir.IntType(8).as_pointer())
-            _call(builder, "llvm.prefetch.p0", ir.VoidType(), place, hint(0), hint(LEVEL), hint(1))
+            _prefetch(builder, row, builder.add(at, _SIZE(first)))
+
+
+def _prefetch(builder: Any, row: Any, at: Any) -> None:
+    hint = ir.IntType(32)
+    place = builder.bitcast(builder.gep(row, [at]), ir.IntType(8).as_pointer())
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), place, hint(0), hint(LEVEL), hint(1))
 
 
 def _pointers(context: Any, builder: Any, kind: Any, rows: Any) -> list[Any]:
@@ -68,11 +73,11 @@ def _pointers(context: Any, builder: Any, kind: Any, rows: Any) -> list[Any]:
     return [context.make_array(part)(context, builder, array).data for part, array in zip(kind, arrays, strict=True)]
 
 
-def _length(context: Any, builder: Any, kind: Any, rows: Any) -> tuple[Any, Any]:
+def _length(context: Any, builder: Any, kind: Any, rows: Any, step: int) -> tuple[Any, Any]:
     """Length of the first row, and how much of it whole steps cover."""
     array = context.make_array(kind[0])(context, builder, builder.extract_value(rows, 0))
     length = builder.extract_value(array.shape, 0)
-    return length, builder.sub(length, builder.urem(length, _SIZE(STEP)))
+    return length, builder.sub(length, builder.urem(length, _SIZE(step)))
 
 
 def _fits(floats: Any, rows: Any, ahead: Any) -> bool:
@@ -94,7 +99,7 @@ def dots(context: Any, inputs: Any, rows: Any, ahead: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x, w, later = (_pointers(context, builder, kind, arg) for kind, arg in zip(signature.args, args, strict=True))
-        length, whole = _length(context, builder, signature.args[0], args[0])
+        length, whole = _length(context, builder, signature.args[0], args[0], STEP)
         zero = ir.Constant(_VECTOR, [0.0] * LANES)
         sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(2)] for _ in range(len(w) * many)]
         with cgutils.for_range_slice(builder, _SIZE(0), whole, _SIZE(STEP)) as (at, _):
@@ -139,7 +144,7 @@ def add_rows(context: Any, outputs: Any, scales: Any, rows: Any, ahead: Any) -> 
         into, _, w, later = signature.args
         y = _pointers(context, builder, into, args[0])
         w, later = _pointers(context, builder, w, args[2]), _pointers(context, builder, later, args[3])
-        length, whole = _length(context, builder, into, args[0])
+        length, whole = _length(context, builder, into, args[0], STEP)
         single = [builder.extract_value(args[1], i) for i in range(len(scales))]
         nothing, first = ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_like(_VECTOR, ir.IntType(32)), [0] * LANES)
         spread = [
@@ -165,3 +170,57 @@ def add_rows(context: Any, outputs: Any, scales: Any, rows: Any, ahead: Any) -> 
         return context.get_dummy_value()
 
     return types.void(outputs, scales, rows, ahead), generate
+
+
+@intrinsic
+def common_ones(context: Any, rows: Any, planes: Any) -> Any:
+    """Bits that each row has in common with the planes: the sum of w_p * popcount(row AND plane p).
+
+    Tuples of contiguous int64 arrays [words]. One plane has the weight 1; of several, plane p has 2^p and the last one
+    -2^p (two's complement). Returns a tuple of int64, one for each row. What lies 4 KB behind each row is fetched
+    meanwhile: rows are read in the order in which they lie.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        length, whole = _length(context, builder, signature.args[0], args[0], _WORDS.count)
+        left, right = (_pointers(context, builder, kind, arg) for kind, arg in zip(signature.args, args, strict=True))
+
+        def load(pointer: Any, at: Any, kind: Any) -> Any:
+            return builder.load(builder.bitcast(builder.gep(pointer, [at]), kind.as_pointer()), align=8)
+
+        def count(sums: list[list[Any]], at: Any, kind: Any) -> None:
+            words = [load(pointer, at, kind) for pointer in left]
+            for p, pointer in enumerate(right):
+                plane = load(pointer, at, kind)
+                for r, word in enumerate(words):
+                    ones = _call(
+                        builder, "llvm.ctpop." + ("v8i64" if kind is _WORDS else "i64"), kind, builder.and_(word, plane)
+                    )
+                    builder.store(builder.add(builder.load(sums[r][p]), ones), sums[r][p])
+
+        def weighed(totals: list[Any]) -> Any:
+            result = builder.load(totals[0])
+            for p, total in enumerate(totals[1:], start=1):
+                value = builder.load(total)
+                places = ir.Constant(value.type, [p] * value.type.count if value.type is _WORDS else p)
+                change = builder.sub if p == len(totals) - 1 else builder.add
+                result = change(result, builder.shl(value, places))
+            return result
+
+        vectors, scalars = (
+            [[cgutils.alloca_once_value(builder, zero) for _ in right] for _ in left]
+            for zero in (ir.Constant(_WORDS, [0] * _WORDS.count), ir.Constant(_WORD, 0))
+        )
+        with cgutils.for_range_slice(builder, _WORD(0), whole, _WORD(_WORDS.count)) as (at, _):
+            for pointer in left:
+                _prefetch(builder, pointer, builder.add(at, _WORD(_AHEAD // 8)))
+            count(vectors, at, _WORDS)
+        with cgutils.for_range_slice(builder, whole, length, _WORD(1)) as (at, _):
+            count(scalars, at, _WORD)
+        results = [
+            builder.add(_call(builder, "llvm.vector.reduce.add.v8i64", _WORD, weighed(vector)), weighed(scalar))
+            for vector, scalar in zip(vectors, scalars, strict=True)
+        ]
+        return context.make_tuple(builder, signature.return_type, results)
+
+    return types.UniTuple(types.int64, len(rows))(rows, planes), generate

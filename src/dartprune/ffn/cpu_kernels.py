@@ -7,60 +7,20 @@ and the partial outputs are added in a fixed order, so that a result does not de
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba import njit, prange
 
+from dartprune.ffn.cpu_activations import ACTIVATIONS as ACTIVATIONS
+from dartprune.ffn.cpu_activations import ZERO, activate
 from dartprune.ffn.cpu_blocks import add_rows, dots
+from dartprune.ffn.cpu_cache import kernel
 
 # workqueue, the third threading layer, aborts the process when two Python threads enter it
 if numba.config.THREADING_LAYER == "default":
     numba.config.THREADING_LAYER = "threadsafe"
 
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "quick_gelu": 5}
 MOST_ROWS = 64  # bits of a membership word
-
-ZERO, ONE, HALF = np.float32(0.0), np.float32(1.0), np.float32(0.5)
-INVERSE_ROOT_TWO = np.float32(1 / math.sqrt(2))
-GELU_SCALE, GELU_CUBE = np.float32(math.sqrt(2 / math.pi)), np.float32(0.044715)
-QUICK = np.float32(1.702)
-
-
-@intrinsic
-def _wide(context: Any, value: Any) -> Any:
-    """A weight as float32, widened in registers: uint16 holds bf16, int16 holds fp16."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if value == types.uint16:
-            word = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(word, ir.FloatType())
-        if value == types.int16:
-            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-        return args[0]
-
-    if value not in (types.uint16, types.int16, types.float32):
-        return None
-    return types.float32(value), generate
-
-
-@njit(inline="always")
-def _activate(kind: int, v: float) -> Any:
-    if kind == 0:
-        return v / (ONE + np.exp(-v))
-    if kind == 1:
-        return HALF * v * (ONE + np.float32(math.erf(v * INVERSE_ROOT_TWO)))
-    if kind == 2:
-        return HALF * v * (ONE + np.tanh(GELU_SCALE * (v + GELU_CUBE * v * v * v)))
-    if kind == 3:
-        return max(v, ZERO)
-    if kind == 4:
-        return max(v, ZERO) * max(v, ZERO)
-    return v / (ONE + np.exp(-QUICK * v))
 
 
 @njit(inline="always")
@@ -70,14 +30,14 @@ def _gated(gate, up, row, gate_bias, up_bias, biased, kind):
         gate += gate_bias[row]
     if biased & 2:
         up += up_bias[row]
-    return np.float32(_activate(kind, gate) * up)
+    return np.float32(activate(kind, gate) * up)
 
 
 @njit(inline="always")
 def _plain(up, row, up_bias, biased, kind):
     if biased & 2:
         up += up_bias[row]
-    return np.float32(_activate(kind, up))
+    return np.float32(activate(kind, up))
 
 
 @njit(nogil=True)
@@ -144,7 +104,7 @@ def _span(x, gated, gate, up, down, gate_bias, up_bias, biased, index, first, la
 
 
 @njit(nogil=True)
-def _union(neurons, rows, index, count, slots):
+def union_of(neurons, rows, index, count, slots):
     """Which rows keep each neuron, as bits, and the neurons that any row keeps."""
     member = np.zeros(neurons, np.uint64)
     for n in range(rows):
@@ -181,7 +141,7 @@ def _shared_span(x, gated, gate, up, down, gate_bias, up_bias, biased, member, u
             _one(x[p], gated, gate, up, down, gate_bias, up_bias, biased, row, later, kind, out[p])
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@kernel(parallel=True)
 def single(x, gated, gate, up, down, gate_bias, up_bias, biased, index, k, kind, threads, partial, out):
     """One row: x float32 [H], index int32 [>= k], partial float32 [threads, H], out float32 [H]."""
     for t in prange(threads):
@@ -196,21 +156,21 @@ def single(x, gated, gate, up, down, gate_bias, up_bias, biased, index, k, kind,
         out[j] = total
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def single_alone(x, gated, gate, up, down, gate_bias, up_bias, biased, index, k, kind, out):
     """The same in the calling thread: no other thread is woken or waited for."""
     out[:] = ZERO
     _span(x, gated, gate, up, down, gate_bias, up_bias, biased, index, 0, k, kind, out)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@kernel(parallel=True)
 def several(x, gated, gate, up, down, gate_bias, up_bias, biased, index, count, slots, kind, threads, partial, out):
     """Up to 64 rows, each with its slot's neurons: a weight row in the union is read once and serves all that keep it.
 
     x float32 [N, H], index int32 [S, W], count int32 [S], slots int64 [N], partial float32 [threads, N, H], out [N, H].
     """
     rows = x.shape[0]
-    member, union = _union(up.shape[0], rows, index, count, slots)
+    member, union = union_of(up.shape[0], rows, index, count, slots)
     k = union.shape[0]
     for t in prange(threads):
         part = partial[t]
@@ -225,10 +185,10 @@ def several(x, gated, gate, up, down, gate_bias, up_bias, biased, index, count, 
             out[n, j] = total
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def several_alone(x, gated, gate, up, down, gate_bias, up_bias, biased, index, count, slots, kind, out):
     """The same in the calling thread."""
-    member, union = _union(up.shape[0], x.shape[0], index, count, slots)
+    member, union = union_of(up.shape[0], x.shape[0], index, count, slots)
     out[:] = ZERO
     k = union.shape[0]
     _shared_span(x, gated, gate, up, down, gate_bias, up_bias, biased, member, union, 0, k, kind, out)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-HALF = np.float32(0.5)
-ONE = np.float32(1)
-ZERO = np.float32(0)
+from dartprune.ffn.cpu_activations import HALF, ONE, ZERO
+from dartprune.ffn.cpu_cache import kernel
+
 # the order of a sum may change, so that it vectorises; NaN and infinity stay what they are
 _LOOSE = {"reassoc", "contract", "nsz"}
 
@@ -77,9 +77,9 @@ def _pack(row, scale, top, code, planes):
             planes[k, w] = np.int64(word)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@kernel(parallel=True)
 def round_matrix(weight, bits, first_scale, starts, threads, planes, scale):
-    """Rows to planes and scales: see `token_ops.build_planes`.
+    """Rows to planes and scales: see `sketch.build_planes`.
 
     weight float32 [I, H], first_scale float32: the scale that a row's fit starts from, in mean absolute values.
     starts float32 [n], times that. planes int64 [I, bits, words] and scale float32 [I] are filled.

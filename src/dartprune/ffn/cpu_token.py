@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dartprune.ffn.cpu import _array, _use_threads
-from dartprune.ffn.token_ops import GAUSSIAN_STEP, FFNSketch, InputPlanes, SketchPlanes, TokenRows
+from dartprune.ffn.sketch import GAUSSIAN_STEP, FFNSketch, InputPlanes, SketchPlanes
+from dartprune.ffn.token_ops import TokenRows
 from dartprune.ffn.weights import FFNWeights
 
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # of a TokenRows
@@ -69,7 +70,7 @@ def sketched_rows(
 
 
 def quantise_input(x: Tensor, activation_bits: int = 4, outliers: int = 4) -> InputPlanes:
-    """See `token_ops.quantise_input`."""
+    """See `sketch.quantise_input`."""
     from dartprune.ffn import cpu_token_kernels as kernels
 
     arrays = kernels.round_rows(x.detach().float().contiguous().numpy(), *_rounding(activation_bits, outliers))
@@ -81,7 +82,7 @@ def _rounding(activation_bits: int, outliers: int) -> tuple[Any, ...]:
 
 
 def sketch_integers(x: InputPlanes, sketch: SketchPlanes) -> Tensor:
-    """See `token_ops.sketch_integers`."""
+    """See `sketch.sketch_integers`."""
     from dartprune.ffn import cpu_token_kernels as kernels
 
     out = torch.empty(x.planes.shape[0], sketch.neurons, dtype=torch.int32)

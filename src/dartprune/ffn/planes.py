@@ -8,14 +8,14 @@ import numpy
 import torch
 from torch import Tensor
 
-from dartprune.ffn import token_ops
-from dartprune.ffn.token_ops import SketchPlanes
+from dartprune.ffn import sketch
+from dartprune.ffn.sketch import SketchPlanes
 
 _BLOCK = 1 << 24  # weights widened at a time
 
 
 def build_planes(weight: Tensor, bits: int) -> SketchPlanes:
-    """Round a weight matrix [I, H] to b bits a weight: see `token_ops.build_planes`.
+    """Round a weight matrix [I, H] to b bits a weight: see `sketch.build_planes`.
 
     The sums of a row's fit are made in another order than there, so its scale may differ in the last digits, and a
     weight that lies between two levels may fall to the other side.
@@ -24,8 +24,8 @@ def build_planes(weight: Tensor, bits: int) -> SketchPlanes:
         ValueError: bits outside 1 to 4.
     """
     if weight.device.type != "cpu" or importlib.util.find_spec("numba") is None:
-        return token_ops.build_planes(weight, bits)
-    empty = token_ops.empty_planes(weight, bits)
+        return sketch.build_planes(weight, bits)
+    empty = sketch.empty_planes(weight, bits)
     threads = torch.get_num_threads()
     try:
         _fill(weight.detach(), empty, threads)
@@ -39,8 +39,8 @@ def _fill(weight: Tensor, into: SketchPlanes, threads: int) -> None:
     from dartprune.ffn.cpu import _use_threads
 
     _use_threads(threads)
-    first_scale = numpy.float32(token_ops.GAUSSIAN_SCALE[into.bits])
-    starts = numpy.array(token_ops.STARTS, dtype=numpy.float32)
+    first_scale = numpy.float32(sketch.GAUSSIAN_SCALE[into.bits])
+    starts = numpy.array(sketch.STARTS, dtype=numpy.float32)
     step = max(1, _BLOCK // into.hidden)
     for first in range(0, into.neurons, step):
         part = weight[first : first + step].float().contiguous()

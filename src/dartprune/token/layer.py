@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from dartprune.ffn.token_ops import FFNSketch, TokenRows, chosen_mask, chosen_rows
+from dartprune.ffn.sketch import FFNSketch
+from dartprune.ffn.token_ops import TokenRows, chosen_mask, chosen_rows
 from dartprune.ffn.token_reference import estimated
 from dartprune.ffn.tokens import TokenKernels
 from dartprune.ffn.weights import FFNWeights

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.ffn.planes import build_planes
-from dartprune.ffn.token_ops import SKETCH_BITS, WORD, FFNSketch, SketchPlanes, sketch_dots
-from dartprune.ffn.token_ops import quantise_input as rounded
+from dartprune.ffn.sketch import SKETCH_BITS, WORD, FFNSketch, SketchPlanes, sketch_dots
+from dartprune.ffn.sketch import quantise_input as rounded
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.families import Decoder, describe
 from dartprune.model.layer import Layer
