@@ -2,8 +2,8 @@
 
     python benchmarks/readme.py benchmarks/results
 
-Reads cpu-kernel.json, cpu-decode.json, cpu-refresh.json, cpu-trace.json and cpu-memory.json, and compare-*.csv, those
-that are there.
+Reads cpu-kernel*.json, cpu-token-kernels*.json, cpu-decode*.json, cpu-refresh*.json, cpu-trace*.json, cpu-memory*.json
+and compare-*.csv, those that are there.
 """
 
 from __future__ import annotations
@@ -41,6 +41,16 @@ def kernel(data: dict[str, Any]) -> Iterator[str]:
         ratios = [f"{mine[s]['times_as_fast']['median']:.1f}" if s in mine else "" for s in levels]
         who = "one sequence" if batch == 1 else f"{batch} sequences, {batch} masks"
         yield f"| {dtype}, {who} | {' | '.join(ratios)} | {packed} | {used} |"
+
+
+def token_kernels(data: dict[str, Any]) -> Iterator[str]:
+    """One line for each way of one FFN, everything counted."""
+    yield f"| {data['rows'][0]['case']} | ms | times as fast | bandwidth |"
+    yield "|---|---|---|---|"
+    for row in data["rows"]:
+        share = "" if row["bandwidth_share"] is None else f"{row['bandwidth_share']:.0%}"
+        fast = row["times_as_fast"]["median"]
+        yield f"| {row['arm']} | {1e3 * row['seconds']['median']:.2f} | {fast:.1f} | {share} |"
 
 
 def decode(data: dict[str, Any]) -> Iterator[str]:
@@ -114,9 +124,8 @@ def main(folder: Path) -> None:
         rows = list(csv.DictReader(path.open()))
         for target in sorted({float(row["target"]) for row in rows} - {0.0}):
             print(f"{path.stem}, {target:.0%}\n", *compare(rows, target), "", sep="\n")
-    for show in (kernel, decode, refresh, trace, memory):
-        path = folder / f"cpu-{show.__name__}.json"
-        if path.is_file():
+    for show in (kernel, token_kernels, decode, refresh, trace, memory):
+        for path in sorted(folder.glob(f"cpu-{show.__name__.replace('_', '-')}*.json")):
             data = json.loads(path.read_text())
             print(*show(data), f"\n`{data['command']}` ({data['machine']['processor']}, {data['date']})\n", sep="\n")
 

@@ -9,16 +9,21 @@ of the FFN's bytes: its own (candidates' gate rows, bit planes) are counted.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
+from dartprune.bench.device import Stream
+from dartprune.bench.result import Result, Row
+from dartprune.bench.timing import Spread, Turns, alternate, seconds_per_call
 from dartprune.ffn import cpu_token
 from dartprune.ffn.cpu import CpuBackend
-from dartprune.ffn.token_ops import FFNSketch, SketchPlanes, build_planes
+from dartprune.ffn.planes import build_planes
+from dartprune.ffn.sketch import FFNSketch, SketchPlanes
 from dartprune.ffn.weights import FFNWeights
 
 
@@ -77,6 +82,22 @@ def ways(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
     }
 
 
+def rows(args: argparse.Namespace, turns: Turns, case: str, bandwidth: float) -> list[Row]:
+    """One row for each way: all but dense read the same share of the bytes, the sketch's choice alone its planes."""
+    whole = 3 * args.hidden * args.neurons * 2
+    read = dict.fromkeys(turns.seconds, round((1 - args.saved) * whole)) | {
+        "torch dense": whole,
+        "the sketch's choice alone": 2 * args.neurons * (args.hidden * args.bits // 8 + 4),
+    }
+    found = []
+    for name in turns.seconds:
+        each = turns.spread(name)
+        seconds = Spread(*(value / args.layers for value in (each.lower, each.median, each.upper)))
+        share = read[name] / seconds.median / bandwidth if args.batch == 1 else None
+        found.append(Row(case, name, seconds, turns.times_as_fast(name, "torch dense"), read[name], share))
+    return found
+
+
 def main() -> None:
     """Parse, warm up, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,25 +107,31 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--bits", type=int, default=1)
     parser.add_argument("--saved", type=float, default=0.7, help="share of the FFN's bytes that is not read")
-    parser.add_argument("--rate", type=float, default=0.25, help="share of the candidates that the gate chooses")
+    parser.add_argument("--rate", type=float, default=0.15, help="share of the candidates that the gate chooses")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args()
     timed = ways(args)
     for way in timed.values():
         way()
         torch.set_num_threads(args.threads)  # Numba's start may have set it anew
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(args.rounds):
-        for name, way in timed.items():
-            start = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - start)
-    dense = statistics.median(seconds["torch dense"])
-    print(f"H={args.hidden} I={args.neurons} bf16, batch {args.batch}, {args.saved:.0%} saved, {args.threads} threads")
-    for name, values in seconds.items():
-        middle = statistics.median(values)
-        print(f"{name:26} {1e3 * middle / args.layers:7.2f} ms a layer {dense / middle:6.2f} times as fast as dense")
+    device = torch.device("cpu")
+    turns = alternate({name: partial(seconds_per_call, way, device, 1) for name, way in timed.items()}, args.rounds)
+    bandwidth = Stream(device).bandwidth()
+    case = f"H={args.hidden} I={args.neurons} bf16, {args.saved:.0%} of the bytes saved, batch {args.batch}"
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    found = rows(args, turns, case, bandwidth.median)
+    result = Result("token kernels", device, settings, found, bandwidth)
+    if args.out is not None:
+        result.write(args.out, " ".join(["python", *sys.argv]))
+    print(f"{case}, {args.threads} threads, {bandwidth.median / 1e9:.0f} GB/s")
+    for row in found:
+        fast, share = row.times_as_fast, "" if row.bandwidth_share is None else f"{row.bandwidth_share:.0%}"
+        print(
+            f"{row.arm:26} {1e3 * row.seconds.median:7.2f} ms a layer {fast.median:6.2f} times as fast as dense "
+            f"({fast.lower:.2f} to {fast.upper:.2f}) {share}"
+        )
 
 
 if __name__ == "__main__":
