@@ -113,6 +113,25 @@ def compare(rows: Sequence[dict[str, str]], target: float) -> Iterator[str]:
         yield "| " + " | ".join([*cells, f"{often:.1f}", f"{float(after['bytes_saved']):.2f}"]) + " |"
 
 
+def levels(rows: Sequence[dict[str, str]]) -> Iterator[str]:
+    """One line for each arm: loss over dense on one topic / after a change, at every target."""
+    targets = sorted({float(row["target"]) for row in rows} - {0.0})
+    yield "| one topic / after the change | " + " | ".join(f"{target:.0%}" for target in targets) + " |"
+    yield "|" + "---|" * (len(targets) + 1)
+    found: dict[str, dict[tuple[float, str], dict[str, str]]] = {}
+    for row in rows:
+        if row["target"] != "0.0":
+            found.setdefault(row["arm"], {})[float(row["target"]), row["part"]] = row
+    last = targets[-1], "after"
+    for arm, parts in sorted(found.items(), key=lambda item: -float(item[1][last]["loss_over_dense"])):
+        cells = []
+        for target in targets:
+            both = [parts[target, part] for part in ("one topic", "after")]
+            mark = "" if all(row["reached"] == "True" for row in both) else "*"
+            cells.append(" / ".join(f"{float(row['loss_over_dense']):.2f}" for row in both) + mark)
+        yield f"| `{arm}` | " + " | ".join(cells) + " |"
+
+
 def _interval(row: dict[str, str]) -> str:
     mean, low, high = (float(row[f"loss_over_dense{end}"]) for end in ("", "_low", "_high"))
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
@@ -122,6 +141,7 @@ def main(folder: Path) -> None:
     """Print all tables as Markdown, each with the command that gave it."""
     for path in sorted(folder.glob("compare-*.csv")):
         rows = list(csv.DictReader(path.open()))
+        print(f"{path.stem}\n", *levels(rows), "", sep="\n")
         for target in sorted({float(row["target"]) for row in rows} - {0.0}):
             print(f"{path.stem}, {target:.0%}\n", *compare(rows, target), "", sep="\n")
     for show in (kernel, token_kernels, decode, refresh, trace, memory):

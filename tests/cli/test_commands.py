@@ -141,10 +141,11 @@ def test_a_name_on_the_hub_without_network(tmp_path):
 
 
 def test_ctrl_c_detaches_and_ends_with_130(run, monkeypatch):
+    from dartprune import forwards
     from dartprune import run as run_module
 
     detached = []
-    monkeypatch.setattr(run_module.Run, "finish", lambda self, output: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(forwards.Forwards, "finish", lambda self, output: (_ for _ in ()).throw(KeyboardInterrupt))
     original = run_module.Run.detach
     monkeypatch.setattr(run_module.Run, "detach", lambda self: (original(self), detached.append(self)))
     code, _, err = run("generate", "once upon a time", "-n", 5)
