@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from dartprune.demo import model_folder
 
 # tiny models gain nothing from threads, and on a busy machine threads that wait for each other are very slow
 torch.set_num_threads(1)
@@ -30,3 +34,10 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("no folder ../shared with larger texts and models")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def demo_config() -> dict[str, Any]:
+    """The settings of the embedded model."""
+    config: dict[str, Any] = json.loads((model_folder() / "config.json").read_text())
+    return config

@@ -161,7 +161,7 @@ def test_a_name_on_the_hub_goes_to_transformers_as_it_is(monkeypatch):
     assert calls.count(("someone/something", False)) == 3
 
 
-def test_a_cached_model_needs_no_network(tmp_path):
+def test_a_cached_model_needs_no_network(tmp_path, demo_config):
     """The hub's cache as huggingface_hub lays it out, read by another process that may not go online."""
     cached = tmp_path / "hub" / "models--someone--something"
     (cached / "refs").mkdir(parents=True)
@@ -170,7 +170,7 @@ def test_a_cached_model_needs_no_network(tmp_path):
     code = "from dartprune.loading import load; print(load('someone/something')[0].config.hidden_size)"
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "192", done.stderr
+    assert done.stdout.strip() == str(demo_config["hidden_size"]), done.stderr
 
 
 def test_importing_it_is_fast():

@@ -86,13 +86,13 @@ def test_recipes_are_listed_and_take_other_data(run, text):
     assert data["title"].startswith("Perplexity") and [arm["arm"] for arm in data["arms"]] == ["dart 0.5"]
 
 
-def test_layers(run, text, tmp_path):
+def test_layers(run, text, tmp_path, demo_config):
     how = ("--texts", text, "--tokens", 40, "--streams", 2, "--out", tmp_path / "out")
     code, out, _ = run("layers", *how, "--keep", "0.5", "--groups", "0-1")
     assert code == 0 and "layers 0-1" in out and "rank correlation" in out
     assert (tmp_path / "out" / "sensitivity.png").exists()
     data = json.loads(run("layers", *how, "--keep", "0.5", "--groups", "0-1", "--json")[1])
-    assert len(data["sensitivity"]) == 6 and data["keeps"] == [0.5]
+    assert len(data["sensitivity"]) == demo_config["num_hidden_layers"] and data["keeps"] == [0.5]
 
 
 def test_tasks_and_lm_evals_own_command(run, tmp_path, monkeypatch):

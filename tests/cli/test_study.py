@@ -92,7 +92,7 @@ def test_free(run, tmp_path):
         (("--before", 10), "before the change has 10 decoded tokens, fewer than two windows of 10"),
         (("--arms", "statik"), "did you mean 'static'"),
         (("--arms", "release@895"), "the text ends at decoded token 900"),
-        (("--layers", "first,9"), "unknown layer '9': write first, middle, last, or 0 to 5"),
+        (("--layers", "first,99"), "unknown layer '99': write first, middle, last, or 0 to "),
         (("--spaces", "residuals"), "did you mean 'residual'"),
         (("--mode", "forcd"), "did you mean 'forced'"),
         (("--prompt", "x"), "belong to --mode free"),
