@@ -9,6 +9,7 @@ import torch
 
 from dartprune.budget import (
     DepthAware,
+    Global,
     Table,
     Uniform,
     budget_kinds,
@@ -16,6 +17,7 @@ from dartprune.budget import (
     distribute,
     keep_counts,
     parse_table,
+    rank,
     sensitivity,
     uniform,
 )
@@ -334,7 +336,7 @@ def test_a_table_is_read_when_it_is_made():
 
 
 def test_budgets_are_known_by_their_kind():
-    assert budget_kinds.names() == ["depth-aware", "table", "uniform"]
+    assert budget_kinds.names() == ["depth-aware", "global", "table", "uniform"]
     assert budget_kinds.get("table") is Table and budget_kinds.name_of(DepthAware) == "depth-aware"
     with pytest.raises(ValueError, match="did you mean 'uniform'"):
         budget_kinds.get("uniformly")
@@ -354,3 +356,28 @@ def test_spread_draws_the_layers_together():
     assert float(paper.std()) > 0.05
     with pytest.raises(ValueError, match=r"spread must lie in \[0, 1\]"):
         DepthAware(spread=1.5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_ranking_keeps_the_highest_of_all_layers(seed):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [int(n) for n in torch.randint(1, 60, (5,), generator=generator)]
+    parts = [torch.rand(n, generator=generator) * 10.0**k for k, n in enumerate(sizes)]
+    sparsity = float(torch.rand((), generator=generator))
+    kept = round((1 - sparsity) * sum(sizes))
+    order = sorted(((float(v), layer) for layer, part in enumerate(parts) for v in part), reverse=True)
+    wanted = [sum(layer == n for _, layer in order[:kept]) for n in range(5)]
+    assert keep_counts(rank(parts, sparsity), sizes) == wanted
+    assert sum(wanted) == kept
+
+
+def test_a_layer_keeps_its_share_in_any_case():
+    parts = [torch.ones(100), torch.full((100,), 9.0), torch.full((50,), 5.0)]
+    assert keep_counts(rank(parts, 0.5), [100, 100, 50]) == [0, 100, 25]
+    assert keep_counts(Global(max_sparsity=0.9).rank(parts, 0.5), [100, 100, 50]) == [10, 100, 15]
+    assert keep_counts(rank(parts, 0.5, max_sparsity=0.2), [100, 100, 50]) == [50, 50, 25]  # the bound is widened
+    parts[0][7] = torch.nan
+    assert keep_counts(rank(parts, 0.5), [100, 100, 50]) == [1, 100, 24]  # what is wrong must show
+    for wrong in (1.5, -0.1, True, "most"):
+        with pytest.raises(ValueError, match=r"Global: max_sparsity must lie in \[0, 1\]"):
+            Global(max_sparsity=wrong)

@@ -91,11 +91,14 @@ def test_impact_terms():
     after = impact_terms(y.float(), z.float(), residual=True)
     torch.testing.assert_close(after[..., 1].double(), z.norm(dim=-1) / y.norm(dim=-1), rtol=1e-4, atol=1e-5)
     assert torch.isfinite(impact_terms(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8), residual=False)).all()
+    torch.testing.assert_close(terms[..., 2].double(), y.square().sum(-1), rtol=1e-4, atol=1e-5)
     trace = LayerTrace((), 1, 0.5, CPU)
     trace.grow(1)
-    trace.add_impact(terms[:1], torch.tensor([0]), torch.tensor([[1.0, 0.0, 1.0, 1.0]]))
-    torch.testing.assert_close(trace.impact[0, :2], terms[0, [0, 2, 3]].sum(0))
-    assert trace.impact[0, 2] == 3
+    weight, traced = torch.tensor([[1.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    trace.add_impact(terms[:1], torch.tensor([0]), weight, traced)
+    torch.testing.assert_close(trace.impact[0, :2], terms[0, [0, 2, 3], :2].sum(0))
+    torch.testing.assert_close(trace.impact[0, 3], terms[0, [2, 3], 2].sum())
+    assert trace.impact[0, 2] == 3 and trace.impact[0, 4] == 2
 
 
 def test_selection_writes_in_place():
@@ -160,6 +163,6 @@ def test_slots_grow_and_move_at_once():
     assert trace.energy.tolist() == [[1, 1], [2, 2], [0, 0]]
     trace.move(torch.tensor([1, 0]), torch.tensor([0, 1]))
     assert trace.energy[:2].tolist() == [[2, 2], [1, 1]]
-    assert trace.bytes_per_slot() == 2 * 4 + 3 * 4 + 4
+    assert trace.bytes_per_slot() == 2 * 4 + 5 * 4 + 4
     trace.clear([0])
     assert trace.energy[0].tolist() == [0, 0]

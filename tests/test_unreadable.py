@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dartprune import Dart, Static
+from dartprune import Dart, Global, Static
 from dartprune.model.families import describe
 from dartprune.model.weights import row_weights
 from test_matrix import tokens
@@ -43,6 +43,8 @@ def test_quantised_layers_are_masked_and_said_so():
     assert report.realised_sparsity == pytest.approx(0.5, abs=0.02)
     with pytest.raises(ValueError, match="reads the down projection"):
         Dart(scorer="weight-aware").attach(model)
+    with pytest.raises(ValueError, match=r"scorer or budget that reads the down projection .* use .* DepthAware\(\)"):
+        Dart(budget=Global()).attach(model)
 
 
 @torch.no_grad()

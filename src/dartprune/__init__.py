@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dartprune import budget, drift, scoring
-    from dartprune.budget import DepthAware, Table, Uniform
+    from dartprune.budget import DepthAware, Global, Table, Uniform
     from dartprune.method import Detector
     from dartprune.model.families import Family, register_family
     from dartprune.pruner import (
@@ -37,6 +37,7 @@ _HOME = {
     "Dart": "pruner",
     "Dense": "pruner",
     "DepthAware": "budget",
+    "Global": "budget",
     "Detector": "method",
     "Event": "report",
     "Family": "model.families",
@@ -72,6 +73,7 @@ __all__ = [
     "Event",
     "Family",
     "GatedDart",
+    "Global",
     "Griffin",
     "Never",
     "PerToken",

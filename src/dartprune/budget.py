@@ -119,6 +119,36 @@ def depth_aware(
     return distribute(readiness * protection, sparsity, min_sparsity, max_sparsity)
 
 
+def rank(contributions: Sequence[Tensor], sparsity: float, max_sparsity: float = 1.0) -> Tensor:
+    """Pruned fractions from one ranking of all layers' neurons: the highest contributions of the model are kept.
+
+    Args:
+        contributions: of each layer, float [I], not negative, comparable between layers, on one device.
+        sparsity: mean of the result over all neurons.
+        max_sparsity: greatest pruned fraction of a layer; widened to `sparsity` where that is higher.
+
+    Returns:
+        float32 [L] on the host (waits for the device once).
+
+    Raises:
+        ValueError: `sparsity` outside [0, 1), or a bound outside [0, 1].
+    """
+    _check(sparsity, 0.0, max_sparsity)
+    sizes = [len(part) for part in contributions]
+    kept = round((1 - sparsity) * sum(sizes))
+    ranked = []
+    for part, size in zip(contributions, sizes, strict=True):
+        part = part.float().nan_to_num(nan=torch.inf).clone()
+        # what a layer keeps in any case stands above all others
+        sure = min(size, math.ceil((1 - max(max_sparsity, sparsity)) * size))
+        part[part.topk(sure).indices] = torch.inf
+        ranked.append(part)
+    owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(ranked[0].device)
+    chosen = owners[torch.cat(ranked).topk(kept).indices]
+    counts = torch.bincount(chosen, minlength=len(sizes)).cpu()
+    return (1 - counts.double() / torch.tensor(sizes)).float()
+
+
 def uniform(layers: int, sparsity: float) -> Tensor:
     """The same pruned fraction in every layer, float32 [L]; ValueError outside [0, 1)."""
     _check(sparsity)
@@ -201,6 +231,7 @@ class DepthAware:
     """
 
     kind: ClassVar[str] = "depth-aware"
+    inputs: ClassVar[tuple[str, ...]] = ()
     early_width: float = 0.3
     late_width: float = 0.15
     early_floor: float = 0.25
@@ -246,10 +277,35 @@ class DepthAware:
 
 @register_budget
 @dataclass(frozen=True)
+class Global:
+    """One ranking of all layers' neurons by what each adds to the residual stream, of its size there.
+
+    A neuron's contribution is `E_i |W_down[:, i]|^2 / sum_t |y_t|^2`, y the residual stream before the FFN. Not of the
+    paper; docs/choices.md has what it wins.
+    max_sparsity: greatest pruned fraction of a layer.
+    """
+
+    kind: ClassVar[str] = "global"
+    inputs: ClassVar[tuple[str, ...]] = ("energy", "down_norm")
+    max_sparsity: float = 0.98
+
+    def __post_init__(self) -> None:
+        value = self.max_sparsity
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"Global: max_sparsity must lie in [0, 1], got {value!r}")
+
+    def rank(self, contributions: Sequence[Tensor], sparsity: float) -> Tensor:
+        """Pruned fractions [L] from each layer's contributions [I]."""
+        return rank(contributions, sparsity, self.max_sparsity)
+
+
+@register_budget
+@dataclass(frozen=True)
 class Uniform:
     """The same share in every layer."""
 
     kind: ClassVar[str] = "uniform"
+    inputs: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, angle: Tensor, change: Tensor, sparsity: float, neurons: Sequence[int]) -> Tensor:
         """Pruned fractions [L], all `sparsity`."""
@@ -262,6 +318,7 @@ class Table:
     """What each layer keeps, given by hand; the sparsity of the pruner is not looked at."""
 
     kind: ClassVar[str] = "table"
+    inputs: ClassVar[tuple[str, ...]] = ()
     keep: str = "all:1.0"
 
     def __post_init__(self) -> None:

@@ -104,7 +104,7 @@ def memory_per_sequence(shape: Shape, method: Method, *, masks: bool = False) ->
     layers, hidden, neurons = shape.layers, shape.hidden, shape.neurons
     statistics = sum(name in STATISTICS for name in method.inputs)
     total = 4 * layers * neurons * statistics
-    total += layers * (3 * 4 + 4)  # impact sums and token count
+    total += layers * (5 * 4 + 4)  # impact sums and token count
     smallest = getattr(method.budget, "min_sparsity", None)
     width = neurons if smallest is None else round((1 - min(smallest, method.sparsity)) * neurons)
     if method.selection == "threshold":

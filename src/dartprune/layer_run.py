@@ -208,4 +208,5 @@ class LayerRun:
         if step.staging:
             self.staged_impact = terms
         elif step.impact_weight is not None:
-            self.trace.add_impact(terms, step.slots, step.impact_weight)
+            assert step.weight is not None  # what is weighed is traced
+            self.trace.add_impact(terms, step.slots, step.impact_weight, step.weight)

@@ -134,6 +134,7 @@ class Method:
     def inputs(self) -> tuple[str, ...]:
         """What must be known of the context and the weights to make its masks, by the names of `dartprune.scoring`."""
         names = scorer(self.scorer).inputs if self.token is None or self.token.context else ()
+        names += tuple(name for name in getattr(self.budget, "inputs", ()) if name not in names)
         if self.compensate == "mean":
             names = (*names, "total")
         return names if self.token is None else (*names, *self.token.statistics)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dartprune.budget import keep_counts
+from dartprune.budget import Global, keep_counts
 from dartprune.layer_run import LayerRun
 from dartprune.method import Method
 from dartprune.once import Once
@@ -59,11 +59,24 @@ class Renewal:
         impact = torch.stack([part.to(self.counters.device) for part in sums_of], dim=1).cpu().double()
         neurons = [layer.layer.neurons for layer in self.layers]
         for slot, sums in zip(slots, impact, strict=True):
-            means = (sums[:, :2] / sums[:, 2:].clamp_min(1)).float()
-            pruned = self.method.budget(means[:, 0], means[:, 1], self.target, neurons)
+            means = (sums[:, :2] / sums[:, 2:3].clamp_min(1)).float()
+            if isinstance(self.method.budget, Global):
+                pruned = self.method.budget.rank(
+                    self._contributions(slot, sums[:, 3] / sums[:, 4].clamp_min(1)), self.target
+                )
+            else:
+                pruned = self.method.budget(means[:, 0], means[:, 1], self.target, neurons)
             slot.former, slot.keep = slot.keep or slot.former, keep_counts(pruned, neurons)
             self._split(slot, pruned)
         return self._select(slots)
+
+    def _contributions(self, slot: Slot, stream: Tensor) -> list[Tensor]:
+        """What each neuron adds to the residual stream of a slot, of the stream's mean square [L] there."""
+        out = []
+        for layer, square in zip(self.layers, stream.tolist(), strict=True):
+            energy = layer.trace.tensors()["energy"][slot.id] * self._facts(layer, "down_norm").square()
+            out.append((energy / max(square, 1e-30)).to(self.counters.device))
+        return out
 
     def _split(self, slot: Slot, pruned: Tensor) -> None:
         """With a token selector, what the budget leaves is candidates and neurons for each token."""

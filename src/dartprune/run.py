@@ -171,7 +171,7 @@ class Run(Refuses):
     def impact(self, slot: int) -> list[tuple[float, float]]:
         """Mean impact terms of each layer's FFN on a slot's traced tokens: `1 - cos(y, z)` and `|z - y| / |y|`."""
         rows = [layer.trace.impact[slot].tolist() for layer in self._parts.layers]
-        return [(angle / max(count, 1.0), change / max(count, 1.0)) for angle, change, count in rows]
+        return [(angle / max(count, 1.0), change / max(count, 1.0)) for angle, change, count, _, _ in rows]
 
     def scores(self, slot: int) -> list[Tensor]:
         """The score of every neuron as a slot's trace stands now, float32 [I] of each layer on the layer's device."""

@@ -172,7 +172,8 @@ class Facts:
         for layer in layers:
             if isinstance(layer.weights, str):
                 raise ValueError(
-                    f"a scorer that reads the down projection cannot be used here: {layer.weights}; use 'magnitude'"
+                    f"a scorer or budget that reads the down projection cannot be used here: {layer.weights}; "
+                    "use 'magnitude' and DepthAware()"
                 )
         if any(name.startswith("proxy") for name in needed):
             flops = sum(

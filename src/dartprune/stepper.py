@@ -198,9 +198,10 @@ class Stepper:
             if ring is not None and layer.ring is not None:
                 layer.ring.write(x.reshape(-1, x.shape[-1]), *(part.to(device) for part in ring))
             if bool(learning.any()):
-                layer.trace.add(layer.layer.activations(x), ids.to(device), weight.to(device))
+                rows, counted = ids.to(device), weight.to(device)
+                layer.trace.add(layer.layer.activations(x), rows, counted)
                 if layer.staged_impact is not None:
-                    layer.trace.add_impact(layer.staged_impact[:, :stayed], ids.to(device), weight.to(device))
+                    layer.trace.add_impact(layer.staged_impact[:, :stayed], rows, counted, counted)
             layer.staged = layer.staged_impact = None
 
     def _after(

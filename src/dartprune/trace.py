@@ -102,7 +102,7 @@ def impact_terms(y: Tensor, z: Tensor, *, residual: bool) -> Tensor:
         residual: compare y with y + z instead of z.
 
     Returns:
-        float32 [..., 2]: `1 - cos(y, z)` and `|z - y| / |y|`.
+        float32 [..., 3]: `1 - cos(y, z)`, `|z - y| / |y|` and `|y|^2`.
     """
     y32, z32 = y.float(), z.float()
     if residual:
@@ -112,11 +112,11 @@ def impact_terms(y: Tensor, z: Tensor, *, residual: bool) -> Tensor:
     norm_z = torch.linalg.vector_norm(z32, dim=-1).clamp_min(tiny)
     cosine = ((y32 / norm_y[..., None]) * (z32 / norm_z[..., None])).sum(-1)
     change = torch.linalg.vector_norm(z32 - y32, dim=-1) / norm_y
-    return torch.stack((1 - cosine, change), dim=-1)
+    return torch.stack((1 - cosine, change, norm_y.square()), dim=-1)
 
 
 class LayerTrace(SlotTensors):
-    """The statistics of one layer: the named ones [slots, I], impact sums [slots, 3] and counts [slots]."""
+    """The statistics of one layer: the named ones [slots, I], impact sums [slots, 5] and counts [slots]."""
 
     impact: Tensor
     tokens: Tensor
@@ -127,7 +127,8 @@ class LayerTrace(SlotTensors):
         self.decay = decay
         for name in statistics:
             self._allocate(name, (neurons,), torch.float32)
-        self._allocate("impact", (3,), torch.float32)  # sums of the two terms, and how many tokens
+        # sums of the first two terms and how many tokens, sum of the third and how many tokens
+        self._allocate("impact", (5,), torch.float32)
         self._allocate("tokens", (), torch.float32)
 
     def measure(self, a: Tensor, weight: Tensor, *, padded: bool = False) -> dict[str, Tensor]:
@@ -160,10 +161,15 @@ class LayerTrace(SlotTensors):
             rows.index_copy_(0, slots, joined)
         self.tokens.index_add_(0, slots, count)
 
-    def add_impact(self, terms: Tensor, slots: Tensor, weight: Tensor) -> None:
-        """Count impact terms [B, T, 2] of tokens with weight [B, T]."""
-        counted = torch.where((weight > 0)[..., None], terms, 0.0).sum(1)
-        self.impact.index_add_(0, slots, torch.cat((counted, weight.sum(1, keepdim=True)), dim=1))
+    def add_impact(self, terms: Tensor, slots: Tensor, weight: Tensor, traced: Tensor) -> None:
+        """Count impact terms [B, T, 3]: the first two of tokens with weight [B, T], `|y|^2` of the traced ones [B, T].
+
+        The first token of a text is not traced: its residual stream may be a thousand times as large as any other.
+        """
+        weights = torch.stack((weight, weight, weight, traced, traced), dim=-1)
+        ones = torch.ones_like(terms[..., :1])
+        values = torch.cat((terms[..., :2], ones, terms[..., 2:], ones), dim=-1)
+        self.impact.index_add_(0, slots, torch.where(weights > 0, values, 0.0).sum(1))
 
     def blend(self, a: Tensor, slots: Tensor, weight: Tensor, memory: float) -> None:
         """Renew the statistics from replayed tokens: `memory` of the old mean, the rest of the block's mean."""
