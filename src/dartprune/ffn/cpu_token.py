@@ -12,6 +12,7 @@ from torch import Tensor
 from dartprune.ffn.cpu import _array, _use_threads
 from dartprune.ffn.sketch import GAUSSIAN_STEP, FFNSketch, InputPlanes, SketchPlanes
 from dartprune.ffn.token_ops import TokenRows
+from dartprune.ffn.token_reference import like
 from dartprune.ffn.weights import FFNWeights
 
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # of a TokenRows
@@ -187,7 +188,7 @@ _gated_operator = torch.library.custom_op("dartprune::gated_rows_cpu", _gated, m
 
 @_gated_operator.register_fake
 def _(x: Tensor, *others: Any) -> _Parts:
-    return _like(x, others[6].shape[1])
+    return like(x, others[6].shape[1])
 
 
 def _sketched(
@@ -232,14 +233,7 @@ _sketched_operator = torch.library.custom_op("dartprune::sketched_rows_cpu", _sk
 
 @_sketched_operator.register_fake
 def _(x: Tensor, *others: Any) -> _Parts:
-    return _like(x, others[-2])
-
-
-def _like(x: Tensor, width: int) -> _Parts:
-    """What the operators give, to torch.compile."""
-    rows = x.shape[0]
-    index, count = x.new_empty(rows, width, dtype=torch.int32), x.new_empty(rows, dtype=torch.int32)
-    return x.new_empty(x.shape), index, count, x.new_empty(rows, dtype=torch.float32)
+    return like(x, others[-2])
 
 
 def _lists(rows: int, width: int) -> tuple[Any, Any, Any]:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from dartprune.ffn.gpu import ready
 from dartprune.ffn.token_ops import FFNSketch, InputPlanes, SketchPlanes, TokenRows
-from dartprune.ffn.token_reference import _like
+from dartprune.ffn.token_reference import like
 from dartprune.ffn.weights import FFNWeights
 
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # of a TokenRows
@@ -152,7 +152,7 @@ class _Call:
         self.config = gpu_tuning.config(*matrices[:2])
         self.slots, self.wanted = slots.contiguous(), wanted.contiguous()
         self.threshold = None if threshold is None else threshold.float().contiguous()
-        self.out, self.index, self.count, self.cut = _like(self.x, width)
+        self.out, self.index, self.count, self.cut = like(self.x, width)
 
     def groups(self) -> Iterator[_Group]:
         """The rows, as many at a time as are computed together."""
@@ -206,7 +206,7 @@ def _gated(
 
 @_gated.register_fake
 def _(x: Tensor, *others: Any) -> _Parts:
-    return _like(x, others[6].shape[1])
+    return like(x, others[6].shape[1])
 
 
 @torch.library.custom_op("dartprune::sketched_rows_gpu", mutates_args=())
@@ -256,4 +256,4 @@ def _sketched(
 
 @_sketched.register_fake
 def _(x: Tensor, *others: Any) -> _Parts:
-    return _like(x, others[-2])
+    return like(x, others[-2])

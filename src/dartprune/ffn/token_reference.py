@@ -104,7 +104,7 @@ def _gated(
 def _(x: Tensor, *others: object) -> _Parts:
     lists = others[6]
     assert isinstance(lists, Tensor)
-    return _like(x, lists.shape[1])
+    return like(x, lists.shape[1])
 
 
 @torch.library.custom_op("dartprune::sketched_rows_reference", mutates_args=())
@@ -140,7 +140,7 @@ def _sketched(
 def _(x: Tensor, *others: object) -> _Parts:
     width = others[16]
     assert isinstance(width, (int, torch.SymInt))
-    return _like(x, width)
+    return like(x, width)
 
 
 @torch.library.custom_op("dartprune::estimated", mutates_args=())
@@ -154,7 +154,8 @@ def _(x: Tensor, planes: Tensor, *others: object) -> Tensor:
     return x.new_empty(x.shape[0], planes.shape[0], dtype=torch.float32)
 
 
-def _like(x: Tensor, width: int | torch.SymInt) -> _Parts:
+def like(x: Tensor, width: int | torch.SymInt) -> _Parts:
+    """What the operators of every backend give for x [N, H], not filled; for torch.compile, and as room for results."""
     rows = x.shape[0]
     index, count = x.new_empty(rows, width, dtype=torch.int32), x.new_empty(rows, dtype=torch.int32)
     return x.new_empty(x.shape), index, count, x.new_empty(rows, dtype=torch.float32)
