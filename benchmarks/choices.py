@@ -21,7 +21,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from dartprune import Dart, Dense, DepthAware, Detector, Griffin, Pruner, Replay, Static, Uniform
+from dartprune import Dart, Dense, DepthAware, Detector, Global, Griffin, Pruner, Static, Uniform
 from dartprune.forced import forced_losses
 from dartprune.loading import load
 from dartprune.refresh import Clock
@@ -43,26 +43,35 @@ class Case:
 def cases(sparsity: float) -> Iterator[Case]:
     """Everything that is tried, the default of each part first."""
     frozen, dart = Static(sparsity=sparsity), Dart(sparsity=sparsity)
-    yield Case("Static", frozen)
-    for bounds in ({"min_sparsity": 0.1}, {"max_sparsity": 0.8}, {"max_sparsity": 0.98}):
-        yield Case(f"Static, {_words(bounds)}", replace(frozen, budget=DepthAware(**bounds)))
-    for floors in ({"early_floor": 1.0}, {"late_floor": 1.0}, {"early_floor": 1.0, "late_floor": 1.0}):
-        yield Case(f"Static, {_words(floors)}", replace(frozen, budget=DepthAware(**floors)))
-    yield Case("Static, uniform budget", replace(frozen, budget=Uniform()))
     yield Case("Griffin", Griffin(sparsity=sparsity))
+    yield Case("Static", frozen)
+    yield Case("Static, compensate=mean", replace(frozen, compensate="mean"))
+    yield from _budgets("Static", frozen)
     yield Case("Dart", dart)
-    yield Case("Dart, uniform budget", replace(dart, budget=Uniform()))
-    yield Case("Dart, min_sparsity=0.1", replace(dart, budget=DepthAware(min_sparsity=0.1)))
+    yield from _budgets("Dart", dart)
     for scorer in ("weight-aware", "average"):
         yield Case(f"Dart, scorer={scorer}", replace(dart, scorer=scorer))
     yield Case("Dart, compensate=None", replace(dart, compensate=None))
-    for settings in ({"memory": 0.0}, {"memory": 0.25}, {"tokens": 8}, {"tokens": 32}, {"settle": 0}, {"settle": 128}):
-        yield Case(f"Dart, replay {_words(settings)}", replace(dart, refresh=replace(Replay(), **settings)))
-    for found in ({"delta": 0.5}, {"delta": 1.0}, {"delta": 1.5}, {"delta": 3.5}, {"patience": 1}, {"min_drop": 0.1}):
+    for settings in (
+        *({"memory": share} for share in (0.0, 0.25, 0.5)),
+        *({"tokens": count} for count in (8, 24, 32)),
+        *({"settle": count} for count in (0, 24, 32, 64)),
+    ):
+        if any(getattr(dart.refresh, name) != value for name, value in settings.items()):
+            yield Case(f"Dart, replay {_words(settings)}", replace(dart, refresh=replace(dart.refresh, **settings)))
+    for found in (*({"delta": delta} for delta in (0.5, 1.0, 1.5, 2.0, 3.0)), {"patience": 1}, {"min_drop": 0.1}):
         yield Case(f"Dart, detector {_words(found)}", replace(dart, detector=Detector(**found)))
-    for every in (8, 40):
-        clock = Clock(every=every, dense=None, replay=Replay().tokens, memory=Replay().memory)
+    for every in (16, 24, 40):
+        clock = Clock(every=every, dense=None, replay=dart.refresh.replay_tokens, memory=dart.refresh.replay_memory)
         yield Case(f"Dart, a replay every {every} tokens", replace(dart, refresh=clock))
+
+
+def _budgets(name: str, pruner: Pruner) -> Iterator[Case]:
+    yield Case(f"{name}, max_sparsity=0.9", replace(pruner, budget=Global(max_sparsity=0.9)))
+    yield Case(f"{name}, max_sparsity=1.0", replace(pruner, budget=Global(max_sparsity=1.0)))
+    yield Case(f"{name}, budget DepthAware()", replace(pruner, budget=DepthAware()))
+    yield Case(f"{name}, budget DepthAware(min_sparsity=0.1)", replace(pruner, budget=DepthAware(min_sparsity=0.1)))
+    yield Case(f"{name}, budget Uniform()", replace(pruner, budget=Uniform()))
 
 
 def _words(settings: dict[str, float]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dartprune import Dart, Dense, GatedDart, PerToken, Sketch, SketchDart, TokenGate, Uniform
+from dartprune import Dart, Dense, DepthAware, GatedDart, PerToken, Sketch, SketchDart, TokenGate, Uniform
 from dartprune.ffn.token_ops import build_sketch, chosen_mask, chosen_rows, sketch_scores
 from dartprune.forced import forced_losses, token_losses
 from dartprune.loading import load
@@ -46,7 +46,7 @@ def arms(sparsity: float, which: str) -> dict[str, object]:
         for bits in (1, 2, 3, 4):
             token = Sketch(bits=bits)
             out[f"sketch {bits} uniform"] = SketchDart(sparsity=sparsity, token=token)
-            out[f"sketch {bits} depth"] = SketchDart(sparsity=sparsity, token=token, budget=Dart().budget)
+            out[f"sketch {bits} depth"] = SketchDart(sparsity=sparsity, token=token, budget=DepthAware())
     return out
 
 

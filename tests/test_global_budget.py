@@ -13,27 +13,37 @@ from test_matrix import tokens
 from tiny import FAMILIES
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "olmo2", "granite"])
 @torch.no_grad()
 def test_contributions_are_those_of_the_prompt(family):
     model = FAMILIES[family]()
     ids = tokens(model, lines=1, length=24)
     layers = describe(model).layers
-    streams = {}
-    handles = [
-        layer.norm.register_forward_pre_hook(lambda m, args, i=layer.index: streams.setdefault(i, args[0].clone()))
-        for layer in layers
-    ]
+    for layer in layers:  # norms after the FFN that differ, so that leaving them out would show
+        if layer.contribution not in (layer.entry, layer.down):
+            layer.contribution.weight.mul_(0.2 + layer.index)
+    streams, raw, added = [], [], []
+    handles = []
+    for layer in layers:
+        norm = layer.entry if layer.norm is None else layer.norm
+        handles.append(norm.register_forward_pre_hook(lambda m, args: streams.append(args[0].double())))
+        handles.append(layer.down.register_forward_hook(lambda m, args, out: raw.append(out.double())))
+        handles.append(
+            layer.contribution.register_forward_hook(
+                lambda m, args, out, scale=layer.scale: added.append(scale * out.double())
+            )
+        )
     with inputs_of_down(model) as activations:
         model(input_ids=ids)
     for handle in handles:
         handle.remove()
     contributions = []
-    for layer, a in zip(layers, activations, strict=True):
+    for number, (layer, a) in enumerate(zip(layers, activations, strict=True)):
         energy = a.reshape(24, -1)[1:].double().square().sum(0)  # the first token of a text does not count
         norms = layer.down(torch.eye(layer.neurons)) - layer.down(torch.zeros(1, layer.neurons))
-        stream = streams[layer.index].reshape(24, -1)[1:].double().square().sum(-1).mean()
-        contributions.append((energy * norms.double().square().sum(1) / stream).float())
+        y, before, after = (part[number].reshape(24, -1)[1:].square().sum(-1) for part in (streams, raw, added))
+        stream = (y * before / after).log().mean().exp()
+        contributions.append((energy * norms.double().square().sum(1).mean() / stream).float())
     pruner = Static(sparsity=0.6, budget=Global())
     with pruner(model, backend="masked") as run:
         with run.phase("prefill"):

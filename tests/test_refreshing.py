@@ -145,8 +145,11 @@ def test_replayed_masks_come_from_the_last_tokens(llama):
         for i in range(len(layers)):
             # the hook sees `a` before the mask, computed from the same inputs as the replay's
             a = torch.cat(inputs[i][:8], dim=1)[0]
-            want = a.square().sum(0).topk(run.report().sequences[0].keep[i]).indices.sort().values
-            assert torch.equal(run.selection(slot)[i].long(), want), i
+            energy, kept = a.square().sum(0), run.selection(slot)[i].long()
+            dropped = torch.ones_like(energy).index_fill(0, kept, 0.0).bool()
+            # buffered inputs are rounded to eight bits, so that nearly equal neurons may change places
+            assert len(kept) == run.report().sequences[0].keep[i] < len(energy)
+            assert float(energy[kept].min()) > 0.9 * float(energy[dropped].max()), i
 
 
 def test_callbacks_see_events(llama, fires_once):

@@ -91,7 +91,9 @@ def test_impact_terms():
     after = impact_terms(y.float(), z.float(), residual=True)
     torch.testing.assert_close(after[..., 1].double(), z.norm(dim=-1) / y.norm(dim=-1), rtol=1e-4, atol=1e-5)
     assert torch.isfinite(impact_terms(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8), residual=False)).all()
-    torch.testing.assert_close(terms[..., 2].double(), y.square().sum(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms[..., 2].double(), y.square().sum(-1).log(), rtol=1e-4, atol=1e-5)
+    made = impact_terms(y.float(), 3 * z.float(), residual=True, raw=z.float())  # a factor after the projection
+    torch.testing.assert_close(made[..., 2].double(), (y.square().sum(-1) / 9).log(), rtol=1e-4, atol=1e-5)
     trace = LayerTrace((), 1, 0.5, CPU)
     trace.grow(1)
     weight, traced = torch.tensor([[1.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0, 1.0, 1.0]])

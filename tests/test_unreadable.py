@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dartprune import Dart, Global, Static
+from dartprune import Dart, Static
 from dartprune.model.families import describe
+from dartprune.model.probe import down_square
 from dartprune.model.weights import row_weights
 from test_matrix import tokens
 from tiny import FAMILIES
@@ -43,8 +44,17 @@ def test_quantised_layers_are_masked_and_said_so():
     assert report.realised_sparsity == pytest.approx(0.5, abs=0.02)
     with pytest.raises(ValueError, match="reads the down projection"):
         Dart(scorer="weight-aware").attach(model)
-    with pytest.raises(ValueError, match=r"scorer or budget that reads the down projection .* use .* DepthAware\(\)"):
-        Dart(budget=Global()).attach(model)
+
+
+@torch.no_grad()
+def test_the_size_of_a_quantised_down_projection_is_estimated():
+    layer = describe(FAMILIES["llama"]()).layers[0]
+    place = (torch.device("cpu"), torch.float32)
+    known = down_square(layer, row_weights(layer), *place)
+    assert known == pytest.approx(float(layer.down.weight.square().sum(0).mean()), rel=1e-5)
+    estimated = down_square(layer, "quantised", *place)
+    assert estimated == down_square(layer, "quantised", *place) == pytest.approx(known, rel=0.2)
+    assert estimated != known
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dartprune.names import Registry
 
+DOWN_SQUARE = "down_square"  # what a budget asks for to know the mean squared norm of the down projection's columns
 ALIKE = 0.01  # a spread of sensitivities below this share of their mean says nothing
 
 
@@ -278,15 +279,15 @@ class DepthAware:
 @register_budget
 @dataclass(frozen=True)
 class Global:
-    """One ranking of all layers' neurons by what each adds to the residual stream, of its size there.
+    """One ranking of all layers' neurons by what they add to the residual stream, of its size there.
 
-    A neuron's contribution is `E_i |W_down[:, i]|^2 / sum_t |y_t|^2`, y the residual stream before the FFN. Not of the
-    paper; docs/choices.md has what it wins.
+    A neuron's contribution is `E_i mean_j |W_down[:, j]|^2 / |y|^2`, y the residual stream before the FFN, its square
+    the geometric mean over tokens. Not of the paper; docs/choices.md has what it wins.
     max_sparsity: greatest pruned fraction of a layer.
     """
 
     kind: ClassVar[str] = "global"
-    inputs: ClassVar[tuple[str, ...]] = ("energy", "down_norm")
+    inputs: ClassVar[tuple[str, ...]] = ("energy", DOWN_SQUARE)
     max_sparsity: float = 0.98
 
     def __post_init__(self) -> None:

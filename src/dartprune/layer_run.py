@@ -79,6 +79,8 @@ class LayerRun:
         self.staged_impact: Tensor | None = None
         self._y: Tensor | None = None
         self._x: Tensor | None = None
+        self._raw: Tensor | None = None
+        self._transformed = layer.contribution is not layer.entry and layer.contribution is not layer.down
 
     @property
     def saves_time(self) -> bool:
@@ -93,7 +95,7 @@ class LayerRun:
     def norm(self, y: Tensor) -> None:
         """Keep the residual stream for the impact of this FFN."""
         step = self.state.step
-        if step is not None and (step.impact_weight is not None or step.staging):
+        if step is not None and self._weighs(step):
             self._y = y
 
     def ffn(self, x: Tensor, original: Callable[[], Tensor]) -> Tensor:
@@ -103,8 +105,7 @@ class LayerRun:
             return original()
         self._take(x, step)
         out = self._gathered(x, step) if step.gathering else original()
-        if self.layer.contribution is self.layer.entry:
-            self._impact(out, step)
+        self._made(out, step, self.layer.entry)
         return out
 
     def first(self, x: Tensor, original: Callable[[], Tensor]) -> Tensor:
@@ -137,8 +138,7 @@ class LayerRun:
         out = original(a)
         if step.masking:
             out = self._compensated(out, step)
-        if self.layer.contribution is self.layer.down:
-            self._impact(out, step)
+        self._made(out, step, self.layer.down)
         return out
 
     def contribution(self, z: Tensor) -> None:
@@ -152,8 +152,20 @@ class LayerRun:
         if self.state.step is not None:
             self.state.attention = out
 
+    def _made(self, out: Tensor, step: Step, module: object) -> None:
+        """Weigh what the FFN adds, or keep its output where a module after it makes something else of it."""
+        if self.layer.contribution is module:
+            self._impact(out, step)
+        elif self._transformed and self._weighs(step):
+            self._raw = out
+
+    @staticmethod
+    def _weighs(step: Step) -> bool:
+        """Whether the impact of this forward's tokens is wanted."""
+        return step.impact_weight is not None or step.staging
+
     def _take(self, x: Tensor, step: Step) -> None:
-        if self.layer.norm is None and (step.impact_weight is not None or step.staging):
+        if self.layer.norm is None and self._weighs(step):
             self._y = x
         if step.staging:
             self.staged = x.reshape(step.slots.shape[0], -1, x.shape[-1])
@@ -198,13 +210,17 @@ class LayerRun:
 
     def _impact(self, z: Tensor, step: Step) -> None:
         y, self._y = self._y, None
+        raw, self._raw = self._raw, None
         if y is None:
             return
         lines = step.slots.shape[0]
         y, z = y.reshape(lines, -1, y.shape[-1]), z.reshape(lines, -1, z.shape[-1])
+        if raw is not None:
+            raw = raw.reshape(z.shape)
         if self.layer.scale != 1.0:
+            raw = z if raw is None else raw
             z = z * self.layer.scale
-        terms = impact_terms(y, z, residual=self.residual)
+        terms = impact_terms(y, z, residual=self.residual, raw=raw)
         if step.staging:
             self.staged_impact = terms
         elif step.impact_weight is not None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from dartprune.budget import DepthAware, Uniform
+from dartprune.budget import DepthAware, Global, Uniform
 from dartprune.method import Method, settings_from
 from dartprune.names import Registry
 from dartprune.refresh import Clock as ClockRefresh
@@ -79,8 +79,12 @@ def register_preset(name: str) -> Any:
 @register_preset("dart")
 @dataclass(frozen=True)
 class Dart(Pruner):
-    """The paper's method, with `replay` as its refresh and the dropped neurons' mean in their place."""
+    """The paper's method with one ranking for all layers, `replay` at a drift, and the dropped neurons' mean in place.
 
+    `budget=DepthAware()`, `refresh=Relearn()` and `compensate=None` are the paper's; docs/choices.md compares them.
+    """
+
+    budget: Any = field(default_factory=Global)
     refresh: Refresh = field(default_factory=Replay)
     compensate: str | None = "mean"
 
@@ -90,6 +94,7 @@ class Dart(Pruner):
 class Static(Pruner):
     """DART's mask of the prompt for ever."""
 
+    budget: Any = field(default_factory=Global)
     refresh: Refresh = field(default_factory=Never)
 
 

@@ -104,8 +104,8 @@ class Replay(Refresh):
 
     kind: ClassVar[str] = "replay"
     tokens: int = 16
-    memory: float = 0.5
-    settle: int = 64
+    memory: float = 0.25
+    settle: int = 32
 
     def __post_init__(self) -> None:
         _positive("Replay", tokens=self.tokens)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dartprune.budget import Global, keep_counts
+from dartprune.budget import DOWN_SQUARE, Global, keep_counts
 from dartprune.layer_run import LayerRun
 from dartprune.method import Method
 from dartprune.once import Once
@@ -32,7 +32,7 @@ class Renewal:
             method: what to do.
             layers: all layers.
             counters: where the share of the FFN that a slot leaves out is kept.
-            facts: gives a layer's `down_norm`, `proxy_max` or `proxy_mean`, float32 [I].
+            facts: gives a layer's `down_norm`, `proxy_max` or `proxy_mean`, float32 [I], or `down_square` [].
         """
         self.method = method
         self.layers = layers
@@ -61,9 +61,8 @@ class Renewal:
         for slot, sums in zip(slots, impact, strict=True):
             means = (sums[:, :2] / sums[:, 2:3].clamp_min(1)).float()
             if isinstance(self.method.budget, Global):
-                pruned = self.method.budget.rank(
-                    self._contributions(slot, sums[:, 3] / sums[:, 4].clamp_min(1)), self.target
-                )
+                stream = (sums[:, 3] / sums[:, 4].clamp_min(1)).exp()
+                pruned = self.method.budget.rank(self._contributions(slot, stream), self.target)
             else:
                 pruned = self.method.budget(means[:, 0], means[:, 1], self.target, neurons)
             slot.former, slot.keep = slot.keep or slot.former, keep_counts(pruned, neurons)
@@ -71,11 +70,11 @@ class Renewal:
         return self._select(slots)
 
     def _contributions(self, slot: Slot, stream: Tensor) -> list[Tensor]:
-        """What each neuron adds to the residual stream of a slot, of the stream's mean square [L] there."""
+        """What each neuron adds to the residual stream of a slot, of the stream's square [L] there."""
         out = []
         for layer, square in zip(self.layers, stream.tolist(), strict=True):
-            energy = layer.trace.tensors()["energy"][slot.id] * self._facts(layer, "down_norm").square()
-            out.append((energy / max(square, 1e-30)).to(self.counters.device))
+            factor = float(self._facts(layer, DOWN_SQUARE)) / max(square, 1e-30)
+            out.append((layer.trace.tensors()["energy"][slot.id] * factor).to(self.counters.device))
         return out
 
     def _split(self, slot: Slot, pruned: Tensor) -> None:

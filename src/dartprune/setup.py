@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dartprune.budget import DOWN_SQUARE
 from dartprune.choice import has_choice
 from dartprune.ffn import Backend, FFNWeights, backend_names, choose
 from dartprune.layer_run import DeviceState, LayerRun
 from dartprune.method import Method
 from dartprune.model.families import Decoder, Layer
 from dartprune.model.layout import RowLayout, scattered, shared_weights, storage_owners
-from dartprune.model.probe import down_norms
+from dartprune.model.probe import down_norms, down_square
 from dartprune.model.weights import row_weights
 from dartprune.names import unknown
 from dartprune.proxy import cached_forward_proxy, forward_proxy_flops
@@ -113,6 +114,9 @@ def _build(
     facts = Facts(core)
     if any(name in WEIGHT_FACTS for name in needed):
         facts.check(layers, needed)
+    if DOWN_SQUARE in needed:
+        for run in layers:
+            facts(run, DOWN_SQUARE)  # here, so that no text has to wait for it
     chosen_by = [run.token for run in layers if run.token is not None]
     tally = Tally(chosen_by, counters.device) if chosen_by else None
     return Parts(layers, counters, windows, holders, facts, notes, layout, tally)
@@ -161,7 +165,7 @@ def _widest(method: Method, layer: Layer) -> int:
 
 
 class Facts:
-    """What scorers need to know of the weights; worked out when first asked for."""
+    """What scorers and budgets need to know of the weights; worked out when first asked for."""
 
     def __init__(self, core: nn.Module) -> None:
         self._core = core
@@ -172,8 +176,7 @@ class Facts:
         for layer in layers:
             if isinstance(layer.weights, str):
                 raise ValueError(
-                    f"a scorer or budget that reads the down projection cannot be used here: {layer.weights}; "
-                    "use 'magnitude' and DepthAware()"
+                    f"a scorer that reads the down projection cannot be used here: {layer.weights}; use 'magnitude'"
                 )
         if any(name.startswith("proxy") for name in needed):
             flops = sum(
@@ -188,8 +191,10 @@ class Facts:
                 )
 
     def __call__(self, layer: LayerRun, name: str) -> Tensor:
-        """A fact of one layer, float32 [I]."""
+        """A fact of one layer: float32 [I], or on the host [] for `down_square`."""
         key = (layer.layer.index, name)
+        if key not in self._known and name == DOWN_SQUARE:
+            self._known[key] = torch.tensor(down_square(layer.layer, layer.weights, *layer.place))
         if key not in self._known:
             assert not isinstance(layer.weights, str)
             if name == "down_norm":

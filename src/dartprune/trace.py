@@ -93,26 +93,32 @@ STATISTICS: dict[str, Statistic] = {
 }
 
 
-def impact_terms(y: Tensor, z: Tensor, *, residual: bool) -> Tensor:
+def impact_terms(y: Tensor, z: Tensor, *, residual: bool, raw: Tensor | None = None) -> Tensor:
     """What the FFN does to the residual stream, per token (DART section 3.2).
 
     Args:
         y: residual stream before the FFN's norm, [..., H].
         z: what the FFN adds to it, [..., H].
         residual: compare y with y + z instead of z.
+        raw: what the down projection gave, [..., H], where a norm or a factor makes another z of it.
 
     Returns:
-        float32 [..., 3]: `1 - cos(y, z)`, `|z - y| / |y|` and `|y|^2`.
+        float32 [..., 3]: `1 - cos(y, z)`, `|z - y| / |y|` and `log(|y|^2 |raw|^2 / |z|^2)`: the size of the stream as
+        the down projection's output must be compared with it.
     """
     y32, z32 = y.float(), z.float()
-    if residual:
-        z32 = y32 + z32
     tiny = torch.finfo(torch.float32).tiny
     norm_y = torch.linalg.vector_norm(y32, dim=-1).clamp_min(tiny)
+    stream = 2 * norm_y.log()
+    if raw is not None:
+        made = torch.linalg.vector_norm(z32, dim=-1).clamp_min(tiny)
+        stream = stream + 2 * (torch.linalg.vector_norm(raw.float(), dim=-1).clamp_min(tiny) / made).log()
+    if residual:
+        z32 = y32 + z32
     norm_z = torch.linalg.vector_norm(z32, dim=-1).clamp_min(tiny)
     cosine = ((y32 / norm_y[..., None]) * (z32 / norm_z[..., None])).sum(-1)
     change = torch.linalg.vector_norm(z32 - y32, dim=-1) / norm_y
-    return torch.stack((1 - cosine, change, norm_y.square()), dim=-1)
+    return torch.stack((1 - cosine, change, stream), dim=-1)
 
 
 class LayerTrace(SlotTensors):
@@ -162,7 +168,7 @@ class LayerTrace(SlotTensors):
         self.tokens.index_add_(0, slots, count)
 
     def add_impact(self, terms: Tensor, slots: Tensor, weight: Tensor, traced: Tensor) -> None:
-        """Count impact terms [B, T, 3]: the first two of tokens with weight [B, T], `|y|^2` of the traced ones [B, T].
+        """Count impact terms [B, T, 3]: the first two of tokens of weight [B, T], the third of the traced [B, T].
 
         The first token of a text is not traced: its residual stream may be a thousand times as large as any other.
         """

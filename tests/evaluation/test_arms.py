@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dartprune import Dart, Dense, Griffin, Pruner, Relearn, Release, scoring
+from dartprune import Dart, Dense, DepthAware, Griffin, Pruner, Relearn, Release, scoring
 from dartprune.evaluation.arms import (
     Calibration,
     arm,
@@ -62,6 +63,7 @@ def test_variations_of_dart():
     assert clock.refresh.every == 30 and not clock.refresh.detects
     assert (clock.refresh.replay_tokens, clock.refresh.replay_memory) == (dart.refresh.tokens, dart.refresh.memory)
     assert (clock.scorer, clock.budget) == (dart.scorer, dart.budget)
+    assert arm("dart-depth-aware").build(0.5) == replace(dart, budget=DepthAware())
 
 
 def test_the_settings_of_the_reference_code():
@@ -108,7 +110,7 @@ def test_the_example_of_the_guide(capsys):
         exec(code, {})
     finally:
         arm_kinds._values.pop("dart-memory", None)
-    assert "memory=0.25" in capsys.readouterr().out
+    assert "memory=0.5" in capsys.readouterr().out
 
 
 def energies(model, pieces):

@@ -142,10 +142,11 @@ def test_learning_assessment_card_and_curve(tools, prepared, tmp_path):
     tools["card"].main(
         [
             *("--run", str(tmp_path / "run"), "--assessment", str(tmp_path / "run" / "assessment.json")),
-            *("--machine", "a test", "--out", str(tmp_path / "card")),
+            *("--machine", "a test", "--note", "It was stopped once.", "--out", str(tmp_path / "card")),
         ]
     )
     text = (tmp_path / "card" / "MODEL_CARD.md").read_text()
+    assert "\nIt was stopped once.\n" in text
     assert text.startswith("# toy\n") and "$" not in text and "on a test" in text
     assert "| low | given on the command line |" in text and "**high**" in text
     assert (tmp_path / "card" / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -34,6 +34,7 @@ def card(
     last: Mapping[str, Any],
     assessment: Mapping[str, Any],
     machine: str,
+    note: str = "",
 ) -> str:
     """The card as Markdown.
 
@@ -43,6 +44,7 @@ def card(
         last: the last row of its log.
         assessment: of assess.py; its first model is the one described, others stand beside it.
         machine: what it was trained on, in words.
+        note: what else must be said of the training, whole sentences.
     """
     names = list(assessment["models"])
     mine = assessment["models"][names[0]]
@@ -63,6 +65,7 @@ def card(
         steps=f"{last['step']:,}",
         minutes=f"{last['seconds'] / 60:.0f}",
         machine=machine,
+        note=f"\n{note}\n" if note else "",
         long_from=f"{recipe['long_from']:.0%}",
         bare=f"{recipe['bare']:.0%}",
         decay_from=f"{recipe['decay_from']:.0%}",
@@ -120,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the finished run")
     parser.add_argument("--assessment", type=Path, required=True, help="written by assess.py")
     parser.add_argument("--machine", required=True, help="what it was trained on, in words")
+    parser.add_argument("--note", default="", help="what else must be said of the training, whole sentences")
     parser.add_argument("--out", type=Path, required=True, help="folder for MODEL_CARD.md and curve.png")
     args = parser.parse_args(argv)
     needed = [args.run / "model" / "config.json", args.run / "settings.json", args.assessment]
@@ -129,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, settings, assessment = (json.loads(path.read_text()) for path in needed)
     rows = list(log_rows(args.run))
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "MODEL_CARD.md").write_text(card(config, settings, rows[-1], assessment, args.machine))
+    (args.out / "MODEL_CARD.md").write_text(card(config, settings, rows[-1], assessment, args.machine, args.note))
     curve(rows, args.out / "curve.png")
 
 

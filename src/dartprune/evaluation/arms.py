@@ -141,6 +141,11 @@ def _clock_replay(sparsity: float, number: int, calibration: Calibration | None)
     )
 
 
+@register_arm("dart-depth-aware", "DART with the paper's budget, which looks at layers and not at neurons")
+def _depth_aware(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
+    return Dart(sparsity=sparsity, budget=DepthAware())
+
+
 @register_arm("dart-relearn", "DART with the paper's refresh: N dense tokens at an event", number=50)
 def _relearn(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
     return Dart(sparsity=sparsity, refresh=Relearn(tokens=number))
@@ -185,7 +190,8 @@ def arm_names() -> dict[str, str]:
 
 def default_arms() -> list[str]:
     """The arms that need nothing given, in the order of a table."""
-    first = ["dense", "random", "griffin", "static", "clock", "clock-replay", "dart-reference", "dart-relearn", "dart"]
+    first = ["dense", "random", "griffin", "static", "clock", "clock-replay"]
+    first += ["dart-reference", "dart-relearn", "dart-depth-aware", "dart"]
     return first + [name for name in presets.names() if name not in first]
 
 
