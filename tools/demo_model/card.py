@@ -71,7 +71,7 @@ def card(
         decay_from=f"{recipe['decay_from']:.0%}",
         sample=SAMPLE,
         perplexities=_perplexities(assessment["models"]),
-        samples="".join(_sample(domain, each) for domain, each in mine["samples"].items()),
+        samples="\n\n".join(_sample(domain, each) for domain, each in mine["samples"].items()),
     )
 
 
@@ -89,7 +89,7 @@ def _perplexities(models: Mapping[str, Any]) -> str:
 
 
 def _sample(domain: str, sample: Mapping[str, str]) -> str:
-    return f"**{domain}**\n\n```text\n{sample['prompt'].strip()} >>>{sample['text'].rstrip()}\n```\n\n"
+    return f"**{domain}**\n\n```text\n{sample['prompt'].strip()} >>>{sample['text'].rstrip()}\n```"
 
 
 def curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
