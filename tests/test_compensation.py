@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dartprune import Dart, Detector, Replay
+from dartprune import Dart, DepthAware, Detector, Replay
 from dartprune.model.families import describe
 from oracle import masks_of
 from test_matrix import tokens
@@ -62,7 +62,9 @@ def test_the_dropped_mean_is_added(family, backend):
 def test_it_is_renewed_by_a_replay():
     model = FAMILIES["llama"]()
     eager = Detector(window=4, patience=1, min_drop=0.0, delta=0.0)
-    pruner = Dart(sparsity=0.6, compensate="mean", detector=eager, refresh=Replay(tokens=8, settle=16))
+    pruner = Dart(
+        sparsity=0.6, budget=DepthAware(), compensate="mean", detector=eager, refresh=Replay(tokens=8, settle=16)
+    )
     with pruner(model) as run:
         with run.phase("prefill"):
             cache = model(input_ids=tokens(model), use_cache=True).past_key_values

@@ -38,14 +38,16 @@ def test_exchanged_neurons_are_the_reports():
 def test_a_relearn_drops_the_masks_and_makes_new_ones():
     tiny, tokens = model(), torch.randint(2, 120, (2, 80))
     log, report, _ = decode(tiny, arms()[4].pruner, tokens, 20, [own_neurons(tiny, tokens[:, :21], 0.5)])
-    kinds = [row["kind"] for row in log.rows if row["stream"] == 0]
-    assert kinds[:2] == ["relearn", "relearned"]
+    of_stream = [[row for row in log.rows if row["stream"] == stream] for stream in range(2)]
+    for rows in of_stream:
+        assert [row["kind"] for row in rows] == (["relearn", "relearned"] * len(rows))[: len(rows)]
+    pairs = [pair for rows in of_stream for pair in zip(rows[::2], rows[1::2], strict=False)]
+    assert pairs, "no detector fired early enough"
     for row in log.rows:
         opened = row["kind"] == "relearn"
         assert not any(row["dropped"] if opened else row["added"]) and any(row["added"] if opened else row["dropped"])
     # masks act again in the forward after the last of the eight dense tokens
-    first, second = [row["decoded"] for row in log.rows if row["stream"] == 0][:2]
-    assert second - first == 9
+    assert all(second["decoded"] - first["decoded"] == 9 for first, second in pairs)
     assert len([e for e in report.events if e.kind == "relearn"]) == sum(r["kind"] == "relearn" for r in log.rows)
 
 
