@@ -2,9 +2,9 @@
 
     python benchmarks/choices.py --texts DIR --out benchmarks/results/choices-demo.json
 
-DIR holds NAME.train.txt files as in `dartprune.texts`. Two kinds of streams, teacher-forced after 64 tokens of prompt
-with the masks in force: 192 tokens of one domain and 256 of another, and 448 of one domain. Loss over dense in nats a
-token. A run that was stopped goes on; the table is printed at the end.
+DIR holds NAME.train.txt files as in `dartprune.evaluation.texts`. Two kinds of streams, teacher-forced after 64 tokens
+of prompt with the masks in force: 192 tokens of one domain and 256 of another, and 448 of one domain. Loss over dense
+in nats a token. A run that was stopped goes on; the table is printed at the end.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from dartprune import Dart, Dense, DepthAware, Detector, Global, Griffin, Pruner, Static, Uniform
-from dartprune.forced import forced_losses
+from dartprune.evaluation.forced import forced_losses
+from dartprune.evaluation.texts import batch, pieces, read_texts, streams
 from dartprune.loading import load
 from dartprune.refresh import Clock
 from dartprune.report import Report
-from dartprune.texts import batch, pieces, read_texts, streams
 
 PROMPT, FIRST, SECOND = 64, 192, 256
 EARLY = 64  # tokens after the change that count as right after it

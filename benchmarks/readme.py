@@ -43,7 +43,7 @@ def kernel(data: dict[str, Any]) -> Iterator[str]:
         yield f"| {dtype}, {who} | {' | '.join(ratios)} | {packed} | {used} |"
 
 
-def token_kernels(data: dict[str, Any]) -> Iterator[str]:
+def kernels_of(data: dict[str, Any]) -> Iterator[str]:
     """One line for each way of one FFN, everything counted."""
     yield f"| {data['rows'][0]['case']} | ms | times as fast | bandwidth |"
     yield "|---|---|---|---|"
@@ -144,7 +144,7 @@ def main(folder: Path) -> None:
         print(f"{path.stem}\n", *levels(rows), "", sep="\n")
         for target in sorted({float(row["target"]) for row in rows} - {0.0}):
             print(f"{path.stem}, {target:.0%}\n", *compare(rows, target), "", sep="\n")
-    for show in (kernel, token_kernels, decode, refresh, trace, memory):
+    for show in (kernel, kernels_of, decode, refresh, trace, memory):
         for path in sorted(folder.glob(f"cpu-{show.__name__.replace('_', '-')}*.json")):
             data = json.loads(path.read_text())
             print(*show(data), f"\n`{data['command']}` ({data['machine']['processor']}, {data['date']})\n", sep="\n")

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from dartprune.bench.device import Stream
 from dartprune.bench.result import Result, Row
 from dartprune.bench.timing import Spread, Turns, alternate, seconds_per_call
-from dartprune.ffn import cpu_token
-from dartprune.ffn.cpu import CpuBackend
+from dartprune.ffn.cpu import selectors as cpu_selectors
+from dartprune.ffn.cpu.backend import CpuBackend
 from dartprune.ffn.planes import build_planes
 from dartprune.ffn.sketch import FFNSketch, SketchPlanes
 from dartprune.ffn.weights import FFNWeights
@@ -63,15 +63,15 @@ def ways(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
 
     def gate() -> None:
         for w in layers:
-            cpu_token.gated_rows(x, w, candidates, counted, slots, some, None, importance)
+            cpu_selectors.gated_rows(x, w, candidates, counted, slots, some, None, importance)
 
     def sketch() -> None:
         for w, s in zip(layers, sketches, strict=True):
-            cpu_token.sketched_rows(x, w, s, slots, chosen, importance, neurons)
+            cpu_selectors.sketched_rows(x, w, s, slots, chosen, importance, neurons)
 
     def sketch_choice() -> None:
         for w, s in zip(layers, sketches, strict=True):
-            cpu_token.sketched_rows(x, w, s, slots, torch.zeros_like(chosen), importance, neurons)
+            cpu_selectors.sketched_rows(x, w, s, slots, torch.zeros_like(chosen), importance, neurons)
 
     return {
         "torch dense": dense,

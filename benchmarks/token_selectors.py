@@ -5,7 +5,7 @@
 Two tables. Arms: loss over dense in nats, teacher-forced with the masks in force, at equal target sparsity. Layers: the
 sketch's choice against the exact top-k of the same tokens at equal rows: recall, share of the output energy held,
 and the loss when this layer alone is selected. The picture of the second lies beside the JSON. DIR holds NAME.SPLIT.txt
-files as in `dartprune.texts`; with one domain a stream keeps its topic, else it changes it midway.
+files as in `dartprune.evaluation.texts`; with one domain a stream keeps its topic, else it changes it midway.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 from dartprune import Dart, Dense, DepthAware, GatedDart, PerToken, Sketch, SketchDart, TokenGate, Uniform
-from dartprune.ffn.token_ops import build_sketch, chosen_mask, chosen_rows, sketch_scores
-from dartprune.forced import forced_losses, token_losses
+from dartprune.evaluation.forced import forced_losses, token_losses
+from dartprune.evaluation.texts import batch, pieces, read_texts, streams
+from dartprune.ffn.selector_ops import build_sketch, chosen_mask, chosen_rows, sketch_scores
 from dartprune.loading import load
 from dartprune.model.families import describe
 from dartprune.model.weights import row_weights
-from dartprune.texts import batch, pieces, read_texts, streams
 
 PROMPT, HALF = 64, 128
 

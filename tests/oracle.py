@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dartprune.ffn.token_ops import FFNSketch, SketchPlanes, quantise_input
+from dartprune.ffn.selector_ops import FFNSketch, SketchPlanes, quantise_input
 from dartprune.model.families import Layer, describe
-from dartprune.token import Exact, Sketch
+from dartprune.selectors import Exact, Sketch
 
 # from layer, its a [B, T, I], its x [B, T, H] and the candidates bool [B, I] to what each token uses, bool [B, T, I]
 Rule = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from dartprune import Dart, Detector, Relearn, Replay
-from dartprune.study.arms import Arm, parse_arms
-from dartprune.study.layout import Text
-from dartprune.study.results import Record, Results
-from dartprune.study.settings import Settings
+from dartprune.evaluation.study.arms import Arm, parse_arms
+from dartprune.evaluation.study.layout import Text
+from dartprune.evaluation.study.results import Record, Results
+from dartprune.evaluation.study.settings import Settings
 from tiny import FAMILIES
 
 SETTINGS = Settings(
@@ -95,7 +95,7 @@ def record(arm, kind, loss, *, settings=SETTINGS, cosine=None, judged=None, even
 
 def results(records, settings=SETTINGS):
     """Results of records by hand, with one point."""
-    from dartprune.study.observe import Point
+    from dartprune.evaluation.study.observe import Point
 
     arms_ = list({r.arm.name: r.arm for r in records}.values())
     count = records[0].texts

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dartprune.report import Event, Report
     from dartprune.run import Run
     from dartprune.scoring import register_scorer
-    from dartprune.token.selector import Sketch, TokenGate
+    from dartprune.selectors.settings import Sketch, TokenGate
 
 __version__ = "0.1.0"
 
@@ -52,11 +52,11 @@ _HOME = {
     "Replay": "refresh",
     "Report": "report",
     "Run": "run",
-    "Sketch": "token.selector",
+    "Sketch": "selectors.settings",
     "SketchDart": "pruner",
     "Static": "pruner",
     "Table": "budget",
-    "TokenGate": "token.selector",
+    "TokenGate": "selectors.settings",
     "Uniform": "budget",
     "presets": "pruner",
     "register_family": "model.families",

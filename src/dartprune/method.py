@@ -12,7 +12,7 @@ from dartprune.drift import AttentionDrift
 from dartprune.names import unknown
 from dartprune.refresh import Never, Refresh, refresh_kinds
 from dartprune.scoring import scorer
-from dartprune.token.selector import TokenSelector, token_kinds
+from dartprune.selectors.settings import TokenSelector, token_kinds
 
 VERSION = 1
 SELECTIONS = ("topk", "threshold")
@@ -65,9 +65,9 @@ class Method:
     start: decode forwards that stay dense and traced before the masks act.
     min_traced: tokens that must have been traced before a mask is made.
     skip_first: tokens at the beginning of a text that do not count in the neuron statistics.
-    impact: `ffn_output` or `residual`, see `dartprune.trace.impact_terms`.
+    impact: `ffn_output` or `residual`, see `dartprune.runtime.trace.impact_terms`.
     compensate: None, or `mean`: add what the dropped neurons gave on average.
-    token: None, or a selector that gives each token neurons of its own, see `dartprune.token`.
+    token: None, or a selector that gives each token neurons of its own, see `dartprune.selectors`.
     """
 
     prunes: ClassVar[bool] = True

@@ -15,8 +15,8 @@ from dartprune.names import Registry
 from dartprune.refresh import Clock as ClockRefresh
 from dartprune.refresh import Never, Refresh, Replay
 from dartprune.run import Run
-from dartprune.token.selector import Exact, Sketch, TokenGate, TokenSelector
-from dartprune.token.sketching import Progress
+from dartprune.selectors.settings import Exact, Sketch, TokenGate, TokenSelector
+from dartprune.selectors.sketches import Progress
 
 
 @dataclass(frozen=True)

@@ -10,22 +10,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dartprune.account import Account
-from dartprune.forwards import Forwards
 from dartprune.method import Method
-from dartprune.model.attach import Refuses, claim, release, sites_of
-from dartprune.model.entry import model_site
 from dartprune.model.families import describe
+from dartprune.model.layer_site import Refuses, claim, release, sites_of
+from dartprune.model.lookup import core_of
+from dartprune.model.model_site import model_site
 from dartprune.model.rows import Phase
-from dartprune.model.taking import core_of
-from dartprune.pool import SlotPool
-from dartprune.renew import Renewal
 from dartprune.report import Event, Report
-from dartprune.setup import build
-from dartprune.slots import Slot, State
-from dartprune.stepper import Stepper
-from dartprune.token.sketching import Progress
-from dartprune.watch import Watch
+from dartprune.runtime.account import Account
+from dartprune.runtime.build import build
+from dartprune.runtime.masks import Renewal
+from dartprune.runtime.model_hooks import Forwards
+from dartprune.runtime.pool import SlotPool
+from dartprune.runtime.slots import Slot, State
+from dartprune.runtime.stepper import Stepper
+from dartprune.runtime.windows import Watch
+from dartprune.selectors.sketches import Progress
 
 
 class Run(Refuses):

@@ -9,13 +9,13 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from dartprune import Dart, Dense, Detector, Griffin, Relearn, Release, Static
+from dartprune.bench.costs import Shape
 from dartprune.bench.decode import Load, check, measure, paced
 from dartprune.bench.graphs import GraphedForward, check_graphs
 from dartprune.bench.limits import amdahl, cache_bytes_per_token, step_bytes
 from dartprune.bench.models import prompts
 from dartprune.bench.pace import Paced
 from dartprune.bench.stepping import read, steps
-from dartprune.costs import Shape
 from dartprune.model.families import describe
 
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dartprune.bench import models
+from dartprune.bench.costs import LLAMA_3_1_8B, Shape
 from dartprune.bench.device import Stream, device_of, free_bytes, last_level_cache, resident_bytes
 from dartprune.bench.models import build, check_room, config_of, dtype_of, fill, prompts, shapes, subject
-from dartprune.costs import LLAMA_3_1_8B, Shape
 
 # parameters as published, in millions
 PUBLISHED = {"llama-3.2-1b": 1235.8, "llama-3.2-3b": 3212.7, "llama-3.1-8b": 8030.3, "qwen3-0.6b": 596.0, "gpt2": 124.4}

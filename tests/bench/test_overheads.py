@@ -9,10 +9,10 @@ import torch
 
 from dartprune import Clock, Dart, Dense, Detector, Static
 from dartprune.bench import memory, refresh, trace
+from dartprune.bench.costs import Shape, memory_per_sequence
 from dartprune.bench.memory import Held
 from dartprune.bench.refresh import STEPS, Watch, part_of
 from dartprune.bench.trace import ARMS, Holder
-from dartprune.costs import Shape, memory_per_sequence
 
 
 def test_a_replay_in_dense_steps_and_in_parts(tiny_subject, stream, finite):

@@ -142,8 +142,8 @@ def test_a_name_on_the_hub_without_network(tmp_path):
 
 
 def test_ctrl_c_detaches_and_ends_with_130(run, monkeypatch):
-    from dartprune import forwards
     from dartprune import run as run_module
+    from dartprune.runtime import model_hooks as forwards
 
     detached = []
     monkeypatch.setattr(forwards.Forwards, "finish", lambda self, output: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -11,7 +11,7 @@ import torch
 from dartprune import Dart, Dense, Static
 from dartprune.cli import demo
 from dartprune.demo import pairs, passages
-from dartprune.forced import forced_losses
+from dartprune.evaluation.forced import forced_losses
 from dartprune.loading import load
 
 

@@ -60,7 +60,7 @@ def test_rows_do_not_depend_on_blocks_or_threads(monkeypatch):
 def test_without_numba_torch_does_it(monkeypatch):
     weight = torch.randn(3, 70)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setitem(__import__("sys").modules, "dartprune.ffn.cpu_planes", None)
+    monkeypatch.setitem(__import__("sys").modules, "dartprune.ffn.cpu.planes", None)
     assert torch.equal(planes.build_planes(weight, 3).planes, sketch.build_planes(weight, 3).planes)
 
 

@@ -14,7 +14,7 @@ from dartprune.ffn.sketch import (
     sketch_integers,
     sketch_scores,
 )
-from ffn.test_cpu import make
+from ffn_cases import make
 
 
 def values(planes, hidden, signed=False):

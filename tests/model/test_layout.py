@@ -65,7 +65,7 @@ def test_shared_weights_are_left_alone():
 
 
 def test_an_attach_that_fails_half_way_puts_everything_back(monkeypatch):
-    from dartprune.ffn.cpu import CpuBackend
+    from dartprune.ffn.cpu.backend import CpuBackend
 
     model = FAMILIES["llama"]()
     before = snapshot(model)

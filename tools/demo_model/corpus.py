@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dartprune.texts import read_texts
+from dartprune.evaluation.texts import read_texts
 
 END = "<|endoftext|>"  # token 0: begins each text, ends it, and pads
 SHORTEST = 40  # characters; shorter documents are headings and debris

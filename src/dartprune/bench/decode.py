@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import timer
 
+from dartprune.bench.costs import Shape
 from dartprune.bench.device import Stream, last_level_cache
 from dartprune.bench.graphs import WARM, GraphedForward, check_graphs
 from dartprune.bench.limits import amdahl, cache_bytes_per_token, step_bytes
@@ -20,7 +21,6 @@ from dartprune.bench.result import Result, Row
 from dartprune.bench.share import ffn_alone, ffn_share
 from dartprune.bench.stepping import read, steps
 from dartprune.bench.timing import Turns, alternate
-from dartprune.costs import Shape
 from dartprune.pruner import Pruner
 from dartprune.report import Report
 from dartprune.run import Run

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dartprune.costs import Shape
+from dartprune.bench.costs import Shape
 
 
 def amdahl(share: float, saved: float) -> float:

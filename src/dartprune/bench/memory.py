@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from dartprune.bench.costs import Shape, memory_per_sequence
 from dartprune.bench.decode import Load, check_prompt
 from dartprune.bench.device import resident_bytes
 from dartprune.bench.models import Subject, prompts
 from dartprune.bench.result import MemoryRow, Result
 from dartprune.bench.stepping import read, steps
 from dartprune.bench.timing import Spread, alternate
-from dartprune.costs import Shape, memory_per_sequence
 from dartprune.pruner import Pruner
 from dartprune.report import Report
 from dartprune.run import Run
@@ -55,7 +55,7 @@ def measure(
 
     The report counts what a sequence may come to hold: give a prompt that fills all windows of the detector (32 of 8
     tokens). For all layers of a shape those left out are added by arithmetic
-    (`dartprune.costs.memory_per_sequence`, linear in the layers but for these windows); by measurement that sum is
+    (`bench.costs.memory_per_sequence`, linear in the layers but for these windows); by measurement that sum is
     scaled by measured over reported.
 
     Args:

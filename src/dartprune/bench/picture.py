@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dartprune.bench.result import MemoryRow, Result, Row
-from dartprune.plot import BLUE, GREEN, GREY, ORANGE, save
+from dartprune.reporting.plot import BLUE, GREEN, GREY, ORANGE, save
 
 LOOKS = ((GREY, ""), (ORANGE, "//"), (GREEN, ".."), (BLUE, ""), ("#E69F00", "xx"), ("#56B4E9", "\\\\"))
 CLAIM = 10e6  # bytes a sequence, DART section 4.4

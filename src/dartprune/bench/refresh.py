@@ -10,6 +10,7 @@ import torch
 from torch.autograd.profiler import profile
 from torch.utils.benchmark import timer
 
+from dartprune.bench.costs import Shape
 from dartprune.bench.decode import Load, check_prompt
 from dartprune.bench.device import Stream
 from dartprune.bench.models import Subject, prompts
@@ -17,7 +18,6 @@ from dartprune.bench.pace import Paced
 from dartprune.bench.result import Result, Row
 from dartprune.bench.stepping import read, steps
 from dartprune.bench.timing import Turns, alternate
-from dartprune.costs import Shape
 from dartprune.pruner import Pruner
 
 STEPS = 4  # dense steps, and replays, of a block

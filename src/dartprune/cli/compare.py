@@ -11,8 +11,8 @@ from dartprune.cli import options as o
 
 if TYPE_CHECKING:
     from dartprune.evaluation.arms import Arm
-    from dartprune.evaluation.outcomes import Comparison
-    from dartprune.evaluation.plan import Plan
+    from dartprune.evaluation.compare.outcomes import Comparison
+    from dartprune.evaluation.compare.plan import Plan
 
 EXAMPLE = "Example: dartprune compare --texts my-texts --arms static,griffin,dart --sparsities 0.5,0.7 --out results"
 JOURNAL = "journal.jsonl"
@@ -70,7 +70,7 @@ def compare(
         _list(as_json)
         return
     from dartprune.evaluation.arms import check_arms, default_arms
-    from dartprune.evaluation.plan import Plan
+    from dartprune.evaluation.compare.plan import Plan
     from dartprune.names import unknown
 
     plan = Plan(
@@ -89,7 +89,7 @@ def compare(
         raise unknown("arm for --versus", versus, names)
     check_arms(names, calibrated=bool(calibration))
     documents = _documents(texts or [], dataset or [], split, field)
-    from dartprune.texts import read_texts
+    from dartprune.evaluation.texts import read_texts
 
     calibrating = read_texts(calibration) if calibration else {}
     from dartprune.loading import load
@@ -99,7 +99,7 @@ def compare(
     chosen = _arms(names, loaded, tokenizer, calibrating)
     comparison = _run(loaded, tokenizer, documents, plan, chosen, out, backend, as_json)
     comparison.settings |= {"model": Path(model).name if model else "demo", "arms": names, "backend": backend}
-    from dartprune.evaluation.compare_report import write
+    from dartprune.evaluation.compare.report import write
 
     files = write(comparison, out, f"Arms compared on {Path(model).name if model else 'the demo model'}")
     if as_json:
@@ -111,8 +111,8 @@ def compare(
 def _documents(texts: list[Path], dataset: list[str], split: str | None, field: str) -> dict[str, list[str]]:
     if not texts and not dataset:
         raise ValueError("nothing to read: give --texts FILE_OR_FOLDER or --dataset NAME")
-    from dartprune.evaluation.sources import named_texts
-    from dartprune.texts import read_texts
+    from dartprune.evaluation.benchmarks.sources import named_texts
+    from dartprune.evaluation.texts import read_texts
 
     documents = read_texts(texts, split=split) if texts else {}
     for name in dataset:
@@ -167,9 +167,9 @@ def _run(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from dartprune.evaluation.compare import compare, journal_settings
-    from dartprune.evaluation.plan import material
-    from dartprune.journal import Journal
+    from dartprune.evaluation.compare.plan import material
+    from dartprune.evaluation.compare.run import compare, journal_settings
+    from dartprune.reporting.journal import Journal
 
     given = material(documents, tokenizer, plan)
     journal = Journal(out / JOURNAL, journal_settings(model, given, plan, backend))
@@ -200,7 +200,7 @@ def _show(comparison: Comparison, files: dict[str, str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dartprune.evaluation import compare_report
+    from dartprune.evaluation.compare import report as compare_report
 
     console = Console()
     for target in comparison.settings["sparsities"]:

@@ -46,7 +46,7 @@ def _run(arms: list[Any], backend: str, silent: bool) -> tuple[dict[str, Any], R
     from rich.progress import Progress
 
     from dartprune.demo import pairs
-    from dartprune.forced import forced_losses
+    from dartprune.evaluation.forced import forced_losses
     from dartprune.loading import load
 
     model, tokenizer = load()
@@ -115,7 +115,7 @@ def _row(report: Report, losses: Any) -> dict[str, Any]:
 def _picture(report: Report, names: list[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    from dartprune.plot import draw_budget, draw_similarity, save
+    from dartprune.reporting.plot import draw_budget, draw_similarity, save
 
     shown = min(3, len(names))
     figure = Figure(figsize=(10, 3 * shown + 2.5), layout="constrained")

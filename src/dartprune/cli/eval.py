@@ -11,7 +11,7 @@ from dartprune.cli import options as o
 from dartprune.cli.parts import numbers, show, words
 
 if TYPE_CHECKING:
-    from dartprune.evaluation.recipe import Recipe
+    from dartprune.evaluation.benchmarks.recipe import Recipe
 
 EXAMPLE = "Example: dartprune eval --perplexity notes.txt --method dense,static,dart --sparsity 0.5,0.7 --window 256"
 
@@ -91,7 +91,7 @@ def evaluate(
 
         carry_out(asked, model, backend=backend, dtype=dtype, device=device, out=out, as_json=as_json)
         return
-    from dartprune.evaluation.execute import execute, gather
+    from dartprune.evaluation.benchmarks.execute import execute, gather
     from dartprune.loading import DEMO, load
 
     gathered = gather(asked)
@@ -117,9 +117,9 @@ def _asked(
     more: list[str],
     shots: int | None,
 ) -> Recipe:
-    from dartprune.evaluation.recipe import Recipe
-    from dartprune.evaluation.recipe import recipe as read_recipe
-    from dartprune.evaluation.tasks import suite as read_suite
+    from dartprune.evaluation.benchmarks.recipe import Recipe
+    from dartprune.evaluation.benchmarks.recipe import recipe as read_recipe
+    from dartprune.evaluation.benchmarks.tasks import suite as read_suite
 
     given = {"suite": suite, "tasks": tasks, "perplexity": perplexity, "summaries": summaries, "recipe": recipe}
     named = [kind for kind, value in given.items() if value is not None]
@@ -137,7 +137,7 @@ def _asked(
 
 
 def _list_recipes(as_json: bool) -> None:
-    from dartprune.evaluation.recipe import recipe, recipe_names
+    from dartprune.evaluation.benchmarks.recipe import recipe, recipe_names
 
     found: dict[str, Any] = {name: recipe(name) for name in recipe_names()}
     if as_json:

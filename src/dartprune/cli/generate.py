@@ -54,7 +54,7 @@ def generate(
     live = stream and not as_json and not compare
     results = _decode(loaded, tokenizer, inputs, arms, sampling, seed, backend, live)
     if plot is not None:
-        from dartprune.plot import save_run
+        from dartprune.reporting.plot import save_run
 
         save_run(results[-1].report, plot)
     if as_json:

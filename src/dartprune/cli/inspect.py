@@ -35,7 +35,7 @@ def inspect(
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     data = _look(loaded, tokenizer, content, pruner, backend)
     if plot is not None:
-        from dartprune.plot import save_budget
+        from dartprune.reporting.plot import save_budget
 
         save_budget(data["layers"], plot)
     if as_json:
@@ -49,7 +49,7 @@ def inspect(
 def _look(model: Any, tokenizer: Any, content: str, pruner: Any, backend: str) -> dict[str, Any]:
     import torch
 
-    from dartprune.costs import Shape
+    from dartprune.bench.costs import Shape
     from dartprune.model.families import describe
 
     decoder = describe(model)

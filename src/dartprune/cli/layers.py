@@ -12,8 +12,8 @@ from dartprune.cli import options as o
 from dartprune.cli.parts import numbers, show, words
 
 if TYPE_CHECKING:
-    from dartprune.evaluation.layers import Layers
-    from dartprune.evaluation.recipe import Recipe
+    from dartprune.evaluation.benchmarks.recipe import Recipe
+    from dartprune.evaluation.layers.run import Layers
 
 EXAMPLE = "Example: dartprune layers --texts my-texts --keep 0.9,0.7,0.5,0.3,0.1 --out out"
 INSIDE = "the passages inside"
@@ -47,7 +47,7 @@ def layers(
     as_json: o.AsJson = False,
 ) -> None:
     """Prune one layer at a time, groups, and all but one; compare with sensitivity; see which neurons are kept."""
-    from dartprune.evaluation.recipe import Recipe
+    from dartprune.evaluation.benchmarks.recipe import Recipe
 
     keeps = numbers("--keep", keep)
     names = words(texts) if texts is not None else [INSIDE]
@@ -85,7 +85,7 @@ def carry_out(
 ) -> None:
     """Do a layer study and show it."""
     from dartprune.demo import passages
-    from dartprune.evaluation.execute import texts_of
+    from dartprune.evaluation.benchmarks.execute import texts_of
     from dartprune.loading import DEMO, load
 
     inside = list(recipe.what) == [INSIDE]
@@ -95,7 +95,7 @@ def carry_out(
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     found, settings = _study(recipe, documents, loaded, tokenizer, backend, out, as_json, seed, groups, model or DEMO)
-    from dartprune.evaluation import layer_pictures
+    from dartprune.evaluation.layers import pictures as layer_pictures
 
     written = layer_pictures.write(found, out, model or DEMO, settings) if out is not None else []
     if as_json:
@@ -116,12 +116,12 @@ def _study(
     groups: dict[str, tuple[int, int]] | None,
     name: str,
 ) -> tuple[Layers, dict[str, Any]]:
-    from dartprune.evaluation.layers import settings_of, study, thirds
+    from dartprune.evaluation.layers.run import settings_of, study, thirds
     from dartprune.evaluation.models import context_length
-    from dartprune.evaluation.progress import bar
-    from dartprune.journal import Journal
+    from dartprune.evaluation.texts import pieces, streams
     from dartprune.model.families import describe
-    from dartprune.texts import pieces, streams
+    from dartprune.reporting.journal import Journal
+    from dartprune.reporting.progress import bar
 
     length = min(recipe.window or TOKENS, context_length(model))
     drawn = streams(pieces(documents, tokenizer, length), (length,), recipe.limit or STREAMS, seed=seed)

@@ -18,14 +18,14 @@ def lm_eval(context: typer.Context) -> None:
     Arguments of the model: pretrained (folder, name on the hub, or demo), method, sparsity, dtype, device, batch_size,
     backend, max_length, and any setting of the pruner, such as refresh=relearn or min_traced=8.
     """
-    from dartprune.evaluation.sources import require
+    from dartprune.evaluation.benchmarks.sources import require
 
     require("lm_eval", "this command")
     import torch
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
-    import dartprune.evaluation.harness  # noqa: F401  registers the model
+    import dartprune.evaluation.benchmarks.harness  # noqa: F401  registers the model
 
     arguments = list(context.args)
     runs = not arguments or arguments[0] not in ("ls", "validate")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dartprune.evaluation.results import Table
+    from dartprune.evaluation.benchmarks.results import Table
 
 
 def words(text: str | None) -> list[str]:

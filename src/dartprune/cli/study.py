@@ -10,12 +10,12 @@ import typer
 from dartprune.cli import options as o
 
 if TYPE_CHECKING:
-    from dartprune.study.arms import Arm
-    from dartprune.study.findings import Findings
-    from dartprune.study.layout import Text
-    from dartprune.study.results import Results
-    from dartprune.study.settings import Settings
-    from dartprune.study.similarity import Encoder
+    from dartprune.evaluation.study.arms import Arm
+    from dartprune.evaluation.study.findings import Findings
+    from dartprune.evaluation.study.layout import Text
+    from dartprune.evaluation.study.results import Results
+    from dartprune.evaluation.study.settings import Settings
+    from dartprune.evaluation.study.similarity import Encoder
 
 EXAMPLE = (
     "Example: dartprune study --mode forced --texts DIR --split valid --streams 60 "
@@ -79,8 +79,8 @@ def study(
     as_json: o.AsJson = False,
 ) -> None:
     """Follow texts that change their topic through a pruned model, and ask when a release of the masks still helps."""
-    from dartprune.study.arms import parse_arms
-    from dartprune.study.settings import Settings
+    from dartprune.evaluation.study.arms import parse_arms
+    from dartprune.evaluation.study.settings import Settings
 
     settings = Settings(
         mode=mode,
@@ -109,16 +109,16 @@ def study(
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     encoder: Encoder | None = None
     if mode == "forced":
-        from dartprune.study.layout import forced_texts
-        from dartprune.texts import read_texts
+        from dartprune.evaluation.study.layout import forced_texts
+        from dartprune.evaluation.texts import read_texts
 
         laid = forced_texts(read_texts(sources, split=split), tokenizer, settings, streams, control, separator)
     else:
-        from dartprune.study.quality import check_libraries
+        from dartprune.evaluation.study.quality import check_libraries
 
         check_libraries()
         if similarity is not None:
-            from dartprune.study.similarity import Encoder
+            from dartprune.evaluation.study.similarity import Encoder
 
             encoder = Encoder(similarity)
         laid = _free(tokenizer, settings, prompt, bridge, prompts, one_request, streams, control)
@@ -126,7 +126,7 @@ def study(
     results = _run(loaded, tokenizer, laid, chosen, settings, out, batch, backend, name, as_json)
     found, paths = _conclude(results, laid, tokenizer, encoder, out, name, one_request)
     if as_json:
-        from dartprune.study.findings import to_data
+        from dartprune.evaluation.study.findings import to_data
 
         o.print_json(to_data(results, found) | {"files": [str(path) for path in paths]})
     else:
@@ -173,8 +173,8 @@ def _free(
     streams: int,
     control: int,
 ) -> dict[str, list[Text]]:
-    from dartprune.study.layout import free_texts
-    from dartprune.study.prompts import TopicPrompt, read_prompts, stored_prompts
+    from dartprune.evaluation.study.layout import free_texts
+    from dartprune.evaluation.study.prompts import TopicPrompt, read_prompts, stored_prompts
 
     if prompt is not None:
         rows = [TopicPrompt("first topic", "second topic", prompt, prompt, bridge)]
@@ -198,7 +198,7 @@ def _run(
     from rich.console import Console
     from rich.progress import Progress
 
-    from dartprune.study.study import run_study
+    from dartprune.evaluation.study.run import run_study
 
     with Progress(console=Console(stderr=True), transient=True, disable=silent) as progress:
         task = progress.add_task("reading texts", total=settings.steps)
@@ -223,8 +223,8 @@ def _conclude(
 ) -> tuple[Findings, list[Path]]:
     import json
 
-    from dartprune.study.findings import find
-    from dartprune.study.report import write
+    from dartprune.evaluation.study.findings import find
+    from dartprune.evaluation.study.report import write
 
     settings = results.settings
     quality: dict[str, dict[str, dict[str, float]]] = {}
@@ -232,9 +232,9 @@ def _conclude(
     if settings.mode == "free":
         import torch
 
-        from dartprune.study.layout import written
-        from dartprune.study.quality import text_quality
-        from dartprune.study.similarity import similarity
+        from dartprune.evaluation.study.layout import written
+        from dartprune.evaluation.study.quality import text_quality
+        from dartprune.evaluation.study.similarity import similarity
 
         wrote = {
             arm.name: written(texts["change"], torch.from_numpy(record.text), settings, tokenizer)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from dartprune.ffn.backend import Backend
-from dartprune.ffn.cpu import CpuBackend
-from dartprune.ffn.gpu import GpuBackend
+from dartprune.ffn.cpu.backend import CpuBackend
+from dartprune.ffn.gpu.backend import GpuBackend
 from dartprune.ffn.masked import MaskedBackend
 from dartprune.ffn.reference import ReferenceBackend
 from dartprune.ffn.weights import FFNWeights

@@ -35,8 +35,8 @@ def build_planes(weight: Tensor, bits: int) -> SketchPlanes:
 
 
 def _fill(weight: Tensor, into: SketchPlanes, threads: int) -> None:
-    from dartprune.ffn import cpu_planes
-    from dartprune.ffn.cpu import _use_threads
+    from dartprune.ffn.cpu import planes as cpu_planes
+    from dartprune.ffn.cpu.backend import _use_threads
 
     _use_threads(threads)
     first_scale = numpy.float32(sketch.GAUSSIAN_SCALE[into.bits])

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dartprune.ffn.cpu import CpuBackend
+from dartprune.ffn.cpu.backend import CpuBackend
 from dartprune.ffn.weights import FFNWeights
 
 VERSION = 1

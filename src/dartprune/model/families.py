@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from dartprune.model.layer import Decoder, Layer, activation_name, sizes
+from dartprune.model.lookup import Family, at, core_of, first_of, refuse_by_kind
 from dartprune.model.structure import by_structure
-from dartprune.model.taking import Family, at, core_of, first_of, refuse_by_kind
 
 __all__ = ["FAMILIES", "Decoder", "Family", "Layer", "describe", "register_family"]
 

@@ -1,0 +1,81 @@
+"""Perplexity over sliding windows: masks made from the first half of each window act on the other half."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dartprune.evaluation.benchmarks.windows import windows
+from dartprune.evaluation.protocol import Progress, Protocol
+from dartprune.pruner import Pruner
+
+
+def cut(documents: Sequence[str], tokenizer: Any, size: int, limit: int | None = None) -> list[tuple[Any, Any]]:
+    """Windows over documents that are joined with a blank line.
+
+    Args:
+        documents: texts of one domain.
+        tokenizer: of the model.
+        size: tokens of a window.
+        limit: windows to take at most, spread evenly over the text.
+
+    Raises:
+        ValueError: the text is too short for a window.
+    """
+    tokens = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
+    found = windows(tokens, size)
+    if not found:
+        raise ValueError(f"the text has {len(tokens)} tokens: nothing is left to score after a context")
+    if limit is not None and limit < len(found):
+        found = [found[i * len(found) // limit] for i in range(limit)]
+    return found
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    pruner: Pruner,
+    parts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch: int = 8,
+    backend: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Perplexity of the second halves of windows.
+
+    Args:
+        model: a decoder in evaluation mode, not attached.
+        tokenizer: of the model.
+        pruner: the arm.
+        parts: windows from `cut`.
+        batch: windows at a time.
+        backend: how the pruned FFN is computed.
+        progress: called with the number of windows done.
+
+    Returns:
+        scores: `perplexity`.  errors: its standard error over windows.  did: what was pruned.  details: `loss` in nats
+        per token, `tokens` scored and the loss of each window.
+    """
+    protocol = Protocol(model, pruner, padding=tokenizer.pad_token_id, batch=batch, backend=backend)
+    results = protocol.score(parts, progress)
+    sizes = torch.tensor([float(len(answer)) for _, answer in parts])
+    losses = torch.tensor([-result.logprob for result in results])
+    loss = float(losses.sum() / sizes.sum())
+    # of a ratio of sums, by its linear form
+    spread = (losses - loss * sizes) / sizes.mean()
+    count = len(parts)
+    error = float(spread.square().sum().sqrt()) / count if count > 1 else 0.0
+    return {
+        "scores": {"perplexity": math.exp(loss)},
+        "errors": {"perplexity": math.exp(loss) * error},
+        "did": protocol.tally.to_dict(),
+        "details": {
+            "loss": loss,
+            "loss_error": error,
+            "tokens": int(sizes.sum()),
+            "windows": [float(x) for x in losses / sizes],
+        },
+    }

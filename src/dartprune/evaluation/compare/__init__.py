@@ -1,0 +1,1 @@
+"""Arms at equal realised sparsity, side by side."""

@@ -1,0 +1,231 @@
+"""A comparison on disk and on the terminal: results.json, results.csv, pictures, and one page with all of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from dartprune.evaluation.compare.measures import Estimate
+from dartprune.evaluation.compare.outcomes import Comparison, Outcome
+from dartprune.evaluation.compare.pictures import against_sparsity, curves
+from dartprune.evaluation.compare.plan import CHANGING, ONE
+from dartprune.reporting.page import Page
+
+Rows = tuple[list[str], list[list[str]]]
+FILES = ("results.json", "results.csv", "curves.png", "sparsity.png", "report.html")
+UNREACHED, CEILING = "*", "†"
+_PARTS = {ONE: ("one topic",), CHANGING: ("before", "after")}
+_EXPLAINED = (
+    "Every arm decodes the same token streams, teacher-forced: the prompt without its last token runs dense and is "
+    "traced, every later token is computed as a decoded one, with the stream's own masks in force. Losses are in nats "
+    "a token, minus the dense model's on the same tokens; brackets hold 95 % of the means over streams drawn anew. "
+    "realised: one minus the share of the FFN's weights that decoded tokens need, dense ones counted as 0; each arm's "
+    "nominal sparsity was tuned until this figure was the wanted one. An arm marked * cannot reach it and is shown as "
+    "it is: do not rank it with the others. An arm marked † computes everything to know what it could have left out: a "
+    "ceiling, no method. bytes saved: what the backend left unread, one stream at a time."
+)
+
+
+def write(comparison: Comparison, folder: Path, title: str) -> dict[str, str]:
+    """Write every file of a comparison; returns their paths by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(comparison.to_dict(), indent=1) + "\n")
+    with (folder / "results.csv").open("w", newline="") as file:
+        rows = flat(comparison)
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    page = Page(title)
+    page.text(_EXPLAINED)
+    page.text(_streams(comparison))
+    for target in comparison.settings["sparsities"]:
+        page.heading(f"{target:.0%} realised sparsity")
+        page.table(
+            *quality(comparison, target),
+            caption="loss over dense in nats, and how often the likeliest token is dense's",
+        )
+        page.table(*conduct(comparison, target), caption="what the arms did, for one stream unless said otherwise")
+        paired = pairs(comparison, target)
+        if paired[1]:
+            versus = comparison.settings["versus"]
+            page.table(*paired, caption=f"loss minus that of {versus} on the same streams; above 0 {versus} is better")
+    if comparison.of(CHANGING):
+        figure = curves(comparison)
+        figure.savefig(folder / "curves.png", dpi=130, bbox_inches="tight")
+        page.heading("Around the change of topic")
+        page.picture(figure, "Loss over dense against the distance from the change of topic.")
+    figure = against_sparsity(comparison)
+    figure.savefig(folder / "sparsity.png", dpi=130, bbox_inches="tight")
+    page.heading("Against realised sparsity")
+    page.picture(figure, "Loss over dense against realised sparsity, with 95 % intervals.")
+    remarks = notes(comparison)
+    if remarks:
+        page.heading("Remarks")
+        for remark in remarks:
+            page.text(remark)
+    page.settings(comparison.settings)
+    page.write(folder / "report.html")
+    return {name: str(folder / name) for name in FILES if (folder / name).exists()}
+
+
+def flat(comparison: Comparison) -> list[dict[str, Any]]:
+    """One row for each arm, sparsity and part of the streams."""
+    rows = []
+    for o in comparison.outcomes:
+        for name, part in o.parts.items():
+            row: dict[str, Any] = {"arm": o.arm, "kind": o.kind, "part": name, "target": o.target}
+            row |= {"nominal": o.nominal, "realised_sparsity": o.realised_sparsity, "reached": o.reached}
+            row |= {
+                "ceiling": o.ceiling,
+                "bytes_saved": o.bytes_saved,
+                "dense_tokens": o.dense_tokens,
+                "pruned_tokens": o.pruned_tokens,
+            }
+            for label, estimate in (
+                ("loss_over_dense", part.over_dense),
+                ("loss_over_versus", part.over_versus),
+                ("kl_from_dense", part.divergence),
+                ("top1_agreement", part.agreement),
+                ("perplexity", part.perplexity),
+            ):
+                for suffix, field in (("", "mean"), ("_low", "low"), ("_high", "high")):
+                    row[label + suffix] = None if estimate is None else getattr(estimate, field)
+            row |= {"events_per_stream": part.events, "refreshes_per_stream": o.refreshes}
+            row |= {"false_alarms_per_200": o.false_alarms_per_200, "noticed": o.noticed, "delay": o.delay}
+            row["short_contexts"] = o.short_contexts
+            rows.append(row)
+    return rows
+
+
+def quality(comparison: Comparison, target: float) -> Rows:
+    """The table of losses: one row an arm, dense first."""
+    kinds = [kind for kind in (ONE, CHANGING) if comparison.of(kind)]
+    parts = [(kind, part) for kind in kinds for part in _PARTS[kind]]
+    columns = ["arm", "realised", *(part for _, part in parts)]
+    last = parts[-1][1]
+    columns += [f"KL, {last}", f"top-1, {last}"]
+    columns += [f"perplexity, {part}" for _, part in parts]
+    rows = []
+    for arm, mine in _by_arm(comparison, target):
+        found = [mine[kind].parts[part] for kind, part in parts]
+        row = [_marked(arm, mine), " / ".join(f"{mine[kind].realised_sparsity:.3f}" for kind in kinds)]
+        row += [_interval(p.over_dense) for p in found]
+        row += [_interval(found[-1].divergence), f"{found[-1].agreement.mean:.3f}"]
+        rows.append(row + [f"{p.perplexity.mean:.1f}" for p in found])
+    return columns, rows
+
+
+def conduct(comparison: Comparison, target: float) -> Rows:
+    """The table of what the arms did: bytes, events, refreshes, dense tokens."""
+    kinds = [kind for kind in (ONE, CHANGING) if comparison.of(kind)]
+    columns = ["arm", "nominal", "bytes saved", "dense tokens", "refreshes"]
+    columns += ["events in 200 tokens of one topic"] if ONE in kinds else []
+    columns += ["events before + after", "change noticed", "after tokens"] if CHANGING in kinds else []
+    columns.append("contexts too short")
+    rows = []
+    for arm, mine in _by_arm(comparison, target):
+        if arm == "dense":
+            continue
+        outcomes = [mine[kind] for kind in kinds]
+        tokens = sum(o.dense_tokens + o.pruned_tokens for o in outcomes)
+        row = [_marked(arm, mine)]
+        row.append(" / ".join(f"{o.nominal:.3f}" for o in outcomes))
+        row.append(" / ".join(f"{o.bytes_saved:.3f}" for o in outcomes))
+        row.append(f"{sum(o.dense_tokens for o in outcomes) / tokens:.1%}")
+        row.append(" / ".join(f"{o.refreshes:.1f}" for o in outcomes))
+        if ONE in kinds:
+            row.append(f"{mine[ONE].false_alarms_per_200:.2f}")
+        if CHANGING in kinds:
+            o = mine[CHANGING]
+            row.append(f"{o.parts['before'].events:.1f} + {o.parts['after'].events:.1f}")
+            row += [f"{o.noticed:.0%}", "" if o.delay is None else f"{o.delay:g}"]
+        rows.append([*row, str(sum(o.short_contexts for o in outcomes))])
+    return columns, rows
+
+
+def brief(comparison: Comparison, target: float) -> Rows:
+    """What fits on a terminal: every loss, and of the last part of the streams the interval, agreement and events."""
+    kinds = [kind for kind in (ONE, CHANGING) if comparison.of(kind)]
+    parts = [(kind, part) for kind in kinds for part in _PARTS[kind]]
+    columns = ["arm", "realised", "bytes saved", *(part for _, part in parts), "low", "high", "top-1", "events"]
+    rows = []
+    for arm, mine in _by_arm(comparison, target):
+        found = [mine[kind].parts[part] for kind, part in parts]
+        outcome, last = mine[kinds[-1]], found[-1]
+        row = [_marked(arm, mine), f"{outcome.realised_sparsity:.3f}", f"{outcome.bytes_saved:.3f}"]
+        row += [f"{value:.2f}" for value in (*(p.over_dense.mean for p in found), last.over_dense.low)]
+        row += [f"{last.over_dense.high:.2f}", f"{last.agreement.mean:.2f}"]
+        rows.append([*row, "+".join(f"{p.events:.1f}" for p in outcome.parts.values())])
+    return columns, rows
+
+
+def brief_legend(comparison: Comparison) -> str:
+    """What the columns of `brief` are."""
+    last = "after the change" if comparison.of(CHANGING) else "on one topic"
+    return (
+        f"Loss over dense in nats a token, by part of the streams; low and high: 95 % of its means {last}; top-1: how "
+        f"often the likeliest token there is dense's; events: changes of a stream's masks. "
+        f"{UNREACHED} cannot realise the wanted sparsity: not to be ranked with the others; {CEILING} computes "
+        "everything: a ceiling."
+    )
+
+
+def pairs(comparison: Comparison, target: float) -> Rows:
+    """The table of paired differences; no rows where the arm to be paired with is not among the arms."""
+    kinds = [kind for kind in (ONE, CHANGING) if comparison.of(kind)]
+    parts = [(kind, part) for kind in kinds for part in _PARTS[kind]]
+    rows = []
+    for arm, mine in _by_arm(comparison, target):
+        found = [mine[kind].parts[part].over_versus for kind, part in parts]
+        if arm != "dense" and all(estimate is not None for estimate in found):
+            rows.append([_marked(arm, mine), *(_interval(e) for e in found if e is not None)])
+    return ["arm", *(part for _, part in parts)], rows
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """Everything a reader must know beside the figures."""
+    out = []
+    short = comparison.settings["domains_too_short"]
+    if short:
+        out.append(f"Domains without a text of that length, left out: {', '.join(short)}.")
+    for arm in dict.fromkeys(o.arm for o in comparison.outcomes):
+        mine = [o for o in comparison.outcomes if o.arm == arm]
+        missed = [f"{o.target:.0%} ({o.kind}: {o.realised_sparsity:.1%})" for o in mine if not o.reached]
+        if missed:
+            out.append(f"{arm} cannot realise {', '.join(missed)}.")
+        for note in dict.fromkeys(note for o in mine for note in o.notes):
+            out.append(f"{arm}: {note}.")
+        contexts = sum(o.short_contexts for o in mine)
+        if contexts:
+            out.append(f"{arm}: {contexts} prompts were too short to trace; decoding began dense there.")
+    return out
+
+
+def _streams(comparison: Comparison) -> str:
+    s = comparison.settings
+    first, second = s["lengths"]
+    return (
+        f"{s['streams']} streams of each kind from {', '.join(s['domains'])}: {s['prompt']} tokens of prompt, "
+        f"then {first + second - s['prompt']} decoded ones, of the same topic or, where the topic changes, "
+        f"{first - s['prompt']} of the first and {second} of the second."
+    )
+
+
+def _by_arm(comparison: Comparison, target: float) -> list[tuple[str, dict[str, Outcome]]]:
+    rows: dict[str, dict[str, Outcome]] = {}
+    for o in comparison.outcomes:
+        if o.arm == "dense" or o.target == target:
+            rows.setdefault(o.arm, {})[o.kind] = o
+    return list(rows.items())
+
+
+def _marked(arm: str, mine: dict[str, Outcome]) -> str:
+    reached, ceiling = all(o.reached for o in mine.values()), any(o.ceiling for o in mine.values())
+    return arm + ("" if reached else UNREACHED) + (CEILING if ceiling else "")
+
+
+def _interval(estimate: Estimate) -> str:
+    mean, low, high = (round(value, 2) + 0.0 for value in (estimate.mean, estimate.low, estimate.high))  # no -0.00
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"

@@ -1,0 +1,1 @@
+"""Where in the depth of a model its neurons are needed."""

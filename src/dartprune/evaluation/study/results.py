@@ -1,0 +1,143 @@
+"""The finished units of a study, put together: one record for each arm and kind of text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dartprune.evaluation.study.arms import Arm
+from dartprune.evaluation.study.lockstep import Unit
+from dartprune.evaluation.study.measures import WINDOW_MEASURES
+from dartprune.evaluation.study.observe import Point
+from dartprune.evaluation.study.settings import Settings
+
+Array = NDArray[Any]
+KINDS = ("change", "control")  # texts that change their topic, and texts that keep it
+_TEXT_AXIS = {"windows": 3, "loss": 1, "dense_loss": 1, "text": 1, "judged": 2, "overlap": 3}
+
+
+@dataclass
+class Record:
+    """One arm on all texts of one kind: the units' contents, joined along the texts; see `lockstep.Unit`."""
+
+    arm: Arm
+    kind: str
+    tokens: Array
+    windows: Array
+    loss: Array
+    dense_loss: Array
+    text: Array
+    judged: Array
+    overlap: Array
+    events: list[list[dict[str, Any]]]
+    neurons: list[dict[str, Any]]
+    similarities: list[list[tuple[int, float, float]]]
+    realised: Array
+    backends: list[str]
+    held: int
+
+    @property
+    def texts(self) -> int:
+        """How many texts."""
+        return int(self.loss.shape[1])
+
+    def measure(self, name: str, point: int) -> Array:
+        """A window measure at a point: [windows, texts]."""
+        found: Array = self.windows[:, point, WINDOW_MEASURES.index(name)]
+        return found
+
+    def alarms(self) -> list[list[int]]:
+        """Decoded tokens of each text's events, without those that no detection caused (settles, timed releases)."""
+        return [[e["decoded"] for e in events if e["similarity"] is not None] for events in self.events]
+
+
+def save_unit(unit: Unit, path: Path) -> None:
+    """Write a unit's arrays; a kill leaves either the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name("part-" + path.name)
+    np.savez_compressed(part, **unit.arrays)  # type: ignore[arg-type]
+    os.replace(part, path)
+
+
+def join(arm: Arm, kind: str, units: Sequence[tuple[dict[str, Array], dict[str, Any]]]) -> Record:
+    """One record from the arrays and facts of its units."""
+    arrays, facts = [a for a, _ in units], [f for _, f in units]
+    sizes = np.array([a["loss"].shape[1] for a in arrays], dtype=np.float64)
+    joined = {name: np.concatenate([a[name] for a in arrays], axis) for name, axis in _TEXT_AXIS.items()}
+    neurons: list[dict[str, Any]] = []
+    for first, fact in zip(np.cumsum([0, *sizes[:-1]]).astype(int).tolist(), facts, strict=True):
+        neurons += [row | {"stream": row["stream"] + first} for row in fact["neurons"]]
+    return Record(
+        arm=arm,
+        kind=kind,
+        tokens=_pooled([a["tokens"] for a in arrays], sizes / sizes.sum()),
+        events=[events for fact in facts for events in fact["events"]],
+        neurons=neurons,
+        similarities=[s for fact in facts for s in fact["similarities"]],
+        realised=np.array([share for fact in facts for share in fact["realised_sparsity"]]),
+        backends=sorted({fact["backend"] for fact in facts}),
+        held=max(fact["held"] for fact in facts),
+        **joined,
+    )
+
+
+def _pooled(parts: Sequence[Array], weights: Array) -> Array:
+    """Mean and standard deviation [..., 2] over all texts from those of each batch."""
+    mean = sum(w * part[..., 0] for w, part in zip(weights, parts, strict=True))
+    square = sum(w * (part[..., 1] ** 2 + part[..., 0] ** 2) for w, part in zip(weights, parts, strict=True))
+    return np.stack((mean, np.sqrt(np.maximum(square - mean**2, 0))), axis=-1)
+
+
+@dataclass
+class Results:
+    """Everything a study has recorded."""
+
+    settings: Settings
+    points: list[Point]
+    neurons: list[int]
+    arms: list[Arm]
+    top: int  # largest dimensions whose overlap is counted
+    names: dict[str, list[str]]
+    records: dict[tuple[str, str], Record]
+
+    def get(self, arm: str, kind: str = "change") -> Record | None:
+        """The record of an arm, None if it was not run on texts of this kind."""
+        return self.records.get((arm, kind))
+
+    def excess(self, record: Record) -> Array:
+        """Loss over the dense model's, [steps, texts] in nats.
+
+        Forced mode: the arm's loss minus the dense model's on the same token. Free mode: the dense model's loss on the
+        text that the arm wrote, minus that on the text which the dense arm wrote.
+        """
+        if self.settings.mode == "forced":
+            return np.asarray(record.loss - record.dense_loss)
+        dense = self.records["dense", record.kind]
+        return np.asarray(record.dense_loss - dense.dense_loss)
+
+    @property
+    def frozen(self) -> Record | None:
+        """The arm whose prompt mask stays: `static`, else the first arm of that kind."""
+        frozen = [arm.name for arm in self.arms if arm.frozen]
+        name = "static" if "static" in frozen else next(iter(frozen), None)
+        return self.get(name) if name is not None else None
+
+    @property
+    def detecting(self) -> Record | None:
+        """The arm whose detector is shown: `dart`, else the first one that detects."""
+        found = [arm.name for arm in self.arms if arm.pruner.prunes and arm.pruner.refresh.detects]
+        name = "dart" if "dart" in found else next(iter(found), None)
+        return self.get(name) if name is not None else None
+
+    @property
+    def lead(self) -> int:
+        """Place of the point that stands for all: the last layer, in attention-output space if that is looked at."""
+        last = max(point.layer for point in self.points)
+        there = [i for i, point in enumerate(self.points) if point.layer == last]
+        return next((i for i in there if self.points[i].space == "attention"), there[0])

@@ -1,0 +1,1 @@
+"""Row kernels for CPUs, compiled by Numba."""

@@ -1,0 +1,154 @@
+"""The sketch for Numba: inputs rounded to bit planes, products estimated from bits in common, scores of neurons."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from dartprune.ffn.cpu.activations import ZERO, activate_all
+from dartprune.ffn.cpu.blocks import common_ones
+
+BLOCK = 64  # neurons that pass through the nearer caches at a time
+
+
+@njit(nogil=True)
+def _take_outliers(x, peak, place, exact):
+    """Move the largest entries of x float32 [H] to `exact`, ties to the lower place; peak uint32 [ceil(H / 64)]."""
+    key = x.view(np.uint32) & np.uint32(0x7FFFFFFF)
+    for w in range(peak.shape[0]):
+        peak[w] = key[w * 64 : w * 64 + 64].max()
+    for o in range(place.shape[0]):
+        w = np.argmax(peak)
+        part = key[w * 64 : w * 64 + 64]
+        at = w * 64 + np.argmax(part)
+        place[o], exact[o] = at, x[at]
+        x[at], key[at] = ZERO, 0
+        peak[w] = part.max()
+
+
+@njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True)
+def _root_mean_square(x):
+    total = ZERO
+    for j in range(x.shape[0]):
+        total += x[j] * x[j]
+    return np.sqrt(total / np.float32(x.shape[0]))
+
+
+@njit(nogil=True)
+def round_row(x, bits, gaussian_step, planes, place, exact):
+    """Round one row, see `sketch.quantise_input`; returns the step and the total of the integers.
+
+    x float32 [H]; planes int64 [A, words], place int64 [K] and exact float32 [K] are filled.
+    """
+    x = x.copy()
+    top = np.float32(2 ** (bits - 1) - 1)
+    _take_outliers(x, np.empty(planes.shape[1], np.uint32), place, exact)
+    step = min(np.abs(x).max() / top, _root_mean_square(x) * gaussian_step)
+    inverse = np.float32(1.0) / step if step > ZERO else ZERO
+    total = 0
+    for w in range(planes.shape[1]):
+        part = x[w * 64 : w * 64 + 64]
+        planes[:, w] = 0
+        for j in range(part.shape[0]):
+            v = np.int64(min(max(np.rint(part[j] * inverse), -top), top))
+            total += v
+            for p in range(bits):
+                planes[p, w] |= ((v >> p) & 1) << j
+    return step, total
+
+
+@njit(nogil=True)
+def integers_of(first, last, planes, x, total, out):
+    """`sketch.sketch_integers` of the neurons first:last and one row, to out [last - first], four at a time.
+
+    planes int64 [I, b, words], x int64 [A, words].
+    """
+    bits, highest = planes.shape[1], x.shape[0] - 1
+    for i in range(first, last, 4):
+        d = -(2**bits - 1) * total
+        d0, d1, d2, d3 = d, d, d, d
+        for k in range(bits):
+            end = last - 1
+            rows = (planes[i, k], planes[min(i + 1, end), k], planes[min(i + 2, end), k], planes[min(i + 3, end), k])
+            if highest == 3:
+                s0, s1, s2, s3 = common_ones(rows, (x[0], x[1], x[2], x[3]))
+            else:
+                s0, s1, s2, s3 = 0, 0, 0, 0
+                for p in range(highest + 1):
+                    weight = -(1 << p) if p == highest else 1 << p
+                    t0, t1, t2, t3 = common_ones(rows, (x[p],))
+                    s0, s1, s2, s3 = s0 + weight * t0, s1 + weight * t1, s2 + weight * t2, s3 + weight * t3
+            d0, d1, d2, d3 = d0 + (s0 << k + 1), d1 + (s1 << k + 1), d2 + (s2 << k + 1), d3 + (s3 << k + 1)
+        at = i - first
+        out[at] = d0
+        if i + 1 < last:
+            out[at + 1] = d1
+        if i + 2 < last:
+            out[at + 2] = d2
+        if i + 3 < last:
+            out[at + 3] = d3
+
+
+@njit(nogil=True)
+def _add_outliers(first, planes, place, exact, products):
+    """Add what up to four exact entries of x give to products [B] of the neurons from `first` on.
+
+    Their bits, side by side, are the place in a table of the 16 sums that can come of it.
+    """
+    bits, outliers = planes.shape[1], place.shape[0]
+    table, word, shift = np.zeros(16, np.float32), np.zeros(4, np.int64), np.zeros(4, np.int64)
+    for o in range(outliers):
+        word[o], shift[o] = place[o] >> 6, place[o] & 63
+        for combination in range(16):
+            if combination >> o & 1:
+                table[combination] += exact[o]
+    w0, w1, w2, w3 = word[0], word[1], word[2], word[3]
+    j0, j1, j2, j3 = shift[0], shift[1], shift[2], shift[3]
+    base = table[15] * np.float32(2**bits - 1)
+    for i in range(products.shape[0]):
+        total = -base
+        for k in range(bits):
+            plane = planes[first + i, k]
+            low = (plane[w0] >> j0 & 1) | (plane[w1] >> j1 & 1) << 1
+            high = (plane[w2] >> j2 & 1) | (plane[w3] >> j3 & 1) << 1
+            total += np.float32(2 << k) * table[low | high << 2]
+        products[i] += total
+
+
+@njit(nogil=True)
+def _estimate(first, last, planes, scale, x, step, total, place, exact, bias, exactly, products):
+    """Estimated products float32 [last - first] of the neurons first:last with one rounded row, to products."""
+    integers_of(first, last, planes, x, total, exactly)
+    for i in range(last - first):
+        products[i] = np.float32(exactly[i]) * step
+    for o in range(0, place.shape[0], 4):
+        _add_outliers(first, planes, place[o : o + 4], exact[o : o + 4], products[: last - first])
+    for i in range(first, last):
+        products[i - first] *= scale[i]
+    if bias.shape[0]:
+        for i in range(first, last):
+            products[i - first] += bias[i]
+
+
+@njit(nogil=True)
+def score_part(first, last, rounded, weights, sketches, slots, importance, kind, key):
+    """Scores of the neurons first:last for every row, to key [N, I]: see `sketch.sketch_scores`."""
+    gated, _, _, _, gate_bias, up_bias, _ = weights
+    gate, gate_scale, up, up_scale = sketches
+    planes, step, total, place, exact = rounded
+    g, u, exactly = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int32)
+    for start in range(first, last, BLOCK):
+        end = min(start + BLOCK, last)
+        for n in range(planes.shape[0]):
+            row = (planes[n], step[n], total[n], place[n], exact[n])
+            _estimate(start, end, up, up_scale, *row, up_bias, exactly, u)
+            if gated:
+                _estimate(start, end, gate, gate_scale, *row, gate_bias, exactly, g)
+                activate_all(kind, g[: end - start])
+                for i in range(end - start):
+                    u[i] *= g[i]
+            else:
+                activate_all(kind, u[: end - start])
+            scale = importance[slots[n] if importance.shape[0] > 1 else 0]
+            for i in range(start, end):
+                key[n, i] = abs(u[i - start] * scale[i])

@@ -1,0 +1,1 @@
+"""Row kernels for GPUs, written in Triton."""

@@ -1,0 +1,275 @@
+"""The sketch in Triton: inputs as bit planes, and every neuron's score from planes of its weights."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dartprune.ffn.gpu.cut import TALLY, store_keys
+from dartprune.ffn.gpu.kernels import Blocks, activate
+from dartprune.ffn.selector_ops import GAUSSIAN_STEP, FFNSketch, InputPlanes
+
+_LOW = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def round_kernel(
+    x,
+    planes,
+    step,
+    total,
+    place,
+    exact,
+    tally,
+    gaussian_step,
+    HIDDEN: tl.constexpr,
+    WORDS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BITS: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    COUNTS: tl.constexpr,
+):
+    """`selector_ops.quantise_input`, and the row's counts set to 0: grid (N,), tally int32 [N, COUNTS].
+
+    planes int64 [N, A, WORDS], step float32 [N], total int32 [N], place int64 [N, K], exact float32 [N, K].
+    """
+    n = tl.program_id(0).to(tl.int64)
+    for start in range(0, COUNTS, 1024):
+        tl.store(tally + n * COUNTS + start + tl.arange(0, 1024), tl.zeros([1024], tl.int32))
+    j = tl.arange(0, PADDED * 64)
+    v = tl.load(x + n * HIDDEN + j, mask=j < HIDDEN, other=0.0).to(tl.float32)
+    size = v.to(tl.int32, bitcast=True) & _LOW
+    # the larger first, and among equals the lower place; what is out has none
+    rank = tl.where(j < HIDDEN, (size.to(tl.int64) << 32) | (_LOW - j), -1)
+    for o in range(0, OUTLIERS):
+        best = tl.max(rank, axis=0)
+        at = _LOW - (best & _LOW)
+        tl.store(place + n * OUTLIERS + o, at)
+        tl.store(exact + n * OUTLIERS + o, tl.load(x + n * HIDDEN + at).to(tl.float32))
+        rank = tl.where(rank == best, -1, rank)
+    v = tl.where(rank < 0, 0.0, v)
+    top: tl.constexpr = 2 ** (BITS - 1) - 1
+    largest = tl.max(v.to(tl.int32, bitcast=True) & _LOW, axis=0).to(tl.float32, bitcast=True)
+    spread = tl.sqrt_rn(tl.div_rn(tl.sum(v * v, axis=0), HIDDEN * 1.0)) * gaussian_step
+    width = tl.minimum(tl.div_rn(largest, top * 1.0), spread)
+    inverse = tl.where(width > 0, tl.div_rn(1.0, tl.where(width > 0, width, 1.0)), 0.0)
+    scaled = v * inverse
+    # not a number: 0, for the step shows it
+    near = tl.where(
+        tl.abs(scaled) <= top, scaled, tl.where(scaled > 0, top * 1.0, tl.where(scaled < 0, -top * 1.0, 0.0))
+    )
+    # to the nearest integer, halves to the even one: the sum has no room for a fraction
+    q = ((near + 12582912.0) - 12582912.0).to(tl.int32)
+    tl.store(step + n, width)
+    tl.store(total + n, tl.sum(q, axis=0))
+    bits = tl.reshape(q, [PADDED, 64])
+    w = tl.arange(0, PADDED)
+    shift = tl.arange(0, 64).to(tl.int64)[None, :]
+    for p in tl.static_range(BITS):
+        plane = tl.sum(((bits >> p) & 1).to(tl.int64) << shift, axis=1)
+        tl.store(planes + (n * BITS + p) * WORDS + w, plane, mask=w < WORDS)
+
+
+@triton.jit
+def _ones(v):
+    """Population count of uint64, int32; in this form the compiler finds the instruction for it."""
+    v = v - ((v >> 1) & 0x5555555555555555)
+    v = (v & 0x3333333333333333) + ((v >> 2) & 0x3333333333333333)
+    v = (v + (v >> 4)) & 0x0F0F0F0F0F0F0F0F
+    # the limit changes nothing: without it the shift by 56 and one that follows become one, and it is not found
+    return tl.minimum(((v * 0x0101010101010101) >> 56).to(tl.int32), 64)
+
+
+@triton.jit
+def integers(
+    planes,
+    x,
+    total,
+    i,
+    live,
+    WORDS: tl.constexpr,
+    BITS: tl.constexpr,
+    INPUT_BITS: tl.constexpr,
+    NEURONS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """`selector_ops.sketch_integers` of the neurons i int64 [NEURONS] with one rounded row; COLUMNS words at a time."""
+    sums = tl.zeros([NEURONS, COLUMNS], tl.int32)
+    for start in range(0, WORDS, COLUMNS):
+        w = start + tl.arange(0, COLUMNS)
+        inside = w < WORDS
+        wanted = live[:, None] & inside[None, :]
+        for k in tl.static_range(BITS):
+            plane = tl.load(planes + (i[:, None] * BITS + k) * WORDS + w[None, :], mask=wanted, other=0)
+            plane = plane.to(tl.uint64, bitcast=True)
+            for p in tl.static_range(INPUT_BITS):
+                q = tl.load(x + p * WORDS + w, mask=inside, other=0).to(tl.uint64, bitcast=True)
+                found = _ones(plane & q[None, :]) << (p + k + 1)
+                if p == INPUT_BITS - 1:
+                    sums -= found
+                else:
+                    sums += found
+    return tl.sum(sums, axis=1) - (2**BITS - 1) * total
+
+
+@triton.jit
+def _estimate(
+    planes,
+    scale,
+    x,
+    step,
+    total,
+    place,
+    exact,
+    i,
+    live,
+    WORDS: tl.constexpr,
+    BITS: tl.constexpr,
+    INPUT_BITS: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    NEURONS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """`selector_ops.sketch_dots` of the neurons i with one rounded row, float32 [NEURONS]."""
+    dots = integers(planes, x, total, i, live, WORDS, BITS, INPUT_BITS, NEURONS, COLUMNS).to(tl.float32) * step
+    for o in range(0, OUTLIERS):
+        j = tl.load(place + o)
+        level = tl.zeros([NEURONS], tl.int32) - (2**BITS - 1)
+        for k in tl.static_range(BITS):
+            word = tl.load(planes + (i * BITS + k) * WORDS + (j >> 6), mask=live, other=0)
+            level += ((word >> (j & 63)) & 1).to(tl.int32) << (k + 1)
+        dots += level.to(tl.float32) * tl.load(exact + o)
+    return dots * tl.load(scale + i, mask=live, other=0.0)
+
+
+@triton.jit(do_not_specialize=["importance_stride"])
+def score_kernel(
+    x,
+    step,
+    total,
+    place,
+    exact,
+    gate,
+    gate_scale,
+    up,
+    up_scale,
+    gate_bias,
+    up_bias,
+    importance,
+    slots,
+    key,
+    tally,
+    importance_stride,
+    ALL: tl.constexpr,
+    COUNTS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BITS: tl.constexpr,
+    INPUT_BITS: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    GATED: tl.constexpr,
+    GATE_BIASED: tl.constexpr,
+    UP_BIASED: tl.constexpr,
+    ACT: tl.constexpr,
+    NEURONS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """`selector_ops.sketch_scores` as keys int32 [N, I]: grid (N, blocks of I); gate and up int64 [I, BITS, WORDS]."""
+    n = tl.program_id(0).to(tl.int64)
+    i = (tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)).to(tl.int64)
+    live = i < ALL
+    x += n * INPUT_BITS * WORDS
+    s, t = tl.load(step + n), tl.load(total + n)
+    place += n * OUTLIERS
+    exact += n * OUTLIERS
+    a = _estimate(up, up_scale, x, s, t, place, exact, i, live, WORDS, BITS, INPUT_BITS, OUTLIERS, NEURONS, COLUMNS)
+    if UP_BIASED:
+        a += tl.load(up_bias + i, mask=live, other=0.0).to(tl.float32)
+    if GATED:
+        g = _estimate(
+            gate, gate_scale, x, s, t, place, exact, i, live, WORDS, BITS, INPUT_BITS, OUTLIERS, NEURONS, COLUMNS
+        )
+        if GATE_BIASED:
+            g += tl.load(gate_bias + i, mask=live, other=0.0).to(tl.float32)
+        a = activate(g, ACT) * a
+    else:
+        a = activate(a, ACT)
+    a *= tl.load(importance + tl.load(slots + n) * importance_stride + i, mask=live, other=0.0)
+    store_keys(a, key + n * ALL, tally + n * COUNTS, i, live)
+
+
+def launch_round(x: Tensor, rounded: InputPlanes, tally: Tensor) -> None:
+    """Launch `round_kernel`: x [N, H], `rounded` is filled."""
+    rows, hidden = x.shape
+    _, bits, words = rounded.planes.shape
+    padded = triton.next_power_of_2(words)
+    round_kernel[(rows,)](
+        x,
+        rounded.planes,
+        rounded.step,
+        rounded.total,
+        rounded.outlier_index,
+        rounded.outlier_value,
+        tally,
+        GAUSSIAN_STEP[bits],
+        HIDDEN=hidden,
+        WORDS=words,
+        PADDED=padded,
+        BITS=bits,
+        OUTLIERS=rounded.outlier_index.shape[1],
+        COUNTS=TALLY,
+        num_warps=max(4, min(16, padded // 8)),
+        enable_fp_fusion=False,  # a product rounded once would find other integers than the reference
+    )
+
+
+def sketch_blocks(words: int) -> Blocks:
+    """Neurons and words of their planes that one program holds at a time: 8 KB of each matrix."""
+    columns = min(64, triton.next_power_of_2(words))
+    return Blocks(min(64, 1024 // columns), columns, 4)
+
+
+def launch_score(
+    rounded: InputPlanes,
+    sketch: FFNSketch,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    importance: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    tally: Tensor,
+    act: str,
+) -> None:
+    """Launch `score_kernel`: importance float32 [S, I] or [1, I], slots int64 [N], key int32 [N, I]."""
+    rows, neurons = key.shape
+    up, gate = sketch.up, sketch.gate or sketch.up
+    words = up.planes.shape[2]
+    blocks = sketch_blocks(words)
+    score_kernel[(rows, triton.cdiv(neurons, blocks.neurons))](
+        *rounded,
+        gate.planes,
+        gate.scale,
+        up.planes,
+        up.scale,
+        up.scale if gate_bias is None else gate_bias,
+        up.scale if up_bias is None else up_bias,
+        importance,
+        slots,
+        key,
+        tally,
+        0 if importance.shape[0] == 1 else neurons,
+        ALL=neurons,
+        COUNTS=TALLY,
+        WORDS=words,
+        BITS=up.bits,
+        INPUT_BITS=rounded.planes.shape[1],
+        OUTLIERS=rounded.outlier_index.shape[1],
+        GATED=sketch.gate is not None,
+        GATE_BIASED=gate_bias is not None,
+        UP_BIASED=up_bias is not None,
+        ACT=act,
+        NEURONS=blocks.neurons,
+        COLUMNS=blocks.columns,
+        num_warps=blocks.warps,
+        enable_fp_fusion=True,
+    )

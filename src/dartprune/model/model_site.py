@@ -1,0 +1,236 @@
+"""The wrapped doors of a whole model: forward, generate, and what transformers calls between decoding steps."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteriaList
+
+from dartprune.model.layer_site import Forward, Patch, Refuses
+
+
+class ModelHooks(Protocol):
+    """What the run does at the doors of the model."""
+
+    armed: bool
+    split: int
+    lock: Any  # a re-entrant lock
+
+    def prepared(self, inputs: dict[str, Any], call: dict[str, Any]) -> None:
+        """`generate()` is about to run this forward."""
+
+    def candidates(self, inputs: dict[str, Any]) -> None:
+        """The candidates that came with the prompt are about to be verified."""
+
+    def begin(self, call: dict[str, Any]) -> None:
+        """A forward that `generate()` did not announce is about to run."""
+
+    def finish(self, output: Any) -> None:
+        """The forward has run."""
+
+    def abort(self) -> None:
+        """The forward has failed."""
+
+    def generating(self, prompt: Tensor | None) -> None:
+        """`generate()` begins."""
+
+    def generated(self) -> None:
+        """`generate()` is over, well or not."""
+
+    def stopped(self, done: Tensor) -> None:
+        """Which lines have ended, bool [B]."""
+
+    def reordered(self, cache: Any, order: Tensor) -> None:
+        """Line b of the cache now continues line order[b]."""
+
+
+class _Recorded(StoppingCriteriaList):  # type: ignore[misc]
+    """Stopping criteria that tell the run which lines have ended."""
+
+    hooks: ModelHooks
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        done = super().__call__(*args, **kwargs)
+        self.hooks.stopped(done)
+        return done
+
+
+class ModelSite(Refuses):
+    """The wrapped methods of one model; made once per model, installed at each attach."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+        self.hooks: ModelHooks | None = None
+        self._original: dict[str, Callable[..., Any] | None] = {}
+        self._patches: list[Patch] = []
+        # what happens around a forward is no part of any graph; inside, torch.compile goes on
+        self._around = torch.compiler.disable(self._around_forward, recursive=False)
+        self._forward = _with_signature(self._make_forward(), model.forward)
+        self._generate = _with_signature(self._make_generate(), getattr(model, "generate", None))
+        self._prepare = _with_signature(self._make_prepare(), getattr(model, "prepare_inputs_for_generation", None))
+
+    def install(self, hooks: ModelHooks) -> None:
+        """Wrap the model's methods and report to `hooks`."""
+        model = self.model()
+        assert model is not None
+        self.hooks = hooks
+        wrappers: dict[str, Callable[..., Any]] = {
+            "forward": self._forward,
+            "generate": self._generate,
+            "prepare_inputs_for_generation": self._prepare,
+            "_get_stopping_criteria": self._stopping_criteria,
+            "_reorder_cache": self._reorder_cache,
+            "load_adapter": self._no_adapter,
+            "add_adapter": self._no_adapter,
+            "set_adapter": self._no_adapter,
+        }
+        for name, wrapper in wrappers.items():
+            if name != "_reorder_cache" and not hasattr(model, name):
+                continue
+            patch = Patch(model, name)
+            self._patches.append(patch)
+            self._original[name] = patch.install(wrapper)
+
+    def remove(self) -> None:
+        """Put every method back."""
+        while self._patches:
+            self._patches.pop().remove()
+        self._original.clear()
+        self.hooks = None
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        original = self._original[name]
+        assert original is not None
+        return original(*args, **kwargs)
+
+    def _make_forward(self) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hooks, original = self.hooks, self._original["forward"]
+            assert hooks is not None and original is not None
+            if torch.compiler.is_compiling() and hooks.armed:
+                # generate() compiles the call itself: what follows the forward is done before the next one
+                return original(*args, **kwargs)
+            return self._around(args, kwargs)
+
+        return forward
+
+    def _around_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hooks, original = self.hooks, self._original["forward"]
+        assert hooks is not None and original is not None
+        with hooks.lock:
+            if not hooks.armed:
+                hooks.begin(self._bound(args, kwargs))
+            try:
+                if hooks.split:
+                    return self._in_two(hooks, original, kwargs)
+                output = original(*args, **kwargs)
+                hooks.finish(output)
+            except BaseException:
+                hooks.abort()
+                raise
+            return output
+
+    def _in_two(self, hooks: ModelHooks, original: Forward, kwargs: dict[str, Any]) -> Any:
+        """Run the prompt, then the candidates behind it, and hand over one output."""
+        head, tail = _split_inputs(kwargs, hooks.split)
+        hooks.split = 0
+        first = original(**head)
+        hooks.finish(first)
+        hooks.candidates(tail)
+        second = original(**tail)
+        hooks.finish(second)
+        second.logits = torch.cat((first.logits, second.logits), dim=1)
+        if second.get("hidden_states") is not None:
+            second.hidden_states = tuple(
+                torch.cat(pair, dim=1) for pair in zip(first.hidden_states, second.hidden_states, strict=True)
+            )
+        return second
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not args:
+            return kwargs
+        signature = inspect.signature(self._forward)
+        return {**signature.bind_partial(*args).arguments, **kwargs}
+
+    def _make_generate(self) -> Callable[..., Any]:
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            hooks = self.hooks
+            assert hooks is not None
+            given = next((kwargs[key] for key in ("input_ids", "inputs") if kwargs.get(key) is not None), None)
+            if given is None and args:
+                given = args[0]
+            with hooks.lock:
+                hooks.generating(given if isinstance(given, Tensor) else None)
+                try:
+                    return self._call("generate", *args, **kwargs)
+                finally:
+                    hooks.generated()
+
+        return generate
+
+    def _make_prepare(self) -> Callable[..., Any]:
+        def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
+            inputs = self._call("prepare_inputs_for_generation", *args, **kwargs)
+            assert self.hooks is not None
+            self.hooks.prepared(inputs, kwargs)
+            return inputs
+
+        return prepare_inputs_for_generation
+
+    def _stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
+        criteria = _Recorded(self._call("_get_stopping_criteria", *args, **kwargs))
+        assert self.hooks is not None
+        criteria.hooks = self.hooks
+        return criteria
+
+    def _reorder_cache(self, cache: Any, order: Tensor) -> Any:
+        assert self.hooks is not None
+        self.hooks.reordered(cache, order)
+        if self._original["_reorder_cache"] is not None:
+            return self._call("_reorder_cache", cache, order)
+        cache.reorder_cache(order)
+        return cache
+
+    def _no_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("adapters cannot be changed while the model is attached: call run.detach() first")
+
+
+def _split_inputs(inputs: dict[str, Any], split: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs of the first `split` tokens and of the rest."""
+    if inputs.get("output_attentions"):
+        raise ValueError("output_attentions cannot be given together with candidates while a pruner is attached")
+    head, tail = dict(inputs), dict(inputs)
+    candidates = int(inputs["input_ids"].shape[1]) - split
+    for name in ("input_ids", "position_ids", "token_type_ids"):
+        if isinstance(inputs.get(name), Tensor):
+            head[name], tail[name] = inputs[name][..., :split], inputs[name][..., split:]
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor):
+        head["attention_mask"] = mask[:, : mask.shape[1] - candidates]
+    if "logits_to_keep" in inputs:
+        head["logits_to_keep"], tail["logits_to_keep"] = 1, candidates
+    return head, tail
+
+
+def _with_signature(wrapper: Callable[..., Any], original: Callable[..., Any] | None) -> Callable[..., Any]:
+    # transformers looks at the parameters of forward and of prepare_inputs_for_generation
+    if original is not None:
+        wrapper.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return wrapper
+
+
+_model_sites: weakref.WeakKeyDictionary[nn.Module, ModelSite] = weakref.WeakKeyDictionary()
+
+
+def model_site(model: nn.Module) -> ModelSite:
+    """The site of a model, the same object at each attach."""
+    site = _model_sites.get(model)
+    if site is None:
+        site = ModelSite(model)
+        _model_sites[model] = site
+    return site

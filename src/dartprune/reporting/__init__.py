@@ -1,0 +1,1 @@
+"""What every report is written with: tables, pictures, pages, journals."""

@@ -1,0 +1,208 @@
+"""Token selectors at work in one layer: which neurons each row of a forward uses, and what that costs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from dartprune.ffn.selector_kernels import SelectorKernels
+from dartprune.ffn.selector_ops import TokenRows, chosen_mask, chosen_rows
+from dartprune.ffn.selector_reference import estimated
+from dartprune.ffn.sketch import FFNSketch
+from dartprune.ffn.weights import FFNWeights
+from dartprune.model.layer import Layer
+from dartprune.runtime.selection import LayerSelection
+from dartprune.runtime.slots import SlotTensors
+
+
+class LayerToken(SlotTensors, ABC):
+    """One layer's selector: `wanted` int32 [slots] neurons for each token of a slot.
+
+    row_share: share of the layer's weights that one chosen neuron costs.  chosen_bytes: the same in bytes.
+    kernels: the backend's operators; None where the choice is applied as a mask.
+    taken: neurons that each row of the last forward used, int32 [N]; union: how many neurons the backend read for all
+    rows together, a scalar. They wait here until it is known which of the rows count.
+    """
+
+    wanted: Tensor
+
+    def __init__(
+        self,
+        layer: Layer,
+        device: torch.device,
+        importance: Tensor | None,
+        chosen_matrices: int,
+        kernels: SelectorKernels | None = None,
+    ) -> None:
+        """Set up.
+
+        Args:
+            layer: whose FFN.
+            device: where it computes.
+            importance: what each neuron's activation is multiplied with, float32 [I]; None: 1.
+            chosen_matrices: rows that choosing a neuron costs.
+            kernels: see the class.
+        """
+        super().__init__(device)
+        self.layer = layer
+        self.kernels = kernels
+        self.importance = None if importance is None else importance[None].contiguous()
+        self.row_share = chosen_matrices / (layer.matrices * layer.neurons)
+        self.chosen_bytes = layer.weight_bytes * self.row_share
+        self.taken: Tensor | None = None
+        self.union: Tensor | None = None
+        self._allocate("wanted", (), torch.int32)
+
+    def fixed_share(self, candidates: int) -> float:
+        """Share of the layer's weight bytes that a token reads whatever it chooses."""
+        return 0.0
+
+    def fixed_bytes(self, candidates: int) -> int:
+        """Bytes that a forward reads whatever its rows choose, for that many candidates of all its sequences."""
+        return round(self.fixed_share(candidates) * self.layer.weight_bytes)
+
+    @property
+    def held(self) -> int:
+        """Bytes held for the model, whatever the number of sequences."""
+        return 0 if self.importance is None else self.importance.nbytes
+
+    @property
+    def saves_time(self) -> bool:
+        """Whether the kernels leave unread what is not chosen."""
+        return self.kernels is not None and self.kernels.saves_time
+
+    @property
+    def reads_union(self) -> bool:
+        """Whether a neuron that several rows need is read once for all of them."""
+        return self.kernels is None or self.kernels.reads_union
+
+    def take(self) -> tuple[Tensor | None, Tensor | None]:
+        """`taken` and `union` of the last forward, once; None where the selector was not asked."""
+        parts = self.taken, self.union
+        self.taken = self.union = None
+        return parts
+
+    def ffn(self, x: Tensor, weights: FFNWeights, selection: LayerSelection, slots: Tensor) -> Tensor:
+        """The FFN of rows x [N, H], each over its own neurons; slots int64 [N]."""
+        rows = self.compute(x, weights, selection.index, selection.count, slots, self.wanted)
+        self.taken = rows.count
+        if x.shape[0] == 1:
+            self.union = rows.count[0]
+        elif self.reads_union:
+            self.union = chosen_mask(rows.index, rows.count, weights.neurons).any(0).sum()
+        else:
+            self.union = rows.count.sum()
+        return rows.out
+
+    def compute(
+        self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor, wanted: Tensor
+    ) -> TokenRows:
+        """The backend's operator; candidates index [S, W], count [S] and `wanted` [S] of every slot."""
+        raise RuntimeError(f"{type(self).__name__} computes inside the model's own FFN")
+
+    def mask(self, a: Tensor, x: Tensor, selection: LayerSelection, slots: Tensor) -> Tensor:
+        """Which neurons each row uses, for an FFN that is computed whole.
+
+        Args:
+            a: input of the down projection, [N, I].
+            x: input of the FFN, [N, H].
+            selection: the candidates of each slot.
+            slots: int64 [N], the slot of each row.
+
+        Returns:
+            bool [N, I]; all ones where a slot has no selection.
+        """
+        scores = self.scores(a, x)
+        if self.importance is not None:
+            scores = scores * self.importance
+        if not selection.everything:
+            scores = scores.masked_fill(~selection.rows_mask(slots), 0.0)
+        index, self.taken, _ = chosen_rows(scores, self.wanted.index_select(0, slots), scores.shape[1])
+        dense = selection.count.index_select(0, slots) < 0
+        return chosen_mask(index, self.taken, scores.shape[1]) | dense[:, None]
+
+    @abstractmethod
+    def scores(self, a: Tensor, x: Tensor) -> Tensor:
+        """What is multiplied with the importance, float32 [N, I], not negative."""
+
+
+class ExactLayer(LayerToken):
+    """The highest `|a_i| * |W_down[:, i]|` of each row, exactly."""
+
+    def scores(self, a: Tensor, x: Tensor) -> Tensor:
+        """`|a|`."""
+        return a.float().abs()
+
+
+class GateLayer(LayerToken):
+    """The highest `|act(W_gate x)_i|` among the candidates, times their importance (CATS, arXiv 2404.08763)."""
+
+    def __init__(
+        self, layer: Layer, device: torch.device, importance: Tensor | None, kernels: SelectorKernels | None
+    ) -> None:
+        super().__init__(layer, device, importance, layer.matrices - 1, kernels)
+
+    def fixed_share(self, candidates: int) -> float:
+        """The candidates' gate rows (up rows in a plain FFN)."""
+        return candidates / (self.layer.matrices * self.layer.neurons)
+
+    def compute(
+        self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor, wanted: Tensor
+    ) -> TokenRows:
+        """See `LayerToken.compute`."""
+        assert self.kernels is not None
+        return self.kernels.gated_rows(x, weights, index, count, slots, wanted, importance=self.importance)
+
+    def scores(self, a: Tensor, x: Tensor) -> Tensor:
+        """`|act(W_gate x)|`, or `|a|` where there is no gate."""
+        if not self.layer.gated:
+            return a.float().abs()
+        return self.layer.gate_activations(x).float().abs()
+
+
+class SketchLayer(LayerToken):
+    """The highest `|act(g^) u^| * |W_down[:, i]|`, estimated from bit planes (after SparseInfer, arXiv 2411.12692)."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        device: torch.device,
+        importance: Tensor,
+        sketch: FFNSketch,
+        biases: tuple[Tensor | None, Tensor | None],
+        kernels: SelectorKernels | None,
+    ) -> None:
+        super().__init__(layer, device, importance, layer.matrices, kernels)
+        self.sketch = sketch
+        self.gate_bias, self.up_bias = biases
+
+    def fixed_share(self, candidates: int) -> float:
+        """The sketch itself, and the norms of the down rows."""
+        return self.held / self.layer.weight_bytes
+
+    @property
+    def held(self) -> int:
+        """Bytes of the planes, their scales and the norms."""
+        return self.sketch.bytes + super().held
+
+    def compute(
+        self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor, wanted: Tensor
+    ) -> TokenRows:
+        """See `LayerToken.compute`."""
+        assert self.kernels is not None and self.importance is not None
+        return self.kernels.sketched_rows(x, weights, self.sketch, slots, wanted, self.importance, weights.neurons)
+
+    def scores(self, a: Tensor, x: Tensor) -> Tensor:
+        """`|act(g^) u^|`, or `|act(u^)|` where there is no gate."""
+        options = self.sketch.activation_bits, self.sketch.outliers
+        up = estimated(x, self.sketch.up, *options)
+        if self.up_bias is not None:
+            up = up + self.up_bias
+        if self.sketch.gate is None:
+            return self.layer.act(up).abs()
+        gate = estimated(x, self.sketch.gate, *options)
+        if self.gate_bias is not None:
+            gate = gate + self.gate_bias
+        return (self.layer.act(gate) * up).abs()

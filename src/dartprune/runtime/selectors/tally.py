@@ -1,0 +1,45 @@
+"""Adds up what the neurons chosen for each token cost, on the device and without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dartprune.runtime.selectors.layer import LayerToken
+
+
+class Tally:
+    """The chosen neurons of all layers: as shares of the FFN's weights, and as bytes that the backend read."""
+
+    def __init__(self, tokens: Sequence[LayerToken], device: torch.device) -> None:
+        """Set up for the selectors of all layers; `device` is where the counters are."""
+        self.tokens = list(tokens)
+        whole = sum(token.layer.weights for token in tokens)
+        shares = [token.row_share * token.layer.weights / whole for token in tokens]
+        self._shares = torch.tensor(shares, dtype=torch.float32, device=device)
+        self._bytes = torch.tensor([token.chosen_bytes for token in tokens], dtype=torch.float64, device=device)
+        self._read = torch.zeros((), dtype=torch.float64, device=device)
+
+    def spent(self, lines: int) -> Tensor | None:
+        """What the rows of the last forward used, float32 [lines, T]; None where no selector chose."""
+        parts = [token.take() for token in self.tokens]
+        device = self._shares.device
+        unions = [union.to(device) for _, union in parts if union is not None]
+        if len(unions) == len(parts):
+            self._read += self._bytes @ torch.stack(unions).double()
+        taken = [count.to(device) for count, _ in parts if count is not None]
+        if len(taken) < len(parts):
+            return None
+        return (self._shares @ torch.stack(taken).float()).view(lines, -1)
+
+    @property
+    def held(self) -> int:
+        """Bytes held for the model: sketches and what neurons are weighed with."""
+        return sum(token.held for token in self.tokens)
+
+    @property
+    def bytes_read(self) -> float:
+        """Bytes of chosen rows that the backend read so far (waits for the device)."""
+        return float(self._read)

@@ -1,0 +1,64 @@
+"""What is claimed for 8 B parameters by arithmetic, and the arithmetic against models that are really run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dartprune import Dart, Griffin, Replay, Static
+from dartprune.bench.costs import LLAMA_3_1_8B, Shape, memory_per_sequence, overhead_flops_per_token, replay_flops
+from dartprune.loading import load
+from test_matrix import tokens
+from tiny import FAMILIES
+
+
+def test_under_ten_megabytes_for_eight_billion_parameters():
+    assert LLAMA_3_1_8B.parameters == pytest.approx(8.03e9, rel=0.01)
+    assert memory_per_sequence(LLAMA_3_1_8B, Dart()) < 10e6
+    assert memory_per_sequence(LLAMA_3_1_8B, Dart(), masks=True) < 10e6
+    assert memory_per_sequence(LLAMA_3_1_8B, Static()) < memory_per_sequence(LLAMA_3_1_8B, Dart())
+
+
+@pytest.mark.parametrize("pruner", [Dart(), Static(), Griffin(), Dart(compensate="mean"), Dart(selection="threshold")])
+@pytest.mark.parametrize("backend", ["masked", "reference", "cpu"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_memory_by_arithmetic_is_what_is_held(family, backend, pruner):
+    model = FAMILIES[family]()
+    with pruner(model, backend=backend) as run:
+        model.generate(tokens(model), max_new_tokens=4)
+        report = run.report()
+    want = memory_per_sequence(Shape.of(model), pruner, masks=backend == "masked")
+    assert report.overhead_bytes_per_sequence == want
+    assert report.overhead_bytes == 2 * want
+
+
+def test_a_tenth_of_a_percent_of_arithmetic():
+    share = overhead_flops_per_token(LLAMA_3_1_8B, Dart(), prompt=512, decoded=256) / LLAMA_3_1_8B.step_flops
+    assert share < 1e-3
+    # a replay takes fewer operations than the FFNs of two dense steps would need for as many tokens as it replays
+    assert replay_flops(LLAMA_3_1_8B, Dart()) < 16 * LLAMA_3_1_8B.step_flops
+
+
+def test_replay_operations_are_counted():
+    model = FAMILIES["llama"]()
+    pruner = Dart(sparsity=0.5, refresh=Replay(tokens=8))
+    with torch.no_grad(), pruner(model) as run:
+        with run.phase("prefill"):
+            cache = model(input_ids=tokens(model), use_cache=True).past_key_values
+        with run.phase("decode"):
+            model(input_ids=tokens(model)[:, :1], past_key_values=cache)
+        run._renewal.replay([run._pool.live[0]])
+        assert run.report().refresh_flops == replay_flops(Shape.of(model), pruner)
+
+
+def test_shapes_of_models(demo_config):
+    model, _ = load()
+    shape = Shape.of(model)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    ffn = demo_config["num_hidden_layers"] * demo_config["intermediate_size"] * demo_config["hidden_size"]
+    assert shape.ffn_parameters == 3 * ffn and shape.weight_bytes == 2
+    assert shape.ffn_bytes / shape.step_bytes == pytest.approx(
+        2 * shape.ffn_parameters / (2 * shape.parameters), rel=0.01
+    )
+    gpt2 = Shape.of(FAMILIES["gpt2"]())
+    assert gpt2.matrices == 2 and gpt2.neurons == 128

@@ -1,0 +1,109 @@
+"""Figures of a batch against plain torch; intervals; arms that only say that they prune."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dartprune import Dart, Dense, Static
+from dartprune.evaluation.compare.measures import Bootstrap, bytes_saved, check_masks, measure, reference
+from dartprune.evaluation.forced import forced_steps
+from dartprune.runtime import layer_hooks as layer_run
+from letters import tiny
+
+TOKENS = torch.randint(2, 128, (3, 40), generator=torch.Generator().manual_seed(2))
+CONTEXT = 16
+
+
+def logits_of(model, pruner):
+    with pruner(model, backend="masked") as run:
+        parts = [logits for _, logits in forced_steps(model, run, TOKENS, CONTEXT)]
+    return torch.cat(parts, dim=1).double()
+
+
+def test_against_plain_torch():
+    model = tiny()
+    pruner = Static(sparsity=0.6)
+    found = measure(model, pruner, TOKENS, CONTEXT, reference(model, TOKENS, CONTEXT))
+    ours, theirs = (logits_of(model, p).log_softmax(-1) for p in (pruner, Dense()))
+    divergence = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(found.divergence.double(), divergence, rtol=1e-3, atol=1e-3)
+    losses = -ours.gather(-1, TOKENS[:, CONTEXT:, None])[..., 0]
+    torch.testing.assert_close(found.losses.double(), losses, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.agreement.bool(), ours.argmax(-1) == theirs.argmax(-1))
+    assert 0 < found.agreement.mean() < 1 and divergence.mean() > 0.05
+    assert found.report.realised_sparsity == pytest.approx(0.6, abs=0.01) and found.short == 0
+
+
+def test_dense_is_at_no_distance_from_itself():
+    model = tiny()
+    dense = reference(model, TOKENS, CONTEXT)
+    found = measure(model, Dense(), TOKENS, CONTEXT, dense)
+    assert float(found.divergence.abs().max()) < 1e-5 and float(found.agreement.min()) == 1
+    assert torch.equal(found.losses, dense.losses) and found.report.realised_sparsity == 0
+    check_masks("dense", 0.0, found, dense, torch.float32)
+
+
+def test_prompts_too_short_to_trace_are_counted():
+    model = tiny()
+    found = measure(model, Static(sparsity=0.5), TOKENS, 5, reference(model, TOKENS, 5))
+    assert found.short == 3 and found.report.dense_tokens > 0
+    late = measure(model, Static(sparsity=0.5, start=4), TOKENS, CONTEXT, reference(model, TOKENS, CONTEXT))
+    assert late.short == 0 and late.report.dense_tokens == 12
+
+
+def test_an_arm_that_stays_dense_is_caught():
+    model = tiny()
+    dense = reference(model, TOKENS, CONTEXT)
+    found = measure(model, Dart(sparsity=0.5, start=1000), TOKENS, CONTEXT, dense)
+    with pytest.raises(ValueError, match=r"arm 'sleeper' was built for a sparsity of 0.5 and pruned none of 72"):
+        check_masks("sleeper", 0.5, found, dense, torch.float32)
+
+
+def test_an_arm_that_only_says_so_is_caught(monkeypatch):
+    model = tiny()
+    dense = reference(model, TOKENS, CONTEXT)
+    honest = measure(model, Static(sparsity=0.1), TOKENS, CONTEXT, dense)
+    check_masks("a little", 0.1, honest, dense, torch.float32)
+    monkeypatch.setattr(layer_run, "apply_mask", lambda a, mask: a)
+    found = measure(model, Static(sparsity=0.5), TOKENS, CONTEXT, dense)
+    assert found.report.realised_sparsity == pytest.approx(0.5, abs=0.01), "what it says of itself"
+    with pytest.raises(ValueError, match=r"arm 'liar' reports a realised sparsity of 0.5.*its masks do not act"):
+        check_masks("liar", 0.5, found, dense, torch.float32)
+
+
+def test_bytes_saved_of_single_streams():
+    pytest.importorskip("numba")
+    model = tiny()
+    rows = [TOKENS[:1], TOKENS[1:2]]
+    assert bytes_saved(model, Static(sparsity=0.5), rows, CONTEXT, "cpu") == pytest.approx(0.5, abs=0.01)
+    assert bytes_saved(model, Static(sparsity=0.5), rows, CONTEXT, "masked") == 0
+
+
+def test_intervals_against_a_loop():
+    values = torch.randn(13, generator=torch.Generator().manual_seed(3)).tolist()
+    found = Bootstrap(13, seed=4, resamples=300)(values)
+    rng = np.random.default_rng(4)
+    means = sorted(np.mean([values[i] for i in row]) for row in rng.integers(13, size=(300, 13)))
+    assert found.mean == pytest.approx(np.mean(values))
+    assert found.low == pytest.approx(np.percentile(means, 2.5)) and found.high == pytest.approx(
+        np.percentile(means, 97.5)
+    )
+    assert found.low < found.mean < found.high
+    wider = Bootstrap(13, seed=4)([10 * v for v in values])
+    assert wider.high - wider.low > 5 * (found.high - found.low)
+
+
+def test_intervals_repeat_and_pair():
+    values = [0.1, 0.7, 0.3, 0.9]
+    assert Bootstrap(4, seed=0, resamples=50)(values) == Bootstrap(4, seed=0, resamples=50)(values)
+    many = torch.randn(30).tolist()
+    assert Bootstrap(30, seed=0)(many) != Bootstrap(30, seed=1)(many)
+    draw = Bootstrap(4, seed=0)
+    same = draw([a - b for a, b in zip([v + 1 for v in values], values, strict=True)])
+    assert same.high - same.low < 1e-12, "a constant difference is certain, however much the streams differ"
+    assert Bootstrap(1, seed=0)([0.3]).low <= 0.3 <= Bootstrap(1, seed=0)([0.3]).high
+    for constant in (0.1, 1 / 3, 1e9 / 7):
+        found = Bootstrap(3, seed=0)([constant] * 3)
+        assert found.low <= found.mean <= found.high
