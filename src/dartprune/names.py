@@ -23,6 +23,11 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}: {hint}known: {', '.join(names) or 'none'}")
 
 
+def comma_list(text: str) -> list[str]:
+    """The parts of a list with commas between them, without blanks and empty parts: `"a, b"` -> `["a", "b"]`."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 class Registry(Generic[T]):
     """Values by name; a second registration under a name is refused."""
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dartprune.method import Method
@@ -135,6 +136,23 @@ class Run(Refuses):
             yield
         finally:
             self._forwards.explicit = before
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Any:
+        """Read given text dense and traced, without a `phase`; no logits are made but those of the last position.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T] of 0 and 1, where lines are padded on the left; None: all tokens count.
+            inputs: further arguments of the model's forward, such as `past_key_values` to read on.
+
+        Returns:
+            the cache, to decode on with `run.phase("decode")` or `generate(past_key_values=...)`.
+        """
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
+        with self.phase("prefill"):
+            return self._core(input_ids=input_ids, use_cache=True, logits_to_keep=1, **inputs).past_key_values
 
     @contextmanager
     def dense(self) -> Iterator[None]:
