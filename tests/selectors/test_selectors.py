@@ -139,7 +139,7 @@ def test_bytes_saved_are_those_of_the_union(llama, pruner):
 @pytest.mark.parametrize("pruner", [GATE, SKETCH], ids=["gate", "sketch"])
 def test_where_each_row_reads_its_own_neurons_all_of_them_count(llama, pruner, monkeypatch):
     own = replace(kernels_of(ReferenceBackend()), reads_union=False)
-    monkeypatch.setattr("dartprune.runtime.selectors.build.token_kernels", lambda backend: own)
+    monkeypatch.setattr("dartprune.runtime.selectors.build.kernels_of", lambda backend: own)
     read, fixed = [], 0.0
     for lines in (1, 3):
         with replace(pruner, refresh=Never())(llama, backend="reference") as run:
