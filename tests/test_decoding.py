@@ -129,7 +129,7 @@ def test_a_reordered_slot_holds_what_its_source_held(llama):
             llama(input_ids=ids[:, :1], past_key_values=cache)
         slots = run.slots_of(cache)
         before = [run.selection(slot) for slot in slots]
-        llama._reorder_cache(cache, torch.tensor([2, 2, 0]))
+        cache.reorder_cache(torch.tensor([2, 2, 0]))
         after = [run.selection(slot) for slot in run.slots_of(cache)]
     for line, source in enumerate((2, 2, 0)):
         assert all(torch.equal(a, b) for a, b in zip(after[line], before[source], strict=True))

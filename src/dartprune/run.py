@@ -102,15 +102,20 @@ class Run(Refuses):
             self._attached = False
             self._live.settle()
             self._forwards.abort()
+            self._pool.release()
             self._remove()
             release(self._core)
         self._account.seconds["detaching"] = time.perf_counter() - began
 
     def report(self) -> Report:
         """What happened so far; also after `detach`."""
-        with self._live.lock:
-            self._live.settle()
-            self._pool.sweep()
+        with self._live.state:
+            if self._live.lock.acquire(blocking=False):  # else another thread is in the middle of a text
+                try:
+                    self._live.settle()
+                    self._pool.sweep()
+                finally:
+                    self._live.lock.release()
             self._account.seconds |= {"detecting": self._tokens.seconds, "refreshing": self._events.seconds}
             states = {id(layer.state): layer.state for layer in self._parts.layers}
             self._account.seconds["tracing"] = sum(state.tracing_seconds for state in states.values())
@@ -119,7 +124,7 @@ class Run(Refuses):
 
     @contextmanager
     def phase(self, phase: str, slots: Sequence[int] | None = None) -> Iterator[None]:
-        """Say what the tokens of direct `model(...)` calls are.
+        """Say what the tokens of direct `model(...)` calls of this thread are; `generate()` knows by itself.
 
         Args:
             phase: `prefill` for given text (dense and traced), `decode` for new tokens that are known to stay (pruned
@@ -131,12 +136,8 @@ class Run(Refuses):
         """
         if phase not in ("prefill", "decode"):
             raise ValueError(f"unknown phase {phase!r}: write 'prefill' or 'decode'")
-        before = self._live.explicit
-        self._live.explicit = (Phase(phase), tuple(slots) if slots is not None else None)
-        try:
+        with self._live.phases.say((Phase(phase), tuple(slots) if slots is not None else None)):
             yield
-        finally:
-            self._live.explicit = before
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Any:
@@ -157,12 +158,13 @@ class Run(Refuses):
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """Pause pruning: inside, the model is the plain one; decoded tokens of known sequences count as dense."""
-        before, self._live.paused = self._live.paused, True
-        try:
+        """Pause pruning: inside, the model is the plain one; decoded tokens of known sequences count as dense.
+
+        Reaches this thread and threads that are started inside the block (a `generate()` that feeds a streamer); others
+        that run already go on as they are.
+        """
+        with self._live.phases.pause():
             yield
-        finally:
-            self._live.paused = before
 
     @property
     def layers(self) -> list[LiveLayer]:

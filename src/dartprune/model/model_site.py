@@ -18,6 +18,7 @@ class ModelHooks(Protocol):
     """What the run does at the doors of the model."""
 
     armed: bool
+    inside: bool
     split: int
     lock: Any  # a re-entrant lock
 
@@ -29,6 +30,9 @@ class ModelHooks(Protocol):
 
     def begin(self, call: dict[str, Any]) -> None:
         """A forward that `generate()` did not announce is about to run."""
+
+    def concerns(self, call: dict[str, Any]) -> bool:
+        """Whether a direct call of the decoder without its head is one to be followed."""
 
     def finish(self, output: Any) -> None:
         """The forward has run."""
@@ -44,9 +48,6 @@ class ModelHooks(Protocol):
 
     def stopped(self, done: Tensor) -> None:
         """Which lines have ended, bool [B]."""
-
-    def reordered(self, cache: Any, order: Tensor) -> None:
-        """Line b of the cache now continues line order[b]."""
 
 
 class _Recorded(StoppingCriteriaList):  # type: ignore[misc]
@@ -71,6 +72,8 @@ class ModelSite(Refuses):
         # what happens around a forward is no part of any graph; inside, torch.compile goes on
         self._around = torch.compiler.disable(self._around_forward, recursive=False)
         self._forward = _with_signature(self._make_forward(), model.forward)
+        decoder = _headless(model)
+        self._decoder = _with_signature(self._make_decoder(), None if decoder is None else decoder.forward)
         self._generate = _with_signature(self._make_generate(), getattr(model, "generate", None))
         self._prepare = _with_signature(self._make_prepare(), getattr(model, "prepare_inputs_for_generation", None))
 
@@ -84,17 +87,24 @@ class ModelSite(Refuses):
             "generate": self._generate,
             "prepare_inputs_for_generation": self._prepare,
             "_get_stopping_criteria": self._stopping_criteria,
-            "_reorder_cache": self._reorder_cache,
             "load_adapter": self._no_adapter,
             "add_adapter": self._no_adapter,
             "set_adapter": self._no_adapter,
+            "generate_batch": self._no_batching,
+            "init_continuous_batching": self._no_batching,
+            "continuous_batching_context_manager": self._no_batching,
         }
         for name, wrapper in wrappers.items():
-            if name != "_reorder_cache" and not hasattr(model, name):
-                continue
-            patch = Patch(model, name)
-            self._patches.append(patch)
-            self._original[name] = patch.install(wrapper)
+            if hasattr(model, name):
+                self._replace(model, name, wrapper, name)
+        decoder = _headless(model)
+        if decoder is not None:
+            self._replace(decoder, "forward", self._decoder, "decoder")
+
+    def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any], known_as: str) -> None:
+        patch = Patch(owner, name)
+        self._patches.append(patch)
+        self._original[known_as] = patch.install(wrapper)
 
     def remove(self) -> None:
         """Put every method back."""
@@ -124,10 +134,40 @@ class ModelSite(Refuses):
         assert hooks is not None and original is not None
         with hooks.lock:
             if not hooks.armed:
-                hooks.begin(self._bound(args, kwargs))
+                hooks.begin(_named(self._forward, args, kwargs))
+            hooks.inside = True
             try:
                 if hooks.split:
                     return self._in_two(hooks, original, kwargs)
+                output = original(*args, **kwargs)
+                hooks.finish(output)
+            except BaseException:
+                hooks.abort()
+                raise
+            finally:
+                hooks.inside = False
+            return output
+
+    def _make_decoder(self) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hooks, original = self.hooks, self._original["decoder"]
+            assert hooks is not None and original is not None
+            if torch.compiler.is_compiling() or hooks.inside or hooks.armed:
+                return original(*args, **kwargs)
+            return self._around_decoder(original, args, kwargs)
+
+        return forward
+
+    def _around_decoder(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The decoder called without its head: text is read, or a token is decoded, as the phase says."""
+        hooks = self.hooks
+        assert hooks is not None
+        call = _named(self._decoder, args, kwargs)
+        with hooks.lock:
+            if not hooks.concerns(call):
+                return original(*args, **kwargs)
+            hooks.begin(call)
+            try:
                 output = original(*args, **kwargs)
                 hooks.finish(output)
             except BaseException:
@@ -150,12 +190,6 @@ class ModelSite(Refuses):
                 torch.cat(pair, dim=1) for pair in zip(first.hidden_states, second.hidden_states, strict=True)
             )
         return second
-
-    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        if not args:
-            return kwargs
-        signature = inspect.signature(self._forward)
-        return {**signature.bind_partial(*args).arguments, **kwargs}
 
     def _make_generate(self) -> Callable[..., Any]:
         def generate(*args: Any, **kwargs: Any) -> Any:
@@ -188,16 +222,25 @@ class ModelSite(Refuses):
         criteria.hooks = self.hooks
         return criteria
 
-    def _reorder_cache(self, cache: Any, order: Tensor) -> Any:
-        assert self.hooks is not None
-        self.hooks.reordered(cache, order)
-        if self._original["_reorder_cache"] is not None:
-            return self._call("_reorder_cache", cache, order)
-        cache.reorder_cache(order)
-        return cache
-
     def _no_adapter(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("adapters cannot be changed while the model is attached: call run.detach() first")
+
+    def _no_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "continuous batching cannot be pruned: call run.detach() first, or generate() with a batch of texts"
+        )
+
+
+def _headless(model: Any) -> nn.Module | None:
+    """The decoder inside a model with a head; None where there is none, or it was compiled on its own."""
+    decoder = getattr(model, getattr(model, "base_model_prefix", "") or "model", None)
+    inside = isinstance(decoder, nn.Module) and decoder is not model and not hasattr(decoder, "_orig_mod")
+    return decoder if inside else None
+
+
+def _named(wrapper: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name."""
+    return {**inspect.signature(wrapper).bind_partial(*args).arguments, **kwargs} if args else kwargs
 
 
 def _split_inputs(inputs: dict[str, Any], split: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -221,7 +221,7 @@ def _sequence(row: Ended) -> SequenceReport:
     events = [
         replace(logged.told(), sequence=slot.sequence)
         for logged in slot.events
-        if logged.event.decoded <= dense + pruned  # a finished line of a batch goes on as padding
+        if logged.event.decoded <= slot.inherited + dense + pruned  # a finished line of a batch goes on as padding
     ]
     return SequenceReport(
         sequence=slot.sequence,
@@ -232,7 +232,7 @@ def _sequence(row: Ended) -> SequenceReport:
         realised_sparsity=float(row.saved) / (dense + pruned) if dense + pruned else 0.0,
         events=events,
         keep=_copy(slot.masks.keep if slot.masks.per_token is None else slot.masks.per_token),
-        similarities=[item for item in slot.detection.similarities if item[0] <= dense + pruned],
+        similarities=[item for item in slot.detection.similarities if item[0] <= slot.inherited + dense + pruned],
         notes=list(slot.notes),
         candidates=_copy(None if slot.masks.per_token is None else slot.masks.keep),
     )

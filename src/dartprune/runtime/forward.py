@@ -55,7 +55,7 @@ class Forwards:
         self._ring = method.refresh.replay_tokens
         states = {layer.trace.device: layer.state for layer in layers}
         self._planner = Planner(states, self._ring, method.skip_first)
-        self._rows: Rows | None = None  # of the forward under way
+        self.rows: Rows | None = None  # of the forward under way
         self._slots: list[Slot] = []
         self._ended: Tensor | None = None
         self._traced: Tensor | None = None
@@ -65,7 +65,7 @@ class Forwards:
 
     def begin(self, rows: Rows, slots: list[Slot], ended: Tensor | None, *, paused: bool) -> None:
         """Tell the layers what the coming forward is."""
-        self._rows, self._slots, self._ended, self._paused = rows, slots, ended, paused
+        self.rows, self._slots, self._ended, self._paused = rows, slots, ended, paused
         self.gathered, self._traced = False, None
         if paused or not self.method.prunes:
             self._planner.plain()
@@ -80,7 +80,7 @@ class Forwards:
         """The forward failed: nothing of it counts."""
         self._planner.plain()
         self._planner.forget()
-        self._rows = None
+        self.rows = None
 
     def _gathers(self, rows: Rows, slots: list[Slot]) -> bool:
         # where some lines are dense all weights are read anyway: masks cost nothing more
@@ -99,7 +99,7 @@ class Forwards:
             cache: of its sequences.
             length: tokens it held before this forward.
         """
-        rows, self._rows = self._rows, None
+        rows, self.rows = self.rows, None
         if rows is None:
             return
         self._planner.plain()
@@ -128,6 +128,20 @@ class Forwards:
         attention = waiting.attention[:, :stayed] if waiting.attention is not None else None
         spent = waiting.spent[:, :stayed] if waiting.spent is not None else None
         self._decoded(waiting.slots, stayed, attention, None, spent)
+
+    def take_back(self, slots: Sequence[Slot], tokens: int) -> None:
+        """The last tokens of these sequences were cropped away; what they taught the statistics stays."""
+        for slot in slots:
+            decoded = min(tokens, slot.decoded)
+            pruned = min(decoded, slot.masks.age) if slot.state is State.PRUNED else 0
+            self._tokens.uncount(slot, pruned, decoded - pruned)
+            slot.position -= tokens
+            slot.prompt_tokens -= tokens - decoded
+            slot.decoded -= decoded
+            slot.masks.age -= pruned
+            slot.detection.fill = max(0, slot.detection.fill - decoded)
+            slot.ring.retreat(tokens, self._ring)
+            slot.finished = False
 
     def _decoded(
         self, slots: list[Slot], tokens: int, attention: Tensor | None, ended: Tensor | None, spent: Tensor | None

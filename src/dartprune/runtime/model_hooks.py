@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,10 @@ from dartprune.runtime.build import place
 from dartprune.runtime.forward import Forwards
 from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.masks import Masks
-from dartprune.runtime.slots import SlotPool
+from dartprune.runtime.padding import real_tokens
+from dartprune.runtime.phases import Explicit, Phases
+from dartprune.runtime.slots import Slot, SlotPool
+from dartprune.scoring import NOISE
 
 NO_CACHE = "use_cache=False would rerun the whole text at every step: pruned decoding needs a cache"
 WHAT_PHASE = (
@@ -27,7 +31,6 @@ WHAT_PHASE = (
     "`with run.phase('decode'):` for new tokens, or use model.generate()"
 )
 _Method = TypeVar("_Method", bound=Callable[..., Any])
-Explicit = tuple[Phase, tuple[int, ...] | None]  # what a forward's tokens are, and its lines' slots where given
 
 
 def _outside_graphs(method: _Method) -> _Method:
@@ -36,12 +39,25 @@ def _outside_graphs(method: _Method) -> _Method:
     return disabled
 
 
+@dataclass
+class Generation:
+    """One call of `generate()`; it may lie inside another one.
+
+    prompt: tokens of the text it was given, None if that is not known.  begun: whether its text was read.
+    ended: lines that are over, bool [B].
+    """
+
+    prompt: int | None
+    begun: bool = False
+    ended: Tensor | None = None
+
+
 class LiveModel(Refuses):
     """Works out the phase and the slots of each forward, has it planned, and has its consequences drawn.
 
-    explicit: what the user says of direct calls, None outside of `Run.phase`.  paused: whether pruning is.
-    lock: held by one thread's forward or `generate()` at a time.  armed: the coming forward is announced.
-    split: prompt tokens at the head of a forward whose rest are candidates.
+    phases: what the user says of direct calls.  lock: held by one thread's forward or `generate()` at a time.
+    state: held for a moment, while what is known changes or is reported.  armed: the coming forward is announced.
+    split: prompt tokens at the head of a forward whose rest are candidates.  inside: a forward of the model runs.
     """
 
     def __init__(
@@ -54,10 +70,10 @@ class LiveModel(Refuses):
         account: Account,
         masks: Masks,
     ) -> None:
-        self.explicit: Explicit | None = None
-        self.paused = False
+        self.phases = Phases()
         self.lock = threading.RLock()
-        self.armed = False
+        self.state = threading.RLock()
+        self.armed = self.inside = False
         self.split = 0
         self._method = method
         self._core = core
@@ -66,32 +82,34 @@ class LiveModel(Refuses):
         self._forwards = forwards
         self._account = account
         self._masks = masks
+        self._noisy = NOISE in masks.scorer.inputs
+        self._depth = _depth(core)
         self._cache: Any = None  # of the forward under way
-        self._length = 0
+        self._length = 0  # tokens that it held before
         self._unbound: tuple[int, ...] | None = None
-        self._generating = False
-        self._prompt: int | None = None
-        self._ended: Tensor | None = None
+        self._generations: list[Generation] = []
+        pool.before_move, pool.taken_back = self._finish_compiled, self._taken_back
 
     # ---- what the model's doors call
 
     def prepared(self, inputs: dict[str, Any], call: dict[str, Any]) -> None:
         """`generate()` is about to run this forward."""
+        if self._drafts:
+            self.armed = True
+            return
         cache = inputs.get("past_key_values")
-        self._check_usable(cache is not None and inputs.get("use_cache") is not False)
-        assert cache is not None
+        self._check_usable(inputs.get("use_cache") is not False)
         tokens = inputs.get("input_ids")
-        if tokens is None:
-            tokens = inputs["inputs_embeds"]
         first, mask = bool(call.get("is_first_iteration")), call.get("attention_mask")
         self.split = 0
-        if first and self._prompt is not None:
+        prompt = self._generation.prompt
+        if first and prompt is not None and tokens is not None and cache is not None:
             # assisted decoding puts prompt and first candidates into one forward, but masks need the whole prompt first
-            given = self._prompt - int(cache.get_seq_length())
+            given = prompt - int(cache.get_seq_length())
             if 0 < given < tokens.shape[1]:
                 self.split, tokens = given, tokens[:, :given]
-                mask = mask[:, : self._prompt] if isinstance(mask, Tensor) else mask
-        self._begin(cache, tokens, mask, first=first, explicit=None)
+                mask = mask[:, :prompt] if isinstance(mask, Tensor) else mask
+        self._begin(cache, inputs["inputs_embeds"] if tokens is None else tokens, mask, first=first, explicit=None)
         self.armed = True
 
     @_outside_graphs
@@ -102,34 +120,45 @@ class LiveModel(Refuses):
 
     @_outside_graphs
     def begin(self, call: dict[str, Any]) -> None:
-        """A forward that `generate()` did not announce is about to run."""
+        """A forward that `generate()` did not announce is about to run.
+
+        Direct calls say what they are. Inside `generate()`, adapters and logits processors make calls of their own: a
+        cache that is new here begins a text, one that is known goes on.
+        """
         cache = call.get("past_key_values")
-        tokens = call.get("input_ids")
-        if tokens is None:
-            tokens = call.get("inputs_embeds")
-        if self.paused and (cache is None or self._pool.of(cache) is None):
+        known = cache is not None and self._pool.tie(cache) is not None
+        if (self.phases.paused and not known) or self._drafts:
             return
-        if self.explicit is None and not self.paused:
-            raise ValueError(WHAT_PHASE)
+        explicit, first = self.phases.here, False
+        if explicit is None and self._generations:
+            first = not self._generation.begun or not known
+        elif explicit is None:
+            if not self.phases.paused:
+                raise ValueError(WHAT_PHASE)
+            explicit = (Phase.DECODE, None)
         asked = call.get("use_cache")
         self._check_usable(getattr(self._core.config, "use_cache", True) if asked is None else asked)
+        tokens = call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
         if tokens is None:
             raise ValueError("the forward got neither input_ids nor inputs_embeds")
-        explicit = self.explicit if self.explicit is not None else (Phase.DECODE, None)
-        self._begin(cache, tokens, call.get("attention_mask"), first=False, explicit=explicit)
+        self._begin(cache, tokens, call.get("attention_mask"), first=first, explicit=explicit)
+
+    def concerns(self, call: dict[str, Any]) -> bool:
+        """Whether a direct call of the decoder without its head is one to be followed."""
+        cache = call.get("past_key_values")
+        return self.phases.here is not None or (cache is not None and self._pool.tie(cache) is not None)
 
     @_outside_graphs
     def finish(self, output: Any) -> None:
         """The forward has run."""
-        self.armed = False
-        if self._unbound is not None:
-            cache = getattr(output, "past_key_values", None)
-            if cache is None and isinstance(output, tuple) and len(output) > 1:
-                cache = output[1]
-            if cache is not None:
-                self._pool.bind(cache, self._unbound)
-            self._cache, self._unbound = cache, None
-        self._end_forward()
+        with self.state:
+            self.armed = False
+            if self._unbound is not None:
+                self._cache = _cache_of(output)
+                if self._cache is not None:
+                    self._pool.bind(self._cache, self._unbound)
+                self._unbound = None
+            self._end_forward()
 
     @_outside_graphs
     def abort(self) -> None:
@@ -140,28 +169,23 @@ class LiveModel(Refuses):
 
     def generating(self, prompt: Tensor | None) -> None:
         """`generate()` begins."""
-        self._finish_compiled()
-        self._generating = True
-        self._ended = None
-        self._prompt = int(prompt.shape[1]) if prompt is not None and prompt.dim() == 2 else None
+        with self.state:
+            self._finish_compiled()
+            known = prompt is not None and prompt.dim() == 2 and not prompt.is_floating_point()
+            self._generations.append(Generation(int(prompt.shape[1]) if known and prompt is not None else None))
 
     def generated(self) -> None:
         """`generate()` is over, well or not."""
-        self._finish_compiled()
-        self.settle()
-        self._generating, self._prompt, self._ended, self._cache = False, None, None, None
-        self._pool.sweep()
+        with self.state:
+            self._finish_compiled()
+            self.settle()
+            self._generations.pop()
+            self._pool.sweep()
 
     def stopped(self, done: Tensor) -> None:
         """Which lines have ended, bool [B]."""
-        self._ended = done if self._ended is None or self._ended.shape != done.shape else self._ended | done
-
-    def reordered(self, cache: Any, order: Tensor) -> None:
-        """Line b of the cache now continues line order[b]."""
-        ids = self._pool.of(cache)
-        if ids is not None:
-            self._finish_compiled()
-            self._pool.continue_as(ids, order.flatten())
+        before = self._generation.ended
+        self._generation.ended = done if before is None or before.shape != done.shape else before | done
 
     def settle(self) -> None:
         """Count the candidates that stayed, as far as the cache tells by now."""
@@ -172,62 +196,55 @@ class LiveModel(Refuses):
 
     # ---- one forward
 
-    def _begin(self, cache: Any, tokens: Tensor, mask: Any, *, first: bool, explicit: Explicit | None) -> None:
-        self._finish_compiled()
-        self.settle()
-        self._pool.sweep()
-        if first or explicit is not None:
-            self._check_unmoved()
-        lines, length = int(tokens.shape[0]), int(tokens.shape[1])
-        known = self._pool.of(cache) if cache is not None else None
-        in_loop = known is not None and length == 1 and not first and (explicit is None or explicit[0] is Phase.DECODE)
-        # a static cache keeps its length on the device, which a decoding step must not wait for
-        if in_loop and _is_static(cache):
-            past = max(1, self._length)
-        else:
-            past = 0 if cache is None else int(cache.get_seq_length())
-        if explicit is not None:
-            phase = explicit[0]
-        elif first or past == 0:
-            phase = Phase.PREFILL
-        else:
-            phase = Phase.DECODE if length == 1 else Phase.VERIFY
-        ids = self._lines_of(cache, known, lines, past, explicit[1] if explicit else None)
-        valid = _valid(mask, lines, length) if phase is Phase.PREFILL or explicit is not None else None
-        rows = Rows(phase, ids, length, valid)
-        if phase is Phase.PREFILL:
-            self._check_length(past + length)
-            self._ended = None
-        slots = [self._pool.live[i] for i in ids]
-        if phase is Phase.PREFILL and past == 0 and tokens.dim() == 2 and self._method.scorer == "random":
-            for line, slot in enumerate(slots):
-                text = tokens[line].cpu()[rows.line(line)]
-                slot.noise_seed = zlib.crc32(text.numpy().tobytes())
-        ended = self._ended if self._ended is not None and len(self._ended) == lines else None
-        self._cache, self._length = cache, past
-        self._forwards.begin(rows, slots, ended, paused=self.paused)
-        if phase is not Phase.PREFILL:
-            self._account.decoded(slots, self._masks.version, pruned=not self.paused, gathered=self._forwards.gathered)
+    @property
+    def _drafts(self) -> bool:
+        """Whether the first layers alone draft candidates (early exit): plain, and no text of its own."""
+        return bool(self._generations) and _depth(self._core) != self._depth
 
-    def _lines_of(
-        self, cache: Any, known: tuple[int, ...] | None, lines: int, past: int, given: tuple[int, ...] | None
-    ) -> tuple[int, ...]:
+    @property
+    def _generation(self) -> Generation:
+        return self._generations[-1] if self._generations else Generation(None)
+
+    def _begin(self, cache: Any, tokens: Tensor, mask: Any, *, first: bool, explicit: Explicit | None) -> None:
+        with self.state:
+            self._finish_compiled()
+            self.settle()
+            self._pool.sweep()
+            if first or explicit is not None:
+                self._check_unmoved()
+            lines, length = int(tokens.shape[0]), int(tokens.shape[1])
+            tie = self._pool.tie(cache) if cache is not None else None
+            in_loop = length == 1 and not first and (explicit is None or explicit[0] is Phase.DECODE)
+            # a static cache keeps its length on the device, which a decoding step must not wait for
+            if tie is not None and in_loop and tie.length and _is_static(cache):
+                past = tie.length
+            else:
+                past = 0 if cache is None else int(cache.get_seq_length())
+            phase = _phase(explicit, first=first, past=past, tokens=length)
+            ids = self._slots(cache, lines, past, explicit[1] if explicit else None)
+            slots = [self._pool.live[i] for i in ids]
+            checked = phase is Phase.PREFILL or explicit is not None
+            rows = Rows(phase, ids, length, real_tokens(mask, lines, length, past) if checked else None)
+            if phase is Phase.PREFILL:
+                self._generation.begun, self._generation.ended = True, None
+                self._read(rows, slots, tokens, past)
+            ended = self._generation.ended
+            self._cache, self._length = cache, past
+            paused = self.phases.paused
+            self._forwards.begin(
+                rows, slots, ended if ended is not None and len(ended) == lines else None, paused=paused
+            )
+            if phase is not Phase.PREFILL:
+                self._account.decoded(slots, self._masks.version, pruned=not paused, gathered=self._forwards.gathered)
+
+    def _slots(self, cache: Any, lines: int, past: int, given: tuple[int, ...] | None) -> tuple[int, ...]:
         if given is not None:
             if len(given) != lines or any(i not in self._pool.live for i in given):
                 raise ValueError(f"slots {list(given)} do not fit {lines} lines: use run.slots_of(cache)")
             return given
-        if known is not None and past == 0:
-            self._pool.drop(cache)
-            known = None
+        known = None if cache is None else self._pool.lines_of(cache, lines, past)
         if known is not None:
-            if len(known) == lines:
-                return known
-            if lines % len(known) == 0:
-                ids = self._pool.fan_out(known, lines)
-                self._pool.drop(cache)
-                self._pool.bind(cache, ids)
-                return ids
-            raise ValueError(f"this cache has {len(known)} sequences, the forward has {lines} lines")
+            return known
         ids = self._pool.open(lines)
         for i in ids:
             slot = self._pool.live[i]
@@ -239,6 +256,43 @@ class LiveModel(Refuses):
         else:
             self._pool.bind(cache, ids)
         return ids
+
+    def _read(self, rows: Rows, slots: Sequence[Slot], tokens: Tensor, past: int) -> None:
+        """Given text is about to be read."""
+        most = context_length(self._core)
+        if most is not None and past + rows.tokens > most:
+            for slot in slots:
+                slot.note(f"a text of {past + rows.tokens} tokens is longer than the model's context of {most}")
+        if past == 0 and tokens.dim() == 2 and self._noisy:
+            for line, slot in enumerate(slots):
+                text = tokens[line].cpu()[rows.line(line)]
+                slot.noise_seed = zlib.crc32(text.numpy().tobytes())
+
+    def _end_forward(self) -> None:
+        tie = None if self._cache is None else self._pool.tie(self._cache)
+        if tie is not None and self._forwards.rows is not None:
+            tie.length = self._length + self._forwards.rows.tokens
+        self._forwards.finish(self._cache, self._length)
+        self._cache = None
+
+    def _finish_compiled(self) -> None:
+        # a compiled call ends inside the graph, so its consequences are drawn here, before anything else happens
+        if self.armed:
+            self.armed = False
+            self._end_forward()
+
+    def _taken_back(self, cache: Any, ids: Sequence[int], tokens: int) -> None:
+        """A cache was cropped."""
+        with self.state:
+            self._finish_compiled()
+            waiting = self._forwards.candidates
+            if waiting is not None and waiting.cache is cache:
+                self.settle()
+            elif tokens:
+                self._forwards.take_back([self._pool.live[i] for i in ids], tokens)
+            tie = self._pool.tie(cache)
+            if tie is not None:
+                tie.length = max(0, tie.length - tokens)
 
     def _check_usable(self, cached: bool) -> None:
         if self._core.training:
@@ -255,35 +309,28 @@ class LiveModel(Refuses):
                     "call run.detach(), move it, and attach again"
                 )
 
-    def _check_length(self, tokens: int) -> None:
-        most = context_length(self._core)
-        if most is not None and most < tokens:
-            raise ValueError(f"the prompt has {tokens} tokens, more than the model's context of {most}: shorten it")
 
-    def _end_forward(self) -> None:
-        self._forwards.finish(self._cache, self._length)
-        self._length += 1
-        if not self._generating:
-            self._cache = None
+def _phase(explicit: Explicit | None, *, first: bool, past: int, tokens: int) -> Phase:
+    if explicit is not None:
+        return explicit[0]
+    if first or past == 0:
+        return Phase.PREFILL
+    return Phase.DECODE if tokens == 1 else Phase.VERIFY
 
-    def _finish_compiled(self) -> None:
-        # a compiled call ends inside the graph, so its consequences are drawn here, before anything else happens
-        if self.armed:
-            self.armed = False
-            self._end_forward()
+
+def _depth(core: Any) -> int | None:
+    """How many layers the model's configuration has run."""
+    depth = getattr(core.config.get_text_config(), "num_hidden_layers", None)
+    return depth if isinstance(depth, int) else None
+
+
+def _cache_of(output: Any) -> Any:
+    """The cache in what a forward gave, a tuple with a loss in front included; None if there is none."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is None and isinstance(output, tuple):
+        cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
+    return cache
 
 
 def _is_static(cache: Any) -> bool:
     return bool(getattr(cache, "is_compileable", False)) and type(cache).__name__ != "DynamicCache"
-
-
-def _valid(mask: Any, lines: int, length: int) -> Tensor | None:
-    """Which tokens of the forward are no padding, bool [B, T] on the host; None if all count."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return None
-    valid = mask[:, -length:].to("cpu").bool()
-    if valid.shape != (lines, length):
-        raise ValueError(
-            f"an attention mask of shape {tuple(mask.shape)} does not fit {lines} lines of {length} tokens"
-        )
-    return None if bool(valid.all()) else valid

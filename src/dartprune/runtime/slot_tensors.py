@@ -51,6 +51,9 @@ class SlotTensors:
             device = tensor.device
             tensor.index_copy_(0, target.to(device), tensor.index_select(0, source.to(device)))
 
+    def fork(self, slots: list[int]) -> None:
+        """These slots were copied from others and go their own way from here."""
+
     def bytes_per_slot(self) -> int:
         """Bytes that one slot holds here."""
         return sum(t[0].nbytes if t.shape[0] else t.new_empty(t.shape[1:]).nbytes for t in self.tensors().values())
@@ -70,3 +73,8 @@ class Counters(SlotTensors):
         self._allocate("pruned", (), torch.int64)
         self._allocate("saved", (), torch.float32)  # sum over pruned tokens of the share of FFN weights left out
         self._allocate("share", (), torch.float32)  # that share under the masks in force
+
+    def fork(self, slots: list[int]) -> None:
+        """What their source decoded is counted there."""
+        for counter in (self.dense, self.pruned, self.saved):
+            counter[slots] = 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dartprune.drift import AttentionDrift
+from dartprune.model.caches import follow, unfollow
 from dartprune.report import Event
 from dartprune.runtime.slot_tensors import SlotTensors
 
@@ -55,6 +56,12 @@ class RingPlace:
             self.next = (self.next + tokens) % length
             self.filled = min(length, self.filled + tokens)
 
+    def retreat(self, tokens: int, length: int) -> None:
+        """The last tokens do not count any longer."""
+        if length:
+            self.next = (self.next - tokens) % length
+            self.filled = max(0, self.filled - tokens)
+
 
 @dataclass
 class Detection:
@@ -92,8 +99,8 @@ class Slot:
     """What the host knows of one sequence.
 
     position: tokens that its cache holds.  decoded: decode forwards, padding after the end included: a clock, not a
-    count for the report.  least: tokens that must have been traced before the next mask is made.  dense_left: dense
-    tokens still owed to a relearn.
+    count for the report.  inherited: of these, decoded by the sequence it was copied from.  least: tokens that must
+    have been traced before the next mask is made.  dense_left: dense tokens still owed to a relearn.
     """
 
     id: int
@@ -109,6 +116,7 @@ class Slot:
     traced: int = 0
     decoded: int = 0
     dense_left: int = 0
+    inherited: int = 0
     finished: bool = False
     events: list[LoggedEvent] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -125,6 +133,11 @@ class Slot:
             notes=list(self.notes),
         )
 
+    def fork(self) -> None:
+        """Go on as a sequence of its own: what happened so far is told by the one it was copied from."""
+        self.inherited, self.prompt_tokens = self.decoded, 0
+        self.events, self.detection.similarities = [], []
+
     def note(self, text: str) -> None:
         """Remember a remark for the report, once."""
         if text not in self.notes:
@@ -132,7 +145,7 @@ class Slot:
 
 
 class SlotPool:
-    """Opens and closes slots; a slot lives as long as the cache of its sequence."""
+    """Opens and closes slots; a slot lives as long as the cache of its sequence, and follows what that cache does."""
 
     def __init__(
         self, holders: Sequence[SlotTensors], new: Callable[[int, int], Slot], closed: Callable[[Slot], None]
@@ -149,7 +162,12 @@ class SlotPool:
         self._closed = closed
         self._opened = 0
         self.live: dict[int, Slot] = {}
-        self._caches: dict[int, tuple[weakref.ref[Any], tuple[int, ...]]] = {}
+        self._ties: dict[int, CacheTie] = {}
+        # set by the run: what must be done before slots move, and what a crop takes back
+        self.before_move: Callable[[], None] = lambda: None
+        self.taken_back: Callable[[Any, Sequence[int], int], None] = lambda cache, ids, tokens: None
+
+    # ---- slots
 
     def open(self, lines: int) -> tuple[int, ...]:
         """Open a slot for each line; the lowest free ids, their rows cleared."""
@@ -159,27 +177,13 @@ class SlotPool:
             if candidate not in self.live:
                 ids.append(candidate)
             candidate += 1
-        for holder in self._holders:
+        for holder in self._holders if ids else ():
             holder.grow(max(ids) + 1)
             holder.clear(ids)
         for i in ids:
             self.live[i] = self._new(i, self._opened)
             self._opened += 1
         return tuple(ids)
-
-    def bind(self, cache: Any, ids: tuple[int, ...]) -> None:
-        """Tie slots to the cache of their sequences."""
-        self._caches[id(cache)] = (weakref.ref(cache), ids)
-
-    def of(self, cache: Any) -> tuple[int, ...] | None:
-        """The slots of a cache, None if it is not known."""
-        known = self._caches.get(id(cache))
-        return known[1] if known is not None and known[0]() is cache else None
-
-    def sweep(self) -> None:
-        """Close the slots whose cache is gone."""
-        for key in [key for key, (cache, _) in self._caches.items() if cache() is None]:
-            self.close(self._caches.pop(key)[1])
 
     def close(self, ids: Sequence[int]) -> None:
         """End these sequences."""
@@ -189,33 +193,127 @@ class SlotPool:
                 self._closed(slot)
                 del self.live[i]
 
-    def drop(self, cache: Any) -> None:
-        """End the sequences of a cache that was emptied."""
-        known = self._caches.pop(id(cache), None)
-        if known is not None:
-            self.close(known[1])
-
-    def continue_as(self, ids: tuple[int, ...], order: Tensor) -> None:
+    def continue_as(self, ids: Sequence[int], order: Sequence[int]) -> None:
         """Line b goes on as what line order[b] was: statistics, masks, detector and events follow."""
-        targets = torch.tensor(ids, dtype=torch.int64)
-        host_order = [int(i) for i in order]  # beam search waits for the device at each step anyway
-        if host_order == list(range(len(ids))):
-            return
-        self._copy([ids[i] for i in host_order], list(ids), targets)
+        if list(order) != list(range(len(ids))):
+            self._copy([ids[line] for line in order], list(ids))
 
-    def fan_out(self, ids: tuple[int, ...], lines: int) -> tuple[int, ...]:
-        """New slots for `lines` lines, each a copy of the line it was expanded from."""
-        each = lines // len(ids)
-        sources = [i for i in ids for _ in range(each)]
-        opened = self.open(lines)
-        self._copy(sources, list(opened), torch.tensor(opened, dtype=torch.int64))
+    def fan_out(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """New slots, each a copy of the one that stands there."""
+        opened = self.open(len(ids))
+        if opened:
+            self._copy(list(ids), list(opened))
+        for holder in self._holders:
+            holder.fork(list(opened))
+        for i in opened:
+            self.live[i].fork()
         return opened
 
-    def _copy(self, sources: list[int], targets: list[int], target_rows: Tensor) -> None:
+    def select(self, ids: Sequence[int], lines: Sequence[int]) -> tuple[int, ...]:
+        """The slots of these lines, in their order; one that comes again is copied, one that is left out ends."""
+        chosen = [ids[line] for line in lines]
+        again = [number for number, slot in enumerate(chosen) if slot in chosen[:number]]
+        for number, copied in zip(again, self.fan_out([chosen[number] for number in again]), strict=True):
+            chosen[number] = copied
+        self.close([slot for slot in ids if slot not in chosen])
+        return tuple(chosen)
+
+    def _copy(self, sources: list[int], targets: list[int]) -> None:
+        rows = torch.tensor(sources, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64)
         for holder in self._holders:
-            holder.move(torch.tensor(sources, dtype=torch.int64), target_rows)
+            holder.move(*rows)
         before = dict(self.live)
         for source, target in zip(sources, targets, strict=True):
             twin = before[source].onto(target)
             twin.sequence = before[target].sequence
             self.live[target] = twin
+
+    # ---- caches
+
+    def bind(self, cache: Any, ids: Sequence[int]) -> CacheTie:
+        """Tie slots to the cache of their sequences."""
+        tie = self.tie(cache)
+        if tie is None:
+            tie = CacheTie(self, cache, tuple(ids))
+            self._ties[id(cache)] = tie
+            follow(cache, tie)
+        tie.ids = tuple(ids)
+        return tie
+
+    def tie(self, cache: Any) -> CacheTie | None:
+        """What ties a cache to its slots, None if it is not known."""
+        tie = self._ties.get(id(cache))
+        return tie if tie is not None and tie.cache() is cache else None
+
+    def of(self, cache: Any) -> tuple[int, ...] | None:
+        """The slots of a cache, None if it is not known."""
+        tie = self.tie(cache)
+        return None if tie is None else tie.ids
+
+    def lines_of(self, cache: Any, lines: int, past: int) -> tuple[int, ...] | None:
+        """The slots of a cache that goes on with so many lines; None if it is new here, or was emptied."""
+        tie = self.tie(cache)
+        if tie is not None and past == 0:
+            self.drop(cache)
+            tie = None
+        if tie is None or len(tie.ids) == lines:
+            return None if tie is None else tie.ids
+        if lines % len(tie.ids):
+            raise ValueError(f"this cache has {len(tie.ids)} sequences, the forward has {lines} lines")
+        tie.repeated(lines // len(tie.ids))
+        return tie.ids
+
+    def sweep(self) -> None:
+        """Close the slots whose cache is gone."""
+        for key in [key for key, tie in self._ties.items() if tie.cache() is None]:
+            self.close(self._ties.pop(key).ids)
+
+    def drop(self, cache: Any) -> None:
+        """End the sequences of a cache that was emptied."""
+        tie = self.tie(cache)
+        if tie is not None:
+            del self._ties[id(cache)]
+            unfollow(cache)
+            self.close(tie.ids)
+
+    def release(self) -> None:
+        """Follow no cache any longer; the slots stay as they are."""
+        for tie in self._ties.values():
+            unfollow(tie.cache())
+
+
+class CacheTie:
+    """Between a cache and the slots of its lines: hears what the cache does, see `model.caches.CacheListener`.
+
+    length: tokens that the cache held when the last forward began, on the host.
+    """
+
+    def __init__(self, pool: SlotPool, cache: Any, ids: tuple[int, ...]) -> None:
+        self.cache = weakref.ref(cache)
+        self.ids = ids
+        self.length = 0
+        self._pool = pool
+
+    def reordered(self, order: Tensor) -> None:
+        """Beams moved."""
+        self._pool.before_move()
+        # beam search waits for the device at each step anyway
+        self._pool.continue_as(self.ids, [int(line) for line in order.flatten()])
+
+    def selected(self, lines: list[int]) -> None:
+        """Some lines are left."""
+        self._pool.before_move()
+        self.ids = self._pool.select(self.ids, lines)
+
+    def repeated(self, times: int) -> None:
+        """Every line goes on more than once."""
+        self.selected([line for line in range(len(self.ids)) for _ in range(times)])
+
+    def cropped(self, tokens: int) -> None:
+        """Tokens were taken back."""
+        self._pool.taken_back(self.cache(), self.ids, tokens)
+
+    def copied(self, copy: Any) -> None:
+        """The copy brings its trace: slots of its own, as these are now."""
+        self._pool.before_move()
+        self._pool.bind(copy, self._pool.fan_out(self.ids)).length = self.length

@@ -63,6 +63,14 @@ class Tokens:
                 slot.ring.advance(tokens, self.method.refresh.replay_tokens)
         return fired, settled
 
+    def uncount(self, slot: Slot, pruned: int, dense: int) -> None:
+        """Decoded tokens that were taken back did not happen; each had saved what tokens of this sequence save."""
+        counters = self.counters
+        before = counters.pruned[slot.id].clamp_min(1)
+        counters.saved[slot.id] *= 1 - pruned / before
+        counters.pruned[slot.id] -= pruned
+        counters.dense[slot.id] -= dense
+
     def _count(
         self, ids: Tensor, pruned: Sequence[bool], tokens: int, ended: Tensor | None, spent: Tensor | None
     ) -> None:
