@@ -296,9 +296,12 @@ class CacheTie:
 
     def reordered(self, order: Tensor) -> None:
         """Beams moved."""
+        lines = [int(line) for line in order.flatten()]  # beam search waits for the device at each step anyway
+        if len(lines) != len(self.ids):
+            self.selected(lines)
+            return
         self._pool.before_move()
-        # beam search waits for the device at each step anyway
-        self._pool.continue_as(self.ids, [int(line) for line in order.flatten()])
+        self._pool.continue_as(self.ids, lines)
 
     def selected(self, lines: list[int]) -> None:
         """Some lines are left."""
