@@ -35,7 +35,7 @@ def text(tmp_path):
 
 
 def test_perplexity_resumes_and_writes(run, text, tmp_path, monkeypatch):
-    from dartprune.evaluation.benchmarks import execute
+    from dartprune.evaluation.benchmarks import run as execute
 
     out = tmp_path / "out"
     how = ("eval", "--perplexity", text, "--method", "dense,static", "-s", "0.5,0.7", "--window", 64, "--limit", 3)

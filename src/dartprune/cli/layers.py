@@ -85,7 +85,7 @@ def carry_out(
 ) -> None:
     """Do a layer study and show it."""
     from dartprune.demo import passages
-    from dartprune.evaluation.benchmarks.execute import texts_of
+    from dartprune.evaluation.benchmarks.run import texts_of
     from dartprune.loading import DEMO, load
 
     inside = list(recipe.what) == [INSIDE]
@@ -117,13 +117,13 @@ def _study(
     name: str,
 ) -> tuple[Layers, dict[str, Any]]:
     from dartprune.evaluation.layers.run import settings_of, study, thirds
-    from dartprune.evaluation.models import context_length
     from dartprune.evaluation.texts import pieces, streams
+    from dartprune.model.context import context_length
     from dartprune.model.families import describe
     from dartprune.reporting.journal import Journal
     from dartprune.reporting.progress import bar
 
-    length = min(recipe.window or TOKENS, context_length(model))
+    length = min(recipe.window or TOKENS, context_length(model) or TOKENS)
     drawn = streams(pieces(documents, tokenizer, length), (length,), recipe.limit or STREAMS, seed=seed)
     count = len(describe(model).layers)
     groups = thirds(count) if groups is None else groups

@@ -65,8 +65,7 @@ class Calibration:
         with Static(scorer=base, budget=Uniform())(self.model, backend="masked") as run:
             for piece in self.pieces:
                 tokens = torch.tensor([piece], device=next(self.model.parameters()).device)
-                with torch.no_grad(), run.phase("prefill"):
-                    cache = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+                cache = run.prefill(tokens)
                 part = [score.square().cpu() for score in run.scores(run.slots_of(cache)[0])]
                 squares = part if not squares else [a + b for a, b in zip(squares, part, strict=True)]
             layers = [layer.index for layer in run.report().layers]

@@ -7,7 +7,6 @@ tokens, so that every scored token is computed as a decoded one would be (DART s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +40,7 @@ def forced_steps(
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
     tokens = tokens.to(next(model.parameters()).device)
-    with torch.no_grad(), run.phase("prefill"):
-        cache: Any = model(input_ids=tokens[:, : context - 1], use_cache=True, logits_to_keep=1).past_key_values
+    cache = run.prefill(tokens[:, : context - 1])
     for first in range(context - 1, length - 1, block):
         last = min(first + block, length - 1)
         with torch.no_grad(), run.phase("decode"):

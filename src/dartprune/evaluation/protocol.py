@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,14 @@ class _Context:
 
     tokens: Tokens
     stems: dict[Tokens, list[tuple[int, int]]] = field(default_factory=dict)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text, by the model's generation settings and by its tokenizer."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    return sorted({int(token) for token in (*ends, tokenizer.eos_token_id) if token is not None})
 
 
 class Protocol:

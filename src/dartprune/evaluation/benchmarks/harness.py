@@ -7,7 +7,7 @@ token. Here `dartprune.evaluation.protocol` is used instead, for the dense arm t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +24,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dartprune.evaluation.benchmarks.windows import windows
-from dartprune.evaluation.models import context_length, end_tokens, pruner_from
-from dartprune.evaluation.protocol import Protocol
+from dartprune.evaluation.benchmarks.perplexity import windows
+from dartprune.evaluation.protocol import Protocol, end_tokens
 from dartprune.evaluation.tally import Tally
 from dartprune.loading import load
+from dartprune.model.context import context_length
 from dartprune.names import unknown
-from dartprune.pruner import Pruner
+from dartprune.pruner import Pruner, presets
 from dartprune.reporting.progress import bar
 
+UNBOUNDED = 2048  # tokens of a context with its answer where the model has no end
 TO_WRITE = 256  # tokens of a continuation where the task does not say
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")
 
@@ -90,7 +91,8 @@ class DartLM(TemplateLM):  # type: ignore[misc]
         self.batch_size = _batch_size(batch_size)
         self.backend_name = backend
         self.silent = silent
-        self.max_length = context_length(self.model) if max_length is None else int(max_length)
+        most = context_length(self.model) or UNBOUNDED
+        self.max_length = most if max_length is None else int(max_length)
         self.tallies: dict[str, Tally] = {}
         self.rolling = {"tokens_scored": 0, "tokens_as_context": 0}
         self._begin()
@@ -163,7 +165,7 @@ class DartLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of the scored halves of each text's windows, see `evaluation.benchmarks.windows`."""
+        """Log-probability of the scored halves of each text's windows, see `windows`."""
         return self._by_task(requests, self._rolling)
 
     def _rolling(self, requests: list[Instance]) -> list[float]:
@@ -276,6 +278,26 @@ class DartLM(TemplateLM):  # type: ignore[misc]
             "model_dtype": str(self.model.dtype),
             "dartprune": summary,
         }
+
+
+def pruner_from(method: str, sparsity: float | None = None, settings: Mapping[str, Any] | None = None) -> Pruner:
+    """A preset with some settings changed.
+
+    Args:
+        method: name of the preset.
+        sparsity: None for the preset's own; not looked at where the preset does not prune.
+        settings: as in `Pruner.to_dict()`; a budget or refresh may be given by its kind alone.
+
+    Raises:
+        ValueError: an unknown name or value, with the nearest one that is known.
+    """
+    cls = presets.get(method)
+    data = cls().to_dict()
+    if sparsity is not None and cls.prunes:
+        data["sparsity"] = sparsity
+    for name, value in (settings or {}).items():
+        data[name] = {"kind": value} if name in ("budget", "refresh") and isinstance(value, str) else value
+    return Pruner.from_dict(data)
 
 
 def _batch_size(given: int | str | None) -> int:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dartprune.evaluation.models import context_length, end_tokens
-from dartprune.evaluation.protocol import Progress, Protocol
+from dartprune.evaluation.protocol import Progress, Protocol, end_tokens
+from dartprune.model.context import context_length
 from dartprune.pruner import Pruner
 
 INSTRUCTION = "Summarize the following text.\n\n{document}\n\nSummary:"
@@ -93,7 +93,7 @@ def summarise(
     Raises:
         ValueError: the model takes too few tokens.
     """
-    most = min(most, context_length(model) - written)
+    most = min(most, (context_length(model) or most + written) - written)
     contexts = prompts([document for document, _ in pairs], tokenizer, most=most, instruction=instruction, chat=chat)
     protocol = Protocol(model, pruner, padding=tokenizer.pad_token_id, batch=batch, backend=backend)
     texts = protocol.write(contexts, written, ends=end_tokens(model, tokenizer), progress=progress)

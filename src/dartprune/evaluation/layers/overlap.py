@@ -71,8 +71,7 @@ def kept(model: Any, texts: Sequence[Sequence[int]], keep: float, *, size: int =
     with Static(sparsity=1 - keep, budget=Uniform())(model, backend=backend) as run:
         for i in range(0, len(texts), size):
             tokens = torch.tensor([list(text) for text in texts[i : i + size]], device=model.device)
-            with torch.no_grad(), run.phase("prefill"):
-                cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+            cache = run.prefill(tokens)
             with torch.no_grad(), run.phase("decode"):  # masks are made before the first decoded token
                 model(input_ids=tokens[:, -1:], past_key_values=cache)
             found += [run.selection(slot) for slot in run.slots_of(cache)]

@@ -179,8 +179,7 @@ def impacts(model: Any, streams: Sequence[Stream], prompt: int, size: int, backe
     with pruner(model, backend=backend) as run:
         for i in range(0, len(streams), size):
             rows = batch(streams[i : i + size])[:, :prompt].to(model.device)
-            with torch.no_grad(), run.phase("prefill"):
-                cache = model(input_ids=rows, use_cache=True, logits_to_keep=1).past_key_values
+            cache = run.prefill(rows)
             found += [torch.tensor(run.impact(slot)) for slot in run.slots_of(cache)]
         neurons = [layer.neurons for layer in run.report().layers]
     return torch.stack(found).mean(0), neurons

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dartprune.evaluation.stats import Interval, difference, interval, regained, share
 from dartprune.evaluation.study.arms import Arm
 from dartprune.evaluation.study.detector import CurvePoint, curve, first_events, judge
 from dartprune.evaluation.study.results import Record, Results
-from dartprune.evaluation.study.stats import Interval, difference, interval, regained, share
 
 Array = NDArray[Any]
 YES, NO, OPEN = "reproduced", "refuted", "undecided"

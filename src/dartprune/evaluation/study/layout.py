@@ -15,6 +15,7 @@ from dartprune.evaluation.study.lockstep import Choose
 from dartprune.evaluation.study.prompts import TopicPrompt
 from dartprune.evaluation.study.settings import Settings
 from dartprune.evaluation.texts import Stream, pieces, streams
+from dartprune.model.context import context_length
 
 CHOOSE = -1  # the model writes this token
 
@@ -123,8 +124,8 @@ def free_texts(
 def check_length(texts: Mapping[str, Sequence[Text]], config: Any) -> None:
     """ValueError for texts longer than the model's context."""
     longest = max(len(text.prompt) + len(text.given) for group in texts.values() for text in group)
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(most, int) and 0 < most < longest:
+    most = context_length(config)
+    if most is not None and most < longest:
         raise ValueError(f"texts of {longest} tokens are longer than the model's context of {most}: shorten --after")
 
 

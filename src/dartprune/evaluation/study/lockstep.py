@@ -130,8 +130,7 @@ def run_unit(
     with Observer(model, [*lead, *(p for p in points if p not in lead)]) as observer, torch.no_grad():
         order = [observer.points.index(point) for point in points]
         with arm.pruner(model, backend=backend) as run:
-            with run.phase("prefill"):
-                cache: Any = model(input_ids=prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+            cache = run.prefill(prompt[:, :-1])
             seen = observer.take(lines)
             path.begin(seen[order])
             detectors.begin(seen[0])

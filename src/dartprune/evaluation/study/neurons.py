@@ -26,8 +26,7 @@ def own_neurons(model: nn.Module, text: Tensor, sparsity: float) -> list[Tensor]
     """
     text = text[:, : OWN_TOKENS + 1].to(next(model.parameters()).device)
     with Static(sparsity=sparsity)(model, backend="masked") as run, torch.no_grad():
-        with run.phase("prefill"):
-            cache = model(input_ids=text[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        cache = run.prefill(text[:, :-1])
         with run.phase("decode"):
             model(input_ids=text[:, -1:], past_key_values=cache, use_cache=True)
         return kept_masks(run, run.slots_of(cache), [layer.neurons for layer in describe(model).layers])

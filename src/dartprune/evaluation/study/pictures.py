@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from dartprune.evaluation.stats import Interval, band
 from dartprune.evaluation.study.analysis import Recovery
 from dartprune.evaluation.study.detector import CurvePoint, frontier
 from dartprune.evaluation.study.results import Record, Results
-from dartprune.evaluation.study.stats import Interval, band
 from dartprune.report import Event, SequenceReport
 from dartprune.reporting.plot import BLUE, GREEN, GREY, ORANGE, draw_similarity
 

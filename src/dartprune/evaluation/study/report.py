@@ -9,10 +9,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from dartprune.evaluation.stats import Interval
 from dartprune.evaluation.study import pictures
 from dartprune.evaluation.study.findings import Findings, to_data
 from dartprune.evaluation.study.results import Results
-from dartprune.evaluation.study.stats import Interval
 from dartprune.evaluation.study.tables import write_tables
 from dartprune.reporting.page import Page
 from dartprune.reporting.plot import save

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from dartprune.evaluation.stats import band
 from dartprune.evaluation.study import analysis
 from dartprune.evaluation.study.findings import Findings
 from dartprune.evaluation.study.measures import TOKEN_MEASURES, WINDOW_MEASURES
 from dartprune.evaluation.study.results import Results
-from dartprune.evaluation.study.stats import band
 
 
 def write_tables(results: Results, found: Findings, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dartprune.evaluation.study.stats import band, difference, interval, regained, share
+from dartprune.evaluation.stats import band, difference, interval, regained, share
 
 
 def test_the_mean_of_a_sample():

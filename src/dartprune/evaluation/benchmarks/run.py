@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dartprune.evaluation.benchmarks.curves import curves
 from dartprune.evaluation.benchmarks.perplexity import cut, perplexity
+from dartprune.evaluation.benchmarks.pictures import curves
 from dartprune.evaluation.benchmarks.recipe import Recipe
 from dartprune.evaluation.benchmarks.results import Outcome, Table, arms, collect, tables
 from dartprune.evaluation.benchmarks.sources import SUMMARIES, corpus, require, summaries
 from dartprune.evaluation.benchmarks.summaries import summarise
 from dartprune.evaluation.benchmarks.tasks import load_tasks, run_task
-from dartprune.evaluation.models import context_length
+from dartprune.model.context import context_length
 from dartprune.pruner import Pruner
 from dartprune.reporting.journal import Journal
 from dartprune.reporting.page import Page
@@ -161,7 +161,7 @@ def _tasks(
 def _perplexity(
     recipe: Recipe, data: dict[str, Any], model: Any, tokenizer: Any, backend: str, silent: bool, notes: list[str]
 ) -> tuple[list[str], Work]:
-    size = min(recipe.window or WINDOW, context_length(model))
+    size = min(recipe.window or WINDOW, context_length(model) or WINDOW)
     parts = {domain: cut(documents, tokenizer, size, recipe.limit) for domain, documents in data.items()}
     notes.append(f"Windows of {size} tokens that move on by half; the second half of each is scored.")
 
