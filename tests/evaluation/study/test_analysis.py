@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dartprune.evaluation.arms import parse_arms
 from dartprune.evaluation.study import analysis as a
-from dartprune.evaluation.study.arms import parse_arms
 from dartprune.evaluation.study.settings import Settings
 from small_study import SETTINGS, arms, record, results
 
@@ -118,7 +118,7 @@ def test_the_claim_about_release():
 
 def test_table_of_arms():
     rows = {(row.arm, row.kind): row for row in a.arm_rows(study(0.0))}
-    static, dart = rows["static", "change"], rows["dart", "change"]
+    static, dart = rows["dart-frozen", "change"], rows["dart", "change"]
     assert static.excess_before.value == pytest.approx(0.2, abs=0.02)
     assert static.excess_after.value == pytest.approx(1.0, abs=0.02)
     assert static.to_dense_after == pytest.approx(0.7, abs=0.01)
@@ -129,7 +129,7 @@ def test_table_of_arms():
 
 def test_free_mode_compares_with_what_the_dense_arm_wrote():
     made = results(list(study(0.0).records.values()), Settings(**{**vars(S), "mode": "free"}))
-    static = made.records["static", "change"]
+    static = made.records["dart-frozen", "change"]
     static.dense_loss = static.dense_loss + 0.25
     assert np.allclose(made.excess(static), 0.25)
 
@@ -150,4 +150,4 @@ def test_neuron_rows():
     rows = [row for row in a.neuron_rows(made) if row["arm"] == "dart" and row["kind"] == "change"]
     assert [row["added"] for row in rows] == [3, 0, 2] and all(row["events"] == 2 for row in rows)
     assert not [row for row in a.neuron_rows(made) if row["arm"] == "dense"]
-    assert parse_arms("dense", 0.5)[0].is_dense
+    assert not parse_arms("dense", 0.5)[0].pruner.prunes

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
-from dartprune.evaluation.benchmarks.results import arms
+from dartprune.evaluation.arms import arms_at
 from dartprune.names import unknown
 
 MEASURES = ("tasks", "perplexity", "summaries", "layers")
@@ -52,7 +52,7 @@ class Recipe:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name.replace('_', ' ')} must be a whole number of at least {least}, got {value!r}")
         if self.measure != "layers":
-            arms(self.methods, self.sparsities)
+            arms_at(self.methods, self.sparsities)
 
     def but(self, **changes: Any) -> Recipe:
         """The same recipe with what was given changed; None changes nothing."""

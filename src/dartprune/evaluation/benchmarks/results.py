@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dartprune.evaluation.arms import arm
 from dartprune.evaluation.tally import Tally
 from dartprune.pruner import Pruner
 from dartprune.reporting.journal import Journal
@@ -42,25 +41,6 @@ class Outcome:
             **self.tally.to_dict(),
             "details": self.details,
         }
-
-
-def arms(methods: Sequence[str], sparsities: Sequence[float]) -> dict[str, Pruner]:
-    """Every arm at every sparsity by name; one that does not prune stands there once.
-
-    Args:
-        methods: names of arms, see `arms.arm`.
-        sparsities: of those that prune.
-
-    Raises:
-        ValueError: an unknown arm, a sparsity outside [0, 1), or nothing asked for.
-    """
-    chosen = [arm(method) for method in methods]
-    out = {one.name: one.build(0.0) for one in chosen if not one.prunes}
-    for sparsity in sparsities:
-        out |= {f"{one.name} {sparsity:g}": one.build(sparsity) for one in chosen if one.prunes}
-    if not out:
-        raise ValueError("nothing to measure: give at least one method, and a sparsity if it prunes")
-    return out
 
 
 def collect(

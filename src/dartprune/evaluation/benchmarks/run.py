@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dartprune.evaluation.arms import arms_at
 from dartprune.evaluation.benchmarks.perplexity import cut, perplexity
 from dartprune.evaluation.benchmarks.pictures import curves
 from dartprune.evaluation.benchmarks.recipe import Recipe
-from dartprune.evaluation.benchmarks.results import Outcome, Table, arms, collect, tables
+from dartprune.evaluation.benchmarks.results import Outcome, Table, collect, tables
 from dartprune.evaluation.benchmarks.sources import SUMMARIES, corpus, require, summaries
 from dartprune.evaluation.benchmarks.summaries import summarise
 from dartprune.evaluation.benchmarks.tasks import load_tasks, run_task
@@ -133,7 +134,7 @@ def execute(
     units, work = make(recipe, gathered, model, tokenizer, backend, silent, notes)
     settings = {**recipe.settings(), "model": name, "backend": backend, "dtype": str(model.dtype)}
     journal = Journal(None if out is None else out / "journal.jsonl", settings)
-    outcomes = collect(arms(recipe.methods, recipe.sparsities), units, work, journal)
+    outcomes = collect(arms_at(recipe.methods, recipe.sparsities), units, work, journal)
     said = dict.fromkeys(note for outcome in outcomes for note in outcome.tally.notes)
     return Measured(recipe, name, outcomes, notes + list(said))
 

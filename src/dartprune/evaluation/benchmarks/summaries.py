@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from dartprune.evaluation.protocol import Progress, Protocol, end_tokens
+from dartprune.evaluation.stats import standard_error
 from dartprune.model.context import context_length
 from dartprune.pruner import Pruner
 
@@ -115,15 +115,7 @@ def summarise(
     means = {name: sum(score[name] for score in scores) / len(scores) for name in ROUGE.values()}
     return {
         "scores": means,
-        "errors": {name: _error([score[name] for score in scores]) for name in means},
+        "errors": {name: standard_error([score[name] for score in scores]) for name in means},
         "did": protocol.tally.to_dict(),
         "details": {"documents": documents},
     }
-
-
-def _error(values: Sequence[float]) -> float:
-    """Standard error of a mean; 0 for a single value."""
-    if len(values) < 2:
-        return 0.0
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))

@@ -1,11 +1,10 @@
-"""What one arm does on one batch of streams, against the dense model; and how sure a mean over streams is."""
+"""What one arm does on one batch of streams, against the dense model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +12,6 @@ from dartprune.evaluation.forced import forced_losses, forced_steps, token_losse
 from dartprune.pruner import Dense, Pruner
 from dartprune.report import Report
 
-RESAMPLES = 2000
 ALIKE = {torch.float32: 1e-5, torch.float64: 1e-10}  # mean change of loss, nats, that rounding alone may make
 ALIKE_16_BIT = 2e-3
 
@@ -156,34 +154,3 @@ def check_masks(name: str, nominal: float, measured: Measured, dense: Reference,
             f"arm {name!r} reports a realised sparsity of {report.realised_sparsity:.3f}, but its losses are the dense "
             f"model's (mean change {change:.1e} nats): its masks do not act; it cannot be compared"
         )
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over streams with the interval that 95 % of resampled means fall into."""
-
-    mean: float
-    low: float
-    high: float
-
-    def mapped(self, function: Callable[[float], float]) -> Estimate:
-        """The same of an increasing function of the mean, such as a perplexity."""
-        return Estimate(function(self.mean), function(self.low), function(self.high))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-class Bootstrap:
-    """Draws streams anew, with replacement; one object gives every figure the same draws, so that figures pair."""
-
-    def __init__(self, streams: int, seed: int, resamples: int = RESAMPLES) -> None:
-        self._rows = np.random.default_rng(seed).integers(streams, size=(resamples, streams))
-
-    def __call__(self, values: Sequence[float]) -> Estimate:
-        """Mean of one value a stream, and its percentile interval."""
-        array = np.asarray(values, dtype=np.float64)
-        mean = float(array.mean())
-        low, high = np.percentile(array[self._rows].mean(axis=1), (2.5, 97.5))
-        # equal values may differ from their own mean by a rounding error
-        return Estimate(mean, min(float(low), mean), max(float(high), mean))

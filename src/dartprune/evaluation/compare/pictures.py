@@ -94,19 +94,19 @@ def against_sparsity(comparison: Comparison) -> Figure:
             aside = ScaledTranslation(3 * (number - (len(names) - 1) / 2) / 72, 0, figure.dpi_scale_trans)
             style = look[name] | {"transform": axes.transData + aside}
             x = [o.realised_sparsity for o in mine]
-            axes.plot(x, [e.mean for e in y], **style | {"marker": None})
+            axes.plot(x, [e.value for e in y], **style | {"marker": None})
             axes.vlines(
                 x, [e.low for e in y], [e.high for e in y], color=style["color"], lw=1, transform=style["transform"]
             )
             for hollow in (False, True):
-                chosen = [(o.realised_sparsity, e.mean) for o, e in zip(mine, y, strict=True) if o.reached != hollow]
+                chosen = [(o.realised_sparsity, e.value) for o, e in zip(mine, y, strict=True) if o.reached != hollow]
                 fill = "white" if hollow else style["color"]
                 if chosen:
                     at, height = zip(*chosen, strict=True)
                     axes.plot(at, height, **style | {"linestyle": "none", "mfc": fill})
             label = f"{name} (ceiling)" if mine[0].ceiling else name
             axes.plot([], [], label=label, **look[name])
-            ends[label] = y[-1].mean
+            ends[label] = y[-1].value
         bounds = [v for o in found for v in (o.parts[part].over_dense.low, o.parts[part].over_dense.high)]
         axes.axhline(0, color="#666666", linewidth=0.8)
         _loss_scale(axes, min(bounds), max(bounds))

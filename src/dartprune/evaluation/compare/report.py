@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dartprune.evaluation.compare.measures import Estimate
 from dartprune.evaluation.compare.outcomes import Comparison, Outcome
 from dartprune.evaluation.compare.pictures import against_sparsity, curves
 from dartprune.evaluation.compare.plan import CHANGING, ONE
+from dartprune.evaluation.stats import Interval
 from dartprune.reporting.page import Page
 
 Rows = tuple[list[str], list[list[str]]]
@@ -90,7 +90,7 @@ def flat(comparison: Comparison) -> list[dict[str, Any]]:
                 ("top1_agreement", part.agreement),
                 ("perplexity", part.perplexity),
             ):
-                for suffix, field in (("", "mean"), ("_low", "low"), ("_high", "high")):
+                for suffix, field in (("", "value"), ("_low", "low"), ("_high", "high")):
                     row[label + suffix] = None if estimate is None else getattr(estimate, field)
             row |= {"events_per_stream": part.events, "refreshes_per_stream": o.refreshes}
             row |= {"false_alarms_per_200": o.false_alarms_per_200, "noticed": o.noticed, "delay": o.delay}
@@ -112,8 +112,8 @@ def quality(comparison: Comparison, target: float) -> Rows:
         found = [mine[kind].parts[part] for kind, part in parts]
         row = [_marked(arm, mine), " / ".join(f"{mine[kind].realised_sparsity:.3f}" for kind in kinds)]
         row += [_interval(p.over_dense) for p in found]
-        row += [_interval(found[-1].divergence), f"{found[-1].agreement.mean:.3f}"]
-        rows.append(row + [f"{p.perplexity.mean:.1f}" for p in found])
+        row += [_interval(found[-1].divergence), f"{found[-1].agreement.value:.3f}"]
+        rows.append(row + [f"{p.perplexity.value:.1f}" for p in found])
     return columns, rows
 
 
@@ -155,8 +155,8 @@ def brief(comparison: Comparison, target: float) -> Rows:
         found = [mine[kind].parts[part] for kind, part in parts]
         outcome, last = mine[kinds[-1]], found[-1]
         row = [_marked(arm, mine), f"{outcome.realised_sparsity:.3f}", f"{outcome.bytes_saved:.3f}"]
-        row += [f"{value:.2f}" for value in (*(p.over_dense.mean for p in found), last.over_dense.low)]
-        row += [f"{last.over_dense.high:.2f}", f"{last.agreement.mean:.2f}"]
+        row += [f"{value:.2f}" for value in (*(p.over_dense.value for p in found), last.over_dense.low)]
+        row += [f"{last.over_dense.high:.2f}", f"{last.agreement.value:.2f}"]
         rows.append([*row, "+".join(f"{p.events:.1f}" for p in outcome.parts.values())])
     return columns, rows
 
@@ -226,6 +226,6 @@ def _marked(arm: str, mine: dict[str, Outcome]) -> str:
     return arm + ("" if reached else UNREACHED) + (CEILING if ceiling else "")
 
 
-def _interval(estimate: Estimate) -> str:
-    mean, low, high = (round(value, 2) + 0.0 for value in (estimate.mean, estimate.low, estimate.high))  # no -0.00
+def _interval(estimate: Interval) -> str:
+    mean, low, high = (round(value, 2) + 0.0 for value in (estimate.value, estimate.low, estimate.high))  # no -0.00
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import dartprune
-from dartprune.evaluation.arms import Arm, arm
+from dartprune.evaluation.arms import Arm, arm, check_once
 from dartprune.evaluation.compare.measures import Measured, Reference, bytes_saved, check_masks, measure, reference
 from dartprune.evaluation.compare.outcomes import Case, Comparison, assemble
 from dartprune.evaluation.compare.plan import Material, Part, Plan
@@ -83,9 +83,7 @@ def compare(
         ValueError: two arms of one name, an arm that does not prune though it says so, or dense distributions that
             would not fit.
     """
-    names = [a.name for a in arms]
-    if len(set(names)) < len(names):
-        raise ValueError(f"every arm must be named once, got {', '.join(names)}")
+    check_once([a.name for a in arms])
     if not any(a.prunes for a in arms):
         raise ValueError("there is nothing to compare: name an arm that prunes beside dense")
     kept = journal if journal is not None else Journal(None, {})

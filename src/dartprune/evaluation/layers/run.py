@@ -16,6 +16,7 @@ from torch import Tensor
 from dartprune.budget import Table, Uniform
 from dartprune.evaluation.forced import forced_losses
 from dartprune.evaluation.layers.overlap import overlaps
+from dartprune.evaluation.stats import standard_error
 from dartprune.evaluation.texts import Stream, batch
 from dartprune.pruner import Dense, Static
 from dartprune.reporting.journal import Journal
@@ -118,8 +119,7 @@ def study(
             ]
             over = (torch.cat([losses for losses, _ in found]) - dense).mean(1)
             realised = sum(r.realised_sparsity * len(rows) for (_, r), rows in zip(found, tokens, strict=True))
-            error = float(over.std()) / len(over) ** 0.5 if len(over) > 1 else 0.0
-            journal.add(name, [float(over.mean()), error, realised / len(streams)])
+            journal.add(name, [float(over.mean()), standard_error(over.tolist()), realised / len(streams)])
         if progress is not None:
             progress(1)
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dartprune.evaluation.arms import ArmAt
 from dartprune.evaluation.stats import Interval, difference, interval, regained, share
-from dartprune.evaluation.study.arms import Arm
 from dartprune.evaluation.study.detector import CurvePoint, curve, first_events, judge
 from dartprune.evaluation.study.results import Record, Results
 
@@ -111,7 +111,7 @@ def recoveries(results: Results) -> list[Recovery]:
     return [_recovery(results, arm, frozen) for arm in arms]
 
 
-def _recovery(results: Results, arm: Arm, frozen: Record) -> Recovery:
+def _recovery(results: Results, arm: ArmAt, frozen: Record) -> Recovery:
     s, record = results.settings, results.records[arm.name, "change"]
     assert arm.release is not None
     span = slice(arm.release, min(arm.release + s.horizon, s.steps))
@@ -274,7 +274,7 @@ def neuron_rows(results: Results) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     cut = results.settings.before // results.settings.window
     for record in results.records.values():
-        if record.arm.is_dense:
+        if not record.arm.pruner.prunes:
             continue
         for layer, count in enumerate(results.neurons):
             moved = [(row["added"][layer], row["dropped"][layer]) for row in record.neurons]

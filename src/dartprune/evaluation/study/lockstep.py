@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dartprune.drift import AttentionDrift
+from dartprune.evaluation.arms import ArmAt
 from dartprune.evaluation.forced import token_losses
-from dartprune.evaluation.study.arms import Arm
 from dartprune.evaluation.study.measures import Trajectory, top_dimensions
 from dartprune.evaluation.study.neurons import NeuronLog
 from dartprune.evaluation.study.observe import Observer, Point
@@ -59,7 +59,7 @@ class Unit:
 class Detectors:
     """What detectors would see whose reference stays the prompt: one of each text, nothing fires."""
 
-    def __init__(self, arm: Arm, lines: int) -> None:
+    def __init__(self, arm: ArmAt, lines: int) -> None:
         self._drifts: list[AttentionDrift] = [arm.pruner.detector.build() for _ in range(lines)]
         self._sum: Tensor | None = None
         self._count = 0
@@ -93,7 +93,7 @@ class Detectors:
 
 def run_unit(
     model: nn.Module,
-    arm: Arm,
+    arm: ArmAt,
     prompt: Tensor,
     choose: Choose,
     settings: Settings,
@@ -135,7 +135,7 @@ def run_unit(
             path.begin(seen[order])
             detectors.begin(seen[0])
             shadow: Any = None
-            if not arm.is_dense:
+            if arm.pruner.prunes:
                 with run.dense():
                     shadow = model(input_ids=prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
                 observer.take(lines)

@@ -22,7 +22,7 @@ Array = NDArray[Any]
 PURPLE = "#AA4499"
 _KNOWN: dict[str, tuple[str, Any]] = {
     "dense": ("black", "-"),
-    "static": (ORANGE, "--"),
+    "dart-frozen": (ORANGE, "--"),
     "dart": (BLUE, "-"),
     "dart-relearn": (GREEN, "-."),
     "griffin": (GREY, ":"),
@@ -124,7 +124,7 @@ def divergence(results: Results) -> Figure:
         ax = grid[point.layer, point.space]
         for arm in results.arms:
             record = results.get(arm.name)
-            if record is not None and not arm.is_dense:
+            if record is not None and arm.pruner.prunes:
                 values = record.measure("cosine_to_dense", place)
                 _line(ax, _windows(results), values, styles[arm.name], arm.name, shade=arm.release is None)
         _mark_change(ax, results)
@@ -149,7 +149,7 @@ def losses(results: Results) -> Figure:
     for ax, kind in zip(grid, kinds, strict=True):
         for arm in results.arms:
             record = results.get(arm.name, kind)
-            if record is not None and not arm.is_dense and arm.release is None:
+            if record is not None and arm.pruner.prunes and arm.release is None:
                 _line(ax, _windows(results), _per_window(results, results.excess(record)), styles[arm.name], arm.name)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set_xlabel("decoded token")
@@ -170,7 +170,7 @@ def recovery(results: Results, rows: Sequence[Recovery]) -> Figure:
     x = _windows(results)
     _line(upper, x, _per_window(results, results.excess(frozen)), styles[frozen.arm.name], frozen.arm.name)
     for row in rows:
-        record = results.records[f"release@{row.release}", "change"]
+        record = results.records[f"dart-release@{row.release}", "change"]
         style = styles[record.arm.name]
         _line(upper, x, _per_window(results, results.excess(record)), style, record.arm.name, shade=False)
         upper.plot([row.release], [0], marker="^", color=style[0], markersize=8, clip_on=False, zorder=5)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dartprune.evaluation.study.arms import Arm
+from dartprune.evaluation.arms import ArmAt
 from dartprune.evaluation.study.lockstep import Unit
 from dartprune.evaluation.study.measures import WINDOW_MEASURES
 from dartprune.evaluation.study.observe import Point
@@ -26,7 +26,7 @@ _TEXT_AXIS = {"windows": 3, "loss": 1, "dense_loss": 1, "text": 1, "judged": 2, 
 class Record:
     """One arm on all texts of one kind: the units' contents, joined along the texts; see `lockstep.Unit`."""
 
-    arm: Arm
+    arm: ArmAt
     kind: str
     tokens: Array
     windows: Array
@@ -65,7 +65,7 @@ def save_unit(unit: Unit, path: Path) -> None:
     os.replace(part, path)
 
 
-def join(arm: Arm, kind: str, units: Sequence[tuple[dict[str, Array], dict[str, Any]]]) -> Record:
+def join(arm: ArmAt, kind: str, units: Sequence[tuple[dict[str, Array], dict[str, Any]]]) -> Record:
     """One record from the arrays and facts of its units."""
     arrays, facts = [a for a, _ in units], [f for _, f in units]
     sizes = np.array([a["loss"].shape[1] for a in arrays], dtype=np.float64)
@@ -101,7 +101,7 @@ class Results:
     settings: Settings
     points: list[Point]
     neurons: list[int]
-    arms: list[Arm]
+    arms: list[ArmAt]
     top: int  # largest dimensions whose overlap is counted
     names: dict[str, list[str]]
     records: dict[tuple[str, str], Record]
@@ -123,9 +123,9 @@ class Results:
 
     @property
     def frozen(self) -> Record | None:
-        """The arm whose prompt mask stays: `static`, else the first arm of that kind."""
+        """The arm whose prompt mask stays: `dart-frozen`, else the first arm of that kind."""
         frozen = [arm.name for arm in self.arms if arm.frozen]
-        name = "static" if "static" in frozen else next(iter(frozen), None)
+        name = "dart-frozen" if "dart-frozen" in frozen else next(iter(frozen), None)
         return self.get(name) if name is not None else None
 
     @property

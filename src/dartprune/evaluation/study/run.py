@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dartprune.evaluation.study.arms import Arm
+from dartprune.evaluation.arms import ArmAt
 from dartprune.evaluation.study.layout import CHOOSE, Text, batches, check_length, chooser, fingerprint
 from dartprune.evaluation.study.lockstep import Unit, run_unit
 from dartprune.evaluation.study.measures import top_dimensions
@@ -29,7 +29,7 @@ def run_study(
     model: Any,
     tokenizer: Any,
     texts: Mapping[str, Sequence[Text]],
-    arms: Sequence[Arm],
+    arms: Sequence[ArmAt],
     settings: Settings,
     *,
     folder: Path | None = None,
@@ -106,7 +106,7 @@ def _file(folder: Path, key: Key) -> Path:
     return folder / "units" / (_label(key).replace(" ", "-").replace("@", "-") + ".npz")
 
 
-def _check_same(facts: Mapping[str, Any], arm: Arm) -> None:
+def _check_same(facts: Mapping[str, Any], arm: ArmAt) -> None:
     if facts["pruner"] != arm.pruner.to_dict():
         raise ValueError(f"the folder holds arm {arm.name!r} with other settings: choose another folder")
 
@@ -114,7 +114,7 @@ def _check_same(facts: Mapping[str, Any], arm: Arm) -> None:
 def _unit(
     model: nn.Module,
     tokenizer: Any,
-    arm: Arm,
+    arm: ArmAt,
     group: Sequence[Text],
     settings: Settings,
     points: Any,
@@ -173,7 +173,7 @@ def _arrays(folder: Path, key: Key) -> dict[str, Any]:
 
 def _records(
     texts: Mapping[str, Sequence[Text]],
-    arms: Sequence[Arm],
+    arms: Sequence[ArmAt],
     batch: int,
     journal: Journal,
     held: Mapping[Key, dict[str, Any]],
