@@ -42,7 +42,7 @@ def test_perplexity_resumes_and_writes(run, text, tmp_path, monkeypatch):
     real, calls = execute.perplexity, []
 
     def killed(*args, **kwargs):
-        calls.append(args[2].name)
+        calls.append(args[0].pruner.name)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return real(*args, **kwargs)

@@ -82,9 +82,8 @@ def test_free(run, tmp_path):
     assert data["text_quality"]["dense"]["after"]["rouge1"] == 1
     assert 0 <= data["text_quality"]["dart-frozen"]["after"]["rougeL"] <= 1
     wrote = json.loads((tmp_path / "f" / "written.json").read_text())
-    assert (
-        len(wrote["dart-frozen"]["after"]) == 2 and wrote["dart-frozen"]["before"] == wrote["dart-release@30"]["before"]
-    )
+    frozen, released = wrote["dart-frozen"], wrote["dart-release@30"]
+    assert len(frozen["after"]) == 2 and frozen["before"] == released["before"]
     assert [claim["answer"] for claim in data["claims"]] == ["undecided"] * 3, "no one-topic texts"
 
 

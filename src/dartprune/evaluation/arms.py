@@ -257,9 +257,9 @@ def parse_arms(text: str, sparsity: float) -> list[ArmAt]:
     names = arm_list(text)
     if not names:
         raise ValueError("no arms: write such as dense,dart-frozen,dart-release@100,200,...,600,dart")
-    arms = [arm(name).at(sparsity) for name in ("dense", *(name for name in names if name != "dense"))]
+    arms = [arm(name).at(sparsity) for name in names]
     check_once([one.name for one in arms])
-    return arms
+    return [arm("dense").at(0.0), *(one for one in arms if one.name != "dense")]
 
 
 def arms_at(names: Sequence[str], sparsities: Sequence[float]) -> dict[str, Pruner]:

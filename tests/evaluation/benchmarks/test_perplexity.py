@@ -10,6 +10,7 @@ import torch
 from dartprune import Dense, Static
 from dartprune.evaluation.benchmarks.perplexity import cut, perplexity, windows
 from dartprune.evaluation.forced import forced_losses
+from dartprune.evaluation.protocol import Protocol
 
 TEXTS = ["once upon a time there was a little dog . " * 6, "the king went to the old house by the sea . " * 6]
 
@@ -20,7 +21,7 @@ def test_by_hand(demo):
     tokens = tokenizer("\n\n".join(TEXTS))["input_ids"]
     assert [token for _, answer in parts for token in answer] == tokens[16:]
     for pruner in (Dense(), Static(sparsity=0.5)):
-        done = perplexity(model, tokenizer, pruner, parts, batch=3)
+        done = perplexity(Protocol(model, pruner, padding=tokenizer.pad_token_id, batch=3), parts)
         losses = [forced_losses(model, pruner, torch.tensor([c + a]), len(c))[0][0] for c, a in parts]
         loss = float(torch.cat(losses).mean())
         assert done["details"]["loss"] == pytest.approx(loss, abs=1e-4)

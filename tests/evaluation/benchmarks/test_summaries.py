@@ -66,7 +66,7 @@ def test_summaries_are_greedy_and_counted_one_by_one(demo, tmp_path):
     pairs = summaries(str(path))
     assert pairs == [(row["document"], row["summary"]) for row in rows]
     for pruner in (Dense(), Dart(sparsity=0.5)):
-        done = summarise(model, tokenizer, pruner, pairs, most=96, written=24, batch=2)
+        done = summarise(Protocol(model, pruner, padding=0, batch=2), tokenizer, pairs, most=96, written=24)
         documents = done["details"]["documents"]
         contexts = prompts([d for d, _ in pairs], tokenizer, most=96)
         for context, one in zip(contexts, documents, strict=True):

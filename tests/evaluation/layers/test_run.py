@@ -9,7 +9,7 @@ import torch
 
 from dartprune import Static, Uniform
 from dartprune.evaluation.layers.overlap import kept, overlaps
-from dartprune.evaluation.layers.pictures import tables, write
+from dartprune.evaluation.layers.report import tables, write
 from dartprune.evaluation.layers.run import rank_correlation, settings_of, study, thirds
 from dartprune.evaluation.texts import streams
 from dartprune.model.families import describe
@@ -157,16 +157,11 @@ def test_continues_where_it_was_killed(model, drawn, found, tmp_path, monkeypatc
 
 def test_written(found, tmp_path):
     paths = write(found, tmp_path, "a <tiny> model", {"seed": 1})
-    assert [path.name for path in paths] == [
-        "results.json",
-        "curves.png",
-        "sensitivity.png",
-        "overlap.png",
-        "report.html",
-    ]
-    data = json.loads(paths[0].read_text())
+    drawn = [f"{name}.{ending}" for name in ("curves", "sensitivity", "overlap") for ending in ("png", "svg")]
+    assert [path.name for path in paths] == ["report.html", "results.json", *drawn]
+    data = json.loads(paths[1].read_text())
     assert data["alone"] == found.alone and data["settings"] == {"seed": 1}
-    page = paths[-1].read_text()
+    page = paths[0].read_text()
     assert "a &lt;tiny&gt; model" in page and page.count("<img") == 3
     single, several, ranks = tables(found)
     assert len(single.rows) == 3 and single.columns[0] == "layer" and len(several.rows) == len(ranks.rows) == 2

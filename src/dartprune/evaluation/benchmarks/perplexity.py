@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from dartprune.evaluation.protocol import Progress, Protocol
-from dartprune.pruner import Pruner
 
 
 def windows(tokens: Sequence[int], size: int) -> list[tuple[list[int], list[int]]]:
@@ -57,31 +56,19 @@ def cut(documents: Sequence[str], tokenizer: Any, size: int, limit: int | None =
 
 
 def perplexity(
-    model: Any,
-    tokenizer: Any,
-    pruner: Pruner,
-    parts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    batch: int = 8,
-    backend: str = "auto",
-    progress: Progress | None = None,
+    protocol: Protocol, parts: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Progress | None = None
 ) -> dict[str, Any]:
     """Perplexity of the second halves of windows.
 
     Args:
-        model: a decoder in evaluation mode, not attached.
-        tokenizer: of the model.
-        pruner: the arm.
+        protocol: the arm on its model, new.
         parts: windows from `cut`.
-        batch: windows at a time.
-        backend: how the pruned FFN is computed.
         progress: called with the number of windows done.
 
     Returns:
         scores: `perplexity`.  errors: its standard error over windows.  did: what was pruned.  details: `loss` in nats
         per token, `tokens` scored and the loss of each window.
     """
-    protocol = Protocol(model, pruner, padding=tokenizer.pad_token_id, batch=batch, backend=backend)
     results = protocol.score(parts, progress)
     sizes = torch.tensor([float(len(answer)) for _, answer in parts])
     losses = torch.tensor([-result.logprob for result in results])

@@ -8,7 +8,6 @@ from typing import Any
 from dartprune.evaluation.protocol import Progress, Protocol, end_tokens
 from dartprune.evaluation.stats import standard_error
 from dartprune.model.context import context_length
-from dartprune.pruner import Pruner
 
 INSTRUCTION = "Summarize the following text.\n\n{document}\n\nSummary:"
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
@@ -58,32 +57,24 @@ def rouge(pairs: Sequence[tuple[str, str]]) -> list[dict[str, float]]:
 
 
 def summarise(
-    model: Any,
+    protocol: Protocol,
     tokenizer: Any,
-    pruner: Pruner,
     pairs: Sequence[tuple[str, str]],
     *,
     most: int = 1024,
     written: int = 128,
-    instruction: str = INSTRUCTION,
     chat: bool = False,
-    batch: int = 8,
-    backend: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Summarise documents greedily and compare with their summaries.
 
     Args:
-        model: a decoder in evaluation mode, not attached.
+        protocol: the arm on its model, new.
         tokenizer: of the model.
-        pruner: the arm.
         pairs: documents and their summaries.
         most: tokens of a prompt, instruction included; less where the model takes less.
         written: tokens of a summary at most.
-        instruction: with `{document}` where the document goes.
         chat: put it into the tokenizer's chat template.
-        batch: documents at a time.
-        backend: how the pruned FFN is computed.
         progress: called with the number of documents done.
 
     Returns:
@@ -93,9 +84,9 @@ def summarise(
     Raises:
         ValueError: the model takes too few tokens.
     """
+    model = protocol.model
     most = min(most, (context_length(model) or most + written) - written)
-    contexts = prompts([document for document, _ in pairs], tokenizer, most=most, instruction=instruction, chat=chat)
-    protocol = Protocol(model, pruner, padding=tokenizer.pad_token_id, batch=batch, backend=backend)
+    contexts = prompts([document for document, _ in pairs], tokenizer, most=most, chat=chat)
     texts = protocol.write(contexts, written, ends=end_tokens(model, tokenizer), progress=progress)
     decoded = [tokenizer.decode(text.tokens, skip_special_tokens=True).strip() for text in texts]
     scores = rouge([(summary, text) for (_, summary), text in zip(pairs, decoded, strict=True)])

@@ -25,7 +25,7 @@ ALL = "all layers"
 
 
 @dataclass
-class Layers:
+class LayerStudy:
     """Results of a layer study.
 
     neurons: of each layer.  keeps: the shares of neurons kept.  sensitivity: of each layer, mean over texts.  alone:
@@ -48,6 +48,11 @@ class Layers:
     overlap: dict[str, Any]
     dense_loss: float = 0.0
     realised: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def middle(self) -> int:
+        """Number of the share kept that is shown where only one is."""
+        return sorted(range(len(self.keeps)), key=lambda k: self.keeps[k])[len(self.keeps) // 2]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -86,7 +91,7 @@ def study(
     backend: str = "auto",
     journal: Journal | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Layers:
+) -> LayerStudy:
     """Prune one layer at a time, several, and all but one.
 
     Args:
@@ -131,7 +136,7 @@ def study(
     spared = [[a - b for a, b in zip(row(ALL), row(f"all but {layer}"), strict=True)] for layer in range(layers)]
     angle, change = impact[:, 0], impact[:, 1]
     sensitivity = (angle * change).tolist()
-    return Layers(
+    return LayerStudy(
         neurons=neurons,
         keeps=list(keeps),
         sensitivity=sensitivity,
