@@ -228,14 +228,18 @@ def test_texts_that_cannot_serve():
         run(tiny(), ("dart", "dart"))
 
 
+def drawn(name):
+    return [f"{name}.png", f"{name}.svg"]
+
+
 def test_everything_is_written(tmp_path, comparison, monkeypatch):
-    captions = []
+    figures = []
     picture = Page.picture
     monkeypatch.setattr(
-        Page, "picture", lambda self, figure, text: (captions.append(figure), picture(self, figure, text))
+        Page, "picture", lambda self, figure, text: (figures.append(figure), picture(self, figure, text))[1]
     )
     files = write(comparison, tmp_path / "out", "A title")
-    assert sorted(files) == ["curves.png", "report.html", "results.csv", "results.json", "sparsity.png"]
+    assert sorted(files) == [*drawn("curves"), "report.html", "results.csv", "results.json", *drawn("sparsity")]
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(comparison.to_dict()))
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -246,7 +250,7 @@ def test_everything_is_written(tmp_path, comparison, monkeypatch):
     html = (tmp_path / "out" / "report.html").read_text()
     assert all(name in html for name in NAMES) and f"{mean:.2f}" in html and html.count("data:image/svg+xml") == 2
     assert "clock cannot realise 75%" in html and "clock*" in html
-    curves, sparsity = captions
+    curves, sparsity = figures
     assert len(curves.axes) == 2 and len(sparsity.axes) == 3
     labels = [text.get_text() for text in curves.axes[1].get_legend().get_texts()]
     assert len(labels) == len(NAMES) and any(label.startswith("clock (realises 0.") for label in labels)
@@ -266,4 +270,4 @@ def test_tables_have_a_row_for_each_arm(comparison):
 
 def test_one_kind_alone_has_no_picture_of_a_change(tmp_path):
     alone = run(tiny(), ("static",), dataclasses.replace(PLAN, kinds=(ONE,), sparsities=(0.5,)))
-    assert sorted(write(alone, tmp_path, "t")) == ["report.html", "results.csv", "results.json", "sparsity.png"]
+    assert sorted(write(alone, tmp_path, "t")) == ["report.html", "results.csv", "results.json", *drawn("sparsity")]

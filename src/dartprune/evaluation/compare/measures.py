@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dartprune.evaluation.forced import forced_losses, forced_steps, token_losses
+from dartprune.evaluation.forced import forced_losses, forced_steps, step_losses
 from dartprune.pruner import Dense, Pruner
 from dartprune.report import Report
 
@@ -36,7 +36,7 @@ class Reference:
 
 
 @dataclass
-class Measured:
+class BatchMeasures:
     """One arm on one batch; float32 [B, n] on the host.
 
     losses: in nats.  divergence: KL(dense || arm) in nats.  agreement: 1 where the likeliest token is the dense one.
@@ -53,24 +53,23 @@ class Measured:
 def reference(
     model: torch.nn.Module, tokens: Tensor, context: int, progress: Callable[[int], None] | None = None
 ) -> Reference:
-    """Decode streams with the plain model, token by token as every arm does.
+    """Decode streams int64 [B, T] with the plain model, token by token after `context` ones, as every arm does.
 
     Args:
         model: a decoder in evaluation mode, not attached.
-        tokens: int64 [B, T].
-        context: tokens of each line that are given.
+        tokens: of the streams.
+        context: tokens of each that are given.
         progress: called with the number of tokens done in each forward.
     """
-    kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     with Dense()(model) as run:
         for position, logits in forced_steps(model, run, tokens, context):
             exact = logits.float().log_softmax(-1)
-            short = exact.half()
-            targets = tokens[:, position : position + logits.shape[1]].to(logits.device)
-            kept.append((short, short.float().logsumexp(-1), exact.argmax(-1), token_losses(logits, targets)))
+            half = exact.half()
+            parts.append((half, half.float().logsumexp(-1), exact.argmax(-1), step_losses(logits, tokens, position)))
             if progress is not None:
                 progress(logits.shape[1])
-    return Reference(*(torch.cat(parts, dim=1) for parts in zip(*kept, strict=True)))
+    return Reference(*(torch.cat(column, dim=1) for column in zip(*parts, strict=True)))
 
 
 def measure(
@@ -82,61 +81,43 @@ def measure(
     *,
     backend: str = "masked",
     progress: Callable[[int], None] | None = None,
-) -> Measured:
+) -> BatchMeasures:
     """Decode streams teacher-forced with a pruner and compare every token's distribution with the dense one.
 
-    Args:
-        model: a decoder in evaluation mode, not attached.
-        pruner: the arm.
-        tokens: int64 [B, T].
-        context: tokens of each line that are given.
-        dense: the same streams, dense.
-        backend: how the pruned FFN is computed.
-        progress: called with the number of tokens done in each forward.
+    Args: as of `reference`, of the same streams; backend: how the pruned FFN is computed.
     """
-    losses: list[Tensor] = []
-    divergence: list[Tensor] = []
-    agreement: list[Tensor] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     short = 0
     with pruner(model, backend=backend) as run:
         for position, logits in forced_steps(model, run, tokens, context):
-            if not losses and pruner.prunes and pruner.start == 0:
+            if not parts and pruner.prunes and pruner.start == 0:
                 short = sum(sequence.dense_tokens > 0 for sequence in run.report().sequences)
-            targets = tokens[:, position : position + logits.shape[1]].to(logits.device)
-            losses.append(token_losses(logits, targets))
             ours = logits.float().log_softmax(-1)
             at = slice(position - context, position - context + logits.shape[1])
             theirs = dense.log_probs[:, at].float() - dense.norms[:, at, None]
-            divergence.append((theirs.exp() * (theirs - ours)).sum(-1))
-            agreement.append((ours.argmax(-1) == dense.best[:, at]).float())
+            apart = (theirs.exp() * (theirs - ours)).sum(-1)
+            alike = (ours.argmax(-1) == dense.best[:, at]).float()
+            parts.append((step_losses(logits, tokens, position), apart, alike))
             if progress is not None:
                 progress(logits.shape[1])
         report = run.report()
-    joined = [torch.cat(parts, dim=1).cpu() for parts in (losses, divergence, agreement)]
-    return Measured(joined[0], joined[1], joined[2], report, short)
+    losses, divergence, agreement = (torch.cat(column, dim=1).cpu() for column in zip(*parts, strict=True))
+    return BatchMeasures(losses, divergence, agreement, report, short)
 
 
 def bytes_saved(model: torch.nn.Module, pruner: Pruner, rows: Sequence[Tensor], context: int, backend: str) -> float:
-    """Share of the FFN's weight bytes that a backend leaves unread when each stream is decoded alone.
-
-    Args:
-        model: a decoder in evaluation mode, not attached.
-        pruner: the arm.
-        rows: streams of one length, int64 [1, T] each.
-        context: tokens of each that are given.
-        backend: `auto` or a backend's name.
-    """
+    """Share of the FFN's weight bytes that a backend leaves unread when each stream, int64 [1, T], is decoded alone."""
     shares = [forced_losses(model, pruner, row, context, backend=backend)[1].bytes_saved for row in rows]
     return sum(shares) / len(shares)
 
 
-def check_masks(name: str, nominal: float, measured: Measured, dense: Reference, dtype: torch.dtype) -> None:
-    """ValueError for an arm that says it prunes and does not.
+def check_masks(name: str, nominal: float, measured: BatchMeasures, dense: Reference, dtype: torch.dtype) -> None:
+    """ValueError for an arm that says it prunes, with a nominal sparsity above 0, and does not.
 
     Args:
         name: of the arm.
         nominal: the sparsity it was built for.
-        measured: what it did.
+        measured: what it did on the streams of `dense`.
         dense: the same streams, dense.
         dtype: of the model's weights, which decides what may be rounding.
     """

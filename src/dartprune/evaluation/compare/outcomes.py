@@ -104,7 +104,7 @@ class Comparison:
         return {"settings": self.settings, "outcomes": [asdict(outcome) for outcome in self.outcomes]}
 
 
-def assemble(cases: Sequence[Case], given: Material, plan: Plan) -> Comparison:
+def assemble(cases: Sequence[Case], material: Material, plan: Plan) -> Comparison:
     """The figures of all cases; each kind must have a case of the arm `dense`."""
     outcomes = []
     for case in cases:
@@ -114,7 +114,7 @@ def assemble(cases: Sequence[Case], given: Material, plan: Plan) -> Comparison:
             part.name: _part(
                 case, dense, versus[0] if versus and case.arm != plan.versus else None, part.name, plan.seed
             )
-            for part in given.parts(case.kind, plan)
+            for part in material.parts(case.kind, plan)
         }
         _count_events(case, parts, plan)
         outcomes.append(_outcome(case, dense, parts, plan))
@@ -127,10 +127,10 @@ def assemble(cases: Sequence[Case], given: Material, plan: Plan) -> Comparison:
         "sparsities": list(plan.sparsities),
         "tolerance": plan.tolerance,
         "versus": plan.versus,
-        "domains": given.domains,
-        "domains_too_short": given.too_short,
-        "separator": given.separator is not None,
-        "texts": given.digest,
+        "domains": material.domains,
+        "domains_too_short": material.too_short,
+        "separator": material.separator is not None,
+        "texts": material.digest,
     }
     return Comparison(outcomes, told)
 
