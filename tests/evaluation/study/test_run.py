@@ -81,7 +81,8 @@ def test_everything_is_written(tmp_path):
     findings = find(results, {"dart": {"after": {"rouge1": 0.5}}}, ["a note"])
     paths = write(results, findings, tmp_path / "out", "a title")
     pictures = ("trajectories", "divergence", "losses", "recovery", "detector", "single-texts", "turnover")
-    assert {path.name for path in paths} == {"report.html", "report.json"} | {
+    assert paths[0].name == "report.html" and sorted((tmp_path / "out").iterdir()) == sorted(paths)
+    assert {path.name for path in paths} >= {"report.json", "series.json"} | {
         f"{name}.{ending}" for name in pictures for ending in ("png", "svg")
     }
     page = (tmp_path / "out" / "report.html").read_text()

@@ -10,14 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dartprune.drift import AttentionDrift
+from dartprune.evaluation.stats import Array
 
-Array = NDArray[Any]
 DELTAS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 DROPS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 PATIENCES = (1, 2, 3)

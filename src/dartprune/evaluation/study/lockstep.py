@@ -12,19 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dartprune.drift import AttentionDrift
 from dartprune.evaluation.arms import ArmAt
 from dartprune.evaluation.forced import token_losses
+from dartprune.evaluation.stats import Array
 from dartprune.evaluation.study.measures import Trajectory, top_dimensions
 from dartprune.evaluation.study.neurons import NeuronLog
 from dartprune.evaluation.study.observe import Observer, Point
 from dartprune.evaluation.study.settings import Settings
 from dartprune.model.families import describe
 
-Array = NDArray[Any]
 Choose = Callable[[int, Tensor], Tensor]
 
 
