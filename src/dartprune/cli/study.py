@@ -174,12 +174,12 @@ def _free(
     control: int,
 ) -> dict[str, list[Text]]:
     from dartprune.evaluation.study.layout import free_texts
-    from dartprune.evaluation.study.prompts import TopicPrompt, read_prompts, stored_prompts
+    from dartprune.evaluation.study.prompts import TopicPrompt, generate_prompts, read_prompts
 
     if prompt is not None:
         rows = [TopicPrompt("first topic", "second topic", prompt, prompt, bridge)]
     else:
-        rows = stored_prompts() if prompts is None else read_prompts(prompts)
+        rows = generate_prompts() if prompts is None else read_prompts(prompts)
     return free_texts(rows[:streams], tokenizer, settings, control, one_request=one_request)
 
 

@@ -1,18 +1,14 @@
-"""Two-topic prompts: a seeded generator, and the hundred of them that come with the package."""
+"""Two-topic prompts: a seeded generator, the same for the same seed for ever, and prompts from a file."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
 
 from dartprune.names import unknown
-
-SEED = 7  # of the stored prompts
-STORED = 100
 
 # noun phrases that can follow "about"
 TOPICS: dict[str, tuple[str, ...]] = {
@@ -84,7 +80,7 @@ class TopicPrompt:
     bridge: str
 
 
-def generate_prompts(count: int, seed: int = SEED) -> list[TopicPrompt]:
+def generate_prompts(count: int = 100, seed: int = 7) -> list[TopicPrompt]:
     """Draw prompts, no pair of topics twice, the topics of a pair from two domains; the same for the same seed.
 
     Raises:
@@ -107,18 +103,6 @@ def generate_prompts(count: int, seed: int = SEED) -> list[TopicPrompt]:
         texts = (draw(_REQUESTS), draw(_OPENINGS), draw(_BRIDGES))
         out.append(TopicPrompt(a, b, *(text.format(a=a, b=b) for text in texts)))
     return out
-
-
-def stored_prompts() -> list[TopicPrompt]:
-    """The prompts that come with the package."""
-    text = (files("dartprune.evaluation.study") / "prompts.json").read_text(encoding="utf-8")
-    return [TopicPrompt(**row) for row in json.loads(text)]
-
-
-def write_prompts(prompts: Sequence[TopicPrompt], path: Path) -> None:
-    """Write prompts as JSON, one a line, as `stored_prompts` and `read_prompts` read them."""
-    rows = ",\n".join(json.dumps(asdict(prompt)) for prompt in prompts)
-    path.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
 
 
 def read_prompts(path: Path) -> list[TopicPrompt]:
