@@ -251,7 +251,7 @@ def _conclude(
             "Loss over dense is the dense model's loss on what the arm wrote, minus that on what the dense arm wrote: "
             "text that repeats itself is easy to predict, so read it beside repetition."
         )
-        if one_request or any(not any(token >= 0 for token in text.given) for text in texts["change"]):
+        if one_request or any(not any(token >= 0 for token in text.script) for text in texts["change"]):
             notes.append(
                 "The place of the change is unknown, because the model was asked for both topics at once: 'before' "
                 f"and 'after' mean decoded token {settings.before}, and what is counted from the change has no meaning."

@@ -54,7 +54,7 @@ def read_texts(sources: Sequence[str | Path], *, split: str | None = None) -> di
 
 
 def _files(sources: Sequence[str | Path], split: str | None) -> list[Path]:
-    found: list[Path] = []
+    files: list[Path] = []
     for source in map(Path, sources):
         if source.is_dir():
             inside = [p for p in sorted(source.iterdir()) if p.name.endswith(_SUFFIXES)]
@@ -63,14 +63,14 @@ def _files(sources: Sequence[str | Path], split: str | None) -> list[Path]:
             if not inside:
                 wanted = "" if split is None else f" of the split {split!r}"
                 raise ValueError(f"{source}: the folder holds no .txt or .jsonl files{wanted}")
-            found += inside
+            files += inside
         elif not source.is_file():
             raise ValueError(f"{source}: there is no such file or folder")
         elif not source.name.endswith(_SUFFIXES):
             raise ValueError(f"{source}: the name must end in one of {', '.join(_SUFFIXES)}")
         else:
-            found.append(source)
-    return found
+            files.append(source)
+    return files
 
 
 def _documents(path: Path) -> Iterator[tuple[str, str]]:
@@ -159,9 +159,9 @@ def streams(
     return out
 
 
-def batch(chosen: Sequence[Stream]) -> Tensor:
+def batch(drawn: Sequence[Stream]) -> Tensor:
     """Streams of equal length as int64 [B, T]; ValueError if they differ in length."""
-    sizes = {len(stream.tokens) for stream in chosen}
+    sizes = {len(stream.tokens) for stream in drawn}
     if len(sizes) != 1:
         raise ValueError(f"streams of one batch must have one length, got {sorted(sizes)}")
-    return torch.tensor([stream.tokens for stream in chosen])
+    return torch.tensor([stream.tokens for stream in drawn])

@@ -35,7 +35,10 @@ from dartprune.reporting.progress import bar
 
 UNBOUNDED = 2048  # tokens of a context with its answer where the model has no end
 TO_WRITE = 256  # tokens of a continuation where the task does not say
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")
+WARPERS = {
+    "temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper,
+}  # fmt: skip
 
 
 @register_model("dart")
@@ -150,7 +153,7 @@ class DartLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Score answers after their contexts."""
-        return self._by_task(requests, lambda chosen: super(DartLM, self).loglikelihood(chosen, disable_tqdm=True))
+        return self._by_task(requests, lambda asked: super(DartLM, self).loglikelihood(asked, disable_tqdm=True))
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -158,11 +161,11 @@ class DartLM(TemplateLM):  # type: ignore[misc]
         questions = [(self._cut(context, len(answer)), answer) for _, context, answer in requests]
         with bar(f"{self.pruner.name}: answers", len(requests), silent=self.silent) as advance:
             results = self._protocol.score(questions, advance)
-        found = [(result.logprob, result.greedy) for result in results]
-        for (texts, _, _), result in zip(requests, found, strict=True):
+        scores = [(result.logprob, result.greedy) for result in results]
+        for (texts, _, _), result in zip(requests, scores, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, result)
-        return found
+        return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of the scored halves of each text's windows, see `windows`."""
@@ -300,33 +303,25 @@ def pruner_from(method: str, sparsity: float | None = None, settings: Mapping[st
     return Pruner.from_dict(data)
 
 
-def _batch_size(given: int | str | None) -> int:
-    if given is None:
-        return 1
+def _batch_size(size: int | str | None) -> int:
     try:
-        return int(given)
+        return 1 if size is None else int(size)
     except ValueError:
         raise ValueError(
-            f"batch_size must be a number of contexts, got {given!r}: none is found automatically"
+            f"batch_size must be a number of contexts, got {size!r}: none is found automatically"
         ) from None
 
 
 def chooser(settings: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
     """How the next token is taken from logits: None for the most probable; ValueError for a setting without effect."""
     for name in settings:
-        if name not in SAMPLING:
-            raise unknown("generation setting", name, (*SAMPLING, "until", "max_gen_toks"))
+        if name not in ("do_sample", *WARPERS):
+            raise unknown("generation setting", name, ("do_sample", *WARPERS, "until", "max_gen_toks"))
     if not settings.get("do_sample"):
         return None
-    warpers = LogitsProcessorList()
-    if (temperature := settings.get("temperature")) not in (None, 1.0):
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if settings.get("top_k"):
-        warpers.append(TopKLogitsWarper(int(settings["top_k"])))
-    if settings.get("top_p") is not None and settings["top_p"] < 1.0:
-        warpers.append(TopPLogitsWarper(float(settings["top_p"])))
-    if settings.get("min_p"):
-        warpers.append(MinPLogitsWarper(float(settings["min_p"])))
+    # 0 is none of a warper but for the temperature, which must not be 0
+    values = {name: settings[name] for name in WARPERS if settings.get(name) is not None}
+    warpers = LogitsProcessorList(WARPERS[n](value) for n, value in values.items() if value or n == "temperature")
 
     def draw(logits: Tensor) -> Tensor:
         scores = warpers(torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device), logits.float())

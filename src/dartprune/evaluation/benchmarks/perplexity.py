@@ -47,12 +47,12 @@ def cut(documents: Sequence[str], tokenizer: Any, size: int, limit: int | None =
         ValueError: the text is too short for a window.
     """
     tokens = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
-    found = windows(tokens, size)
-    if not found:
+    cuts = windows(tokens, size)
+    if not cuts:
         raise ValueError(f"the text has {len(tokens)} tokens: nothing is left to score after a context")
-    if limit is not None and limit < len(found):
-        found = [found[i * len(found) // limit] for i in range(limit)]
-    return found
+    if limit is not None and limit < len(cuts):
+        cuts = [cuts[i * len(cuts) // limit] for i in range(limit)]
+    return cuts
 
 
 def perplexity(

@@ -97,7 +97,7 @@ def summaries(name: str) -> list[tuple[str, str]]:
         document, summary = SUMMARIES[name].fields
         return [(row[document], row[summary]) for row in _rows(name, SUMMARIES[name])]
     _check_local(name, "summaries", list(SUMMARIES))
-    found = []
+    pairs = []
     path = Path(name)
     if path.suffix != ".jsonl":
         raise ValueError(f"{name}: summaries are read from JSON lines, a file that ends in .jsonl")
@@ -110,10 +110,10 @@ def summaries(name: str) -> list[tuple[str, str]]:
             raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("document", "summary")):
             raise ValueError(f"{name}, line {number}: needs the fields 'document' and 'summary'")
-        found.append((row["document"], row["summary"]))
-    if not found:
+        pairs.append((row["document"], row["summary"]))
+    if not pairs:
         raise ValueError(f"{name}: holds no line")
-    return found
+    return pairs
 
 
 def _check_local(name: str, what: str, known: list[str]) -> None:

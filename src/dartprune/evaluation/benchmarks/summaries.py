@@ -52,8 +52,8 @@ def rouge(pairs: Sequence[tuple[str, str]]) -> list[dict[str, float]]:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
-    found = [scorer.score(reference, text) for reference, text in pairs]
-    return [{name: float(scores[key].fmeasure) for key, name in ROUGE.items()} for scores in found]
+    scores = [scorer.score(reference, text) for reference, text in pairs]
+    return [{name: float(score[key].fmeasure) for key, name in ROUGE.items()} for score in scores]
 
 
 def summarise(

@@ -119,11 +119,9 @@ def study(
         if name not in journal:
             # the share is the table's affair; masks that never change may decode in one block
             pruner = Static(sparsity=0.5, budget=Table(table))
-            found = [
-                forced_losses(model, pruner, rows, prompt, block=rows.shape[1], backend=backend) for rows in tokens
-            ]
-            over = (torch.cat([losses for losses, _ in found]) - dense).mean(1)
-            realised = sum(r.realised_sparsity * len(rows) for (_, r), rows in zip(found, tokens, strict=True))
+            runs = [forced_losses(model, pruner, rows, prompt, block=rows.shape[1], backend=backend) for rows in tokens]
+            over = (torch.cat([losses for losses, _ in runs]) - dense).mean(1)
+            realised = sum(r.realised_sparsity * len(rows) for (_, r), rows in zip(runs, tokens, strict=True))
             journal.add(name, [float(over.mean()), standard_error(over.tolist()), realised / len(streams)])
         if progress is not None:
             progress(1)
@@ -177,7 +175,7 @@ def settings_of(layers: int, keeps: Sequence[float], groups: Mapping[str, tuple[
 
 def impacts(model: Any, streams: Sequence[Stream], prompt: int, size: int, backend: str) -> tuple[Tensor, list[int]]:
     """Mean over texts of both impact terms of each layer on the prompts, float32 [L, 2], and the layers' neurons."""
-    found = []
+    parts = []
     pruner = Static(sparsity=0.5, budget=Uniform())
     if prompt - 1 - pruner.skip_first < pruner.min_traced:
         raise ValueError(f"a prompt of {prompt} tokens makes no mask: give at least {pruner.min_traced + 2}")
@@ -185,6 +183,6 @@ def impacts(model: Any, streams: Sequence[Stream], prompt: int, size: int, backe
         for i in range(0, len(streams), size):
             rows = batch(streams[i : i + size])[:, :prompt].to(model.device)
             cache = run.prefill(rows)
-            found += [torch.tensor(run.impact(slot)) for slot in run.slots_of(cache)]
+            parts += [torch.tensor(run.impact(slot)) for slot in run.slots_of(cache)]
         neurons = [layer.neurons for layer in run.report().layers]
-    return torch.stack(found).mean(0), neurons
+    return torch.stack(parts).mean(0), neurons

@@ -120,7 +120,7 @@ def run_unit(
     prompt = prompt.to(next(model.parameters()).device)
     path = Trajectory(settings.window, settings.before, top_dimensions(decoder.hidden, settings.top))
     detectors = Detectors(arm, lines)
-    kept = _Kept()
+    tape = _Tape()
     losses: list[Tensor] = []
     texts: list[Tensor] = []
     overlaps: list[Tensor] = []
@@ -156,7 +156,7 @@ def run_unit(
                     torch.stack([token_losses(x, token[:, None])[:, 0] for x in (logits, dense_logits)]).cpu()
                 )
                 texts.append(token.cpu())
-                if kept.add(*path.step(mine[order], reference[order])):
+                if tape.add(*path.step(mine[order], reference[order])):
                     overlaps.append(log.overlap())
                     held = path.bytes_held() + detectors.bytes_held() + log.bytes_held()
                 if progress is not None:
@@ -164,8 +164,8 @@ def run_unit(
             report = run.report()
     both = torch.stack(losses)
     arrays = {
-        "tokens": torch.stack(kept.tokens),
-        "windows": torch.stack(kept.windows).movedim(2, 3),
+        "tokens": torch.stack(tape.tokens),
+        "windows": torch.stack(tape.windows).movedim(2, 3),
         "loss": both[:, 0],
         "dense_loss": both[:, 1],
         "text": torch.stack(texts),
@@ -183,7 +183,7 @@ def run_unit(
     )
 
 
-class _Kept:
+class _Tape:
     """What is stored for the report; one transfer from the device for each window."""
 
     def __init__(self) -> None:

@@ -164,7 +164,7 @@ class _Units:
 
     def _own_neurons(self, kind: str, number: int, group: Sequence[Text]) -> list[list[Tensor]]:
         """Each topic's own best neurons. What the model must write itself is taken from the dense arm."""
-        script = torch.tensor([text.given for text in group])
+        script = torch.tensor([text.script for text in group])
         dense = self.label("dense", kind, number)
         written = bool((script == CHOOSE).any())
         if written and dense not in self._journal:
