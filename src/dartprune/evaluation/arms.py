@@ -83,30 +83,8 @@ def register_arm(
 @register_arm("clock-replay", "DART's masks and replays every N tokens instead of by the detector", number=16)
 def _clock_replay(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
     dart = Dart(sparsity=sparsity)
-    refresh = dart.refresh
-    return replace(
-        dart, refresh=Clock(every=number, dense=None, replay=refresh.replay_tokens, memory=refresh.replay_memory)
-    )
-
-
-@register_arm("dart-depth-aware", "DART with the paper's budget, which looks at layers and not at neurons")
-def _depth_aware(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
-    return Dart(sparsity=sparsity, budget=DepthAware())
-
-
-@register_arm("dart-frozen", "DART up to its first event, and the prompt's masks for ever")
-def _frozen(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
-    return Dart(sparsity=sparsity, refresh=Never())
-
-
-@register_arm("dart-relearn", "DART with the paper's refresh: N dense tokens at an event", number=50)
-def _relearn(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
-    return Dart(sparsity=sparsity, refresh=Relearn(tokens=number))
-
-
-@register_arm("dart-release", "DART's first masks, dropped for good at decoded token N", number=0)
-def _release(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
-    return Dart(sparsity=sparsity, refresh=Release(at=number))
+    replay, memory = dart.refresh.replay_tokens, dart.refresh.replay_memory
+    return replace(dart, refresh=Clock(every=number, dense=None, replay=replay, memory=memory))
 
 
 @register_arm("dart-reference", "the settings of the authors' reference code, with N dense tokens", number=50)
@@ -116,14 +94,24 @@ def _reference(sparsity: float, number: int, calibration: Calibration | None) ->
     return Dart(sparsity=sparsity, budget=budget, detector=detector, refresh=Relearn(tokens=number), compensate=None)
 
 
-@register_arm("calibrated-magnitude", "one mask for ever: energy over a calibration text", calibrated=True)
-def _calibrated_magnitude(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
-    return _calibrated("magnitude", sparsity, calibration)
-
-
-@register_arm("calibrated-wanda", "one mask for ever: |a| * |W_down| over a calibration text", calibrated=True)
-def _calibrated_wanda(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
-    return _calibrated("weight-aware", sparsity, calibration)
+register_arm("dart-depth-aware", "DART with the paper's budget, which looks at layers and not at neurons")(
+    lambda sparsity, number, calibration: Dart(sparsity=sparsity, budget=DepthAware())
+)
+register_arm("dart-frozen", "DART up to its first event, and the prompt's masks for ever")(
+    lambda sparsity, number, calibration: Dart(sparsity=sparsity, refresh=Never())
+)
+register_arm("dart-relearn", "DART with the paper's refresh: N dense tokens at an event", number=50)(
+    lambda sparsity, number, calibration: Dart(sparsity=sparsity, refresh=Relearn(tokens=number))
+)
+register_arm("dart-release", "DART's first masks, dropped for good at decoded token N", number=0)(
+    lambda sparsity, number, calibration: Dart(sparsity=sparsity, refresh=Release(at=number))
+)
+register_arm("calibrated-magnitude", "one mask for ever: energy over a calibration text", calibrated=True)(
+    lambda sparsity, number, calibration: _calibrated("magnitude", sparsity, calibration)
+)
+register_arm("calibrated-wanda", "one mask for ever: |a| * |W_down| over a calibration text", calibrated=True)(
+    lambda sparsity, number, calibration: _calibrated("weight-aware", sparsity, calibration)
+)
 
 
 def _calibrated(base: str, sparsity: float, calibration: Calibration | None) -> Pruner:

@@ -119,11 +119,7 @@ def assemble(cases: Sequence[Case], material: Material, plan: Plan) -> Compariso
         _count_events(case, parts, plan)
         outcomes.append(_outcome(case, dense, parts, plan))
     told = {
-        "prompt": plan.prompt,
-        "lengths": list(plan.lengths),
-        "streams": plan.count,
-        "batch": plan.batch,
-        "seed": plan.seed,
+        **plan.to_dict(),
         "sparsities": list(plan.sparsities),
         "tolerance": plan.tolerance,
         "versus": plan.versus,

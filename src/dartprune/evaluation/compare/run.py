@@ -99,11 +99,8 @@ def compare(
         cases += [work.case(kind, a, target) for target in plan.sparsities for a in pruning]
         work.forget()
     comparison = assemble(cases, material, plan)
-    comparison.settings |= {
-        "weights": fingerprint(model),
-        "dartprune": dartprune.__version__,
-        "torch": torch.__version__,
-    }
+    versions = {"dartprune": dartprune.__version__, "torch": torch.__version__}
+    comparison.settings |= {"weights": fingerprint(model), **versions}
     return comparison
 
 
@@ -113,11 +110,7 @@ def journal_settings(model: nn.Module, material: Material, plan: Plan, backend: 
         "dartprune": dartprune.__version__,
         "model": fingerprint(model),
         "texts": material.digest,
-        "prompt": plan.prompt,
-        "lengths": list(plan.lengths),
-        "streams": plan.count,
-        "batch": plan.batch,
-        "seed": plan.seed,
+        **plan.to_dict(),
         "backend": backend,
     }
 
@@ -128,19 +121,14 @@ class _Work:
     def __init__(
         self, model: nn.Module, material: Material, plan: Plan, journal: Journal, backend: str, watcher: Watcher | None
     ) -> None:
-        self.model = model
-        self.material = material
-        self.plan = plan
-        self.journal = journal
-        self.backend = backend
-        self.watcher = watcher
+        self.model, self.material, self.plan = model, material, plan
+        self.journal, self.backend, self.watcher = journal, backend, watcher
         self.dtype = next(model.parameters()).dtype
         self._left = 0  # steps that were announced and are not done
         self._told: set[str] = set()  # finished units that the watcher knows of
         self._references: dict[int, Reference] = {}
         self._firsts = list(range(0, plan.count, plan.batch))
-        config: Any = getattr(model, "config", None)
-        vocabulary = int(getattr(config, "vocab_size", 0))
+        vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0))
         needed = min(plan.batch, plan.count) * plan.steps * vocabulary * 2
         if needed > HELD:
             raise ValueError(
@@ -205,14 +193,9 @@ class _Work:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 measured = measure(
-                    self.model,
-                    pruner,
-                    self._tokens(kind, number),
-                    self.plan.prompt,
-                    dense,
-                    backend=BACKEND,
-                    progress=lambda n: self._step(label, n),
-                )
+                    self.model, pruner, self._tokens(kind, number), self.plan.prompt, dense,
+                    backend=BACKEND, progress=lambda n: self._step(label, n),
+                )  # fmt: skip
             check_masks(arm.name, nominal, measured, dense, self.dtype)
             remarks = list(dict.fromkeys(str(warning.message) for warning in caught))
             self.journal.add(key, _unit_data(measured, self.material.parts(kind, self.plan), remarks))

@@ -152,9 +152,8 @@ def run_unit(
                 log.step(step)
                 detectors.step(mine[0])
                 token = choose(step, logits[:, -1]).to(token.device)
-                losses.append(
-                    torch.stack([token_losses(x, token[:, None])[:, 0] for x in (logits, dense_logits)]).cpu()
-                )
+                pair = [token_losses(x, token[:, None])[:, 0] for x in (logits, dense_logits)]
+                losses.append(torch.stack(pair).cpu())
                 texts.append(token.cpu())
                 if tape.add(*path.step(mine[order], reference[order])):
                     overlaps.append(log.overlap())
