@@ -84,6 +84,12 @@ def _documents(path: Path) -> Iterator[tuple[str, str]]:
         # split at whole lines only: the mark may stand inside a text that is about it
         yield from ((domain, part) for part in ("\n" + text + "\n").split(f"\n{SEPARATOR}\n"))
         return
+    for row in json_lines(text, path, "text"):
+        yield str(row.get("domain", domain)), row["text"]
+
+
+def json_lines(text: str, path: str | Path, *fields: str) -> Iterator[dict[str, Any]]:
+    """The objects of JSON lines; ValueError naming the line for one that is none, or lacks a field of text."""
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
@@ -91,9 +97,14 @@ def _documents(path: Path) -> Iterator[tuple[str, str]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ValueError(f"{path}, line {number}: needs a field 'text'")
-        yield str(row.get("domain", domain)), row["text"]
+        if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in fields):
+            named = (
+                f"the field{'s' if len(fields) > 1 else ''} {' and '.join(map(repr, fields))}"
+                if fields
+                else "an object"
+            )
+            raise ValueError(f"{path}, line {number}: needs {named}")
+        yield row
 
 
 def pieces(documents: Mapping[str, Sequence[str]], tokenizer: Any, length: int) -> dict[str, list[list[int]]]:

@@ -28,8 +28,6 @@ def test_the_document_is_cut_and_never_the_instruction(demo):
     )
     with pytest.raises(ValueError, match="no room for the document"):
         prompts([DOCUMENT], tokenizer, most=10)
-    with pytest.raises(ValueError, match=r"must hold \{document\} once"):
-        prompts([DOCUMENT], tokenizer, instruction="Summarize.")
     with pytest.raises(ValueError, match="no chat template"):
         prompts([DOCUMENT], tokenizer, chat=True)
 
@@ -38,6 +36,9 @@ def test_a_chat_template_is_put_around(demo):
     import copy
 
     tokenizer = copy.deepcopy(demo[1])
+    tokenizer.chat_template = "nothing of it"
+    with pytest.raises(ValueError, match="does not hold the message"):
+        prompts([DOCUMENT], tokenizer, chat=True)
     tokenizer.chat_template = "{% for m in messages %}<user> {{ m['content'] }} <end>{% endfor %} <answer>"
     (tokens,) = prompts([DOCUMENT], tokenizer, most=80, chat=True)
     text = tokenizer.decode(tokens)

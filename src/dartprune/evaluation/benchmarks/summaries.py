@@ -14,29 +14,26 @@ ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 _MARK = "{document}"
 
 
-def prompts(
-    documents: Sequence[str], tokenizer: Any, *, most: int = 1024, instruction: str = INSTRUCTION, chat: bool = False
-) -> list[list[int]]:
+def prompts(documents: Sequence[str], tokenizer: Any, *, most: int = 1024, chat: bool = False) -> list[list[int]]:
     """Tokens of instruction and document, the end of the document cut where the whole would be longer than `most`.
 
     Args:
         documents: texts.
         tokenizer: of the model.
         most: tokens of a prompt.
-        instruction: with `{document}` where the document goes.
         chat: put it into the tokenizer's chat template as the user's message.
 
     Raises:
-        ValueError: an instruction without `{document}` or one that leaves no room for it; `chat` without a template.
+        ValueError: no room for the document; `chat` without a template, or with one that does not keep the message.
     """
-    text = instruction
+    text = INSTRUCTION
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError("--chat: this model's tokenizer has no chat template")
-        message = [{"role": "user", "content": instruction}]
+        message = [{"role": "user", "content": INSTRUCTION}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     if text.count(_MARK) != 1:
-        raise ValueError(f"the instruction must hold {_MARK} once, where the document goes")
+        raise ValueError("--chat: the chat template does not hold the message as it is, once")
     before, after = text.split(_MARK)
     head = tokenizer(before, add_special_tokens=not chat, verbose=False)["input_ids"]
     tail = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]

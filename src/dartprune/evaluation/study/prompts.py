@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dartprune.evaluation.texts import json_lines
 from dartprune.names import unknown
 
 # noun phrases that can follow "about"
@@ -115,11 +116,7 @@ def read_prompts(path: Path) -> list[TopicPrompt]:
     """
     text = path.read_text(encoding="utf-8")
     try:
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(x) for x in text.splitlines() if x.strip()]
-        )
+        rows = json.loads(text) if text.lstrip().startswith("[") else list(json_lines(text, path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not rows:

@@ -37,8 +37,7 @@ def distinct(text: str, n: int) -> float:
 
 def repetition(text: str) -> float:
     """Share of a text's 4-grams of words that stood in it before; 0 for a text of fewer than 4 words."""
-    grams = ngrams(text, NGRAM)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return 1 - distinct(text, NGRAM) if ngrams(text, NGRAM) else 0.0
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
