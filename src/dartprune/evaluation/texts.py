@@ -98,11 +98,7 @@ def json_lines(text: str, path: str | Path, *fields: str) -> Iterator[dict[str, 
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in fields):
-            named = (
-                f"the field{'s' if len(fields) > 1 else ''} {' and '.join(map(repr, fields))}"
-                if fields
-                else "an object"
-            )
+            named = "text under " + " and ".join(map(repr, fields)) if fields else "an object"
             raise ValueError(f"{path}, line {number}: needs {named}")
         yield row
 
