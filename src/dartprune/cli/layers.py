@@ -116,7 +116,7 @@ def _study(
     groups: dict[str, tuple[int, int]] | None,
     name: str,
 ) -> tuple[LayerStudy, dict[str, Any]]:
-    from dartprune.evaluation.layers.run import settings_of, study, thirds
+    from dartprune.evaluation.layers.run import settings_of, study_layers, thirds
     from dartprune.evaluation.texts import pieces, streams
     from dartprune.model.context import context_length
     from dartprune.model.families import describe
@@ -141,7 +141,7 @@ def _study(
         {**settings, "model": name, "backend": backend, "dtype": str(model.dtype)},
     )
     with bar("layers", len(settings_of(count, keeps, groups)), silent=silent) as advance:
-        found = study(
+        found = study_layers(
             model,
             drawn,
             prompt=length // 2,

@@ -31,6 +31,9 @@ pre { overflow-x: auto; font-size: 0.85rem; background: #8881; padding: 0.7rem; 
 """
 
 
+TextTable = tuple[list[str], list[list[str]]]  # columns and rows
+
+
 @dataclass(frozen=True)
 class Sheet:
     """A table as it is shown: a name in front of each row."""

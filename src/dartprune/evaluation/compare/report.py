@@ -10,8 +10,8 @@ from dartprune.evaluation.compare.pictures import against_sparsity, curves
 from dartprune.evaluation.compare.plan import CHANGING, ONE
 from dartprune.evaluation.stats import Interval
 from dartprune.reporting.frame import Frame
+from dartprune.reporting.page import TextTable
 
-Rows = tuple[list[str], list[list[str]]]
 UNREACHED, CEILING = "*", "†"
 _PARTS = {ONE: ("one topic",), CHANGING: ("before", "after")}
 _EXPLAINED = (
@@ -84,7 +84,7 @@ def _parts(comparison: Comparison) -> list[tuple[str, str]]:
     return [(kind, part) for kind in (ONE, CHANGING) if comparison.of(kind) for part in _PARTS[kind]]
 
 
-def quality(comparison: Comparison, target: float) -> Rows:
+def quality(comparison: Comparison, target: float) -> TextTable:
     """The table of losses: one row an arm, dense first."""
     parts = _parts(comparison)
     columns = ["arm", "realised", *(part for _, part in parts)]
@@ -101,7 +101,7 @@ def quality(comparison: Comparison, target: float) -> Rows:
     return columns, rows
 
 
-def conduct(comparison: Comparison, target: float) -> Rows:
+def conduct(comparison: Comparison, target: float) -> TextTable:
     """The table of what the arms did: bytes, events, refreshes, dense tokens."""
     kinds = [kind for kind in (ONE, CHANGING) if comparison.of(kind)]
     columns = ["arm", "nominal", "bytes saved", "dense tokens", "refreshes"]
@@ -129,7 +129,7 @@ def conduct(comparison: Comparison, target: float) -> Rows:
     return columns, rows
 
 
-def brief(comparison: Comparison, target: float) -> Rows:
+def brief(comparison: Comparison, target: float) -> TextTable:
     """What fits on a terminal: every loss, and of the last part of the streams the interval, agreement and events."""
     parts = _parts(comparison)
     columns = ["arm", "realised", "bytes saved", *(part for _, part in parts), "low", "high", "top-1", "events"]
@@ -155,7 +155,7 @@ def brief_legend(comparison: Comparison) -> str:
     )
 
 
-def pairs(comparison: Comparison, target: float) -> Rows:
+def pairs(comparison: Comparison, target: float) -> TextTable:
     """The table of paired differences; no rows where the arm to be paired with is not among the arms."""
     parts = _parts(comparison)
     rows = []

@@ -80,7 +80,7 @@ def thirds(layers: int) -> dict[str, tuple[int, int]]:
     return {f"layers {a}-{b - 1}": (a, b - 1) for a, b in pairwise(bounds)}
 
 
-def study(
+def study_layers(
     model: Any,
     streams: Sequence[Stream],
     *,

@@ -13,9 +13,9 @@ from dartprune.evaluation.study.findings import Findings
 from dartprune.evaluation.study.measures import TOKEN_MEASURES, WINDOW_MEASURES
 from dartprune.evaluation.study.results import Record, Results
 from dartprune.reporting.frame import Frame
+from dartprune.reporting.page import TextTable
 
 Rows = Iterable[dict[str, Any]]
-TextTable = tuple[list[str], list[list[str]]]  # columns and rows
 
 
 def arm_table(findings: Findings) -> TextTable:
