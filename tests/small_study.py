@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dartprune import Dart, Detector, Relearn, Replay
-from dartprune.evaluation.study.arms import Arm, parse_arms
+from dartprune.evaluation.arms import ArmAt, parse_arms
 from dartprune.evaluation.study.layout import Text
 from dartprune.evaluation.study.results import Record, Results
 from dartprune.evaluation.study.settings import Settings
@@ -62,9 +62,9 @@ def texts(count, settings=SETTINGS, seed=0):
 def arms():
     """Dense, static, one release, and two arms that detect easily."""
     return [
-        *parse_arms("dense,static,release@24", 0.5),
-        Arm("dart", Dart(sparsity=0.5, detector=EAGER, refresh=Replay(tokens=8, settle=16))),
-        Arm("dart-relearn", Dart(sparsity=0.5, detector=EAGER, refresh=Relearn(tokens=8))),
+        *parse_arms("dense,dart-frozen,dart-release@24", 0.5),
+        ArmAt("dart", Dart(sparsity=0.5, detector=EAGER, refresh=Replay(tokens=8, settle=16))),
+        ArmAt("dart-relearn", Dart(sparsity=0.5, detector=EAGER, refresh=Relearn(tokens=8))),
     ]
 
 

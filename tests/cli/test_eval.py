@@ -35,14 +35,14 @@ def text(tmp_path):
 
 
 def test_perplexity_resumes_and_writes(run, text, tmp_path, monkeypatch):
-    from dartprune.evaluation.benchmarks import execute
+    from dartprune.evaluation.benchmarks import run as execute
 
     out = tmp_path / "out"
     how = ("eval", "--perplexity", text, "--method", "dense,static", "-s", "0.5,0.7", "--window", 64, "--limit", 3)
     real, calls = execute.perplexity, []
 
     def killed(*args, **kwargs):
-        calls.append(args[2].name)
+        calls.append(args[0].pruner.name)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return real(*args, **kwargs)

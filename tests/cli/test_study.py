@@ -45,7 +45,7 @@ def test_forced(run, topics, tmp_path):
         "--streams",
         2,
         "--arms",
-        "static,release@30,dart",
+        "dart-frozen,dart-release@30,dart",
         "--layers",
         "last",
         "--out",
@@ -56,11 +56,11 @@ def test_forced(run, topics, tmp_path):
     data = json.loads(out)
     assert code == 0 and [row["arm"] for row in data["arms"]] == [
         "dense",
-        "static",
-        "release@30",
+        "dart-frozen",
+        "dart-release@30",
         "dart",
         "dense",
-        "static",
+        "dart-frozen",
         "dart",
     ]
     assert data["texts"]["change"] and {*data["texts"]["change"]} <= {"novels > code", "code > novels"}
@@ -74,15 +74,16 @@ def test_free(run, tmp_path):
     pytest.importorskip("rouge_score")
     pytest.importorskip("sacrebleu")
     code, out, _ = run(
-        *("study", "--mode", "free", "--streams", 2, "--control", 0, "--arms", "static,release@30"),
+        *("study", "--mode", "free", "--streams", 2, "--control", 0, "--arms", "dart-frozen,dart-release@30"),
         *("--layers", "last", "--out", "f", *SHORT, "--after", 80),
     )
-    assert code == 0 and "release@30" in out and "report: f/report.html" in out
+    assert code == 0 and "dart-release@30" in out and "report: f/report.html" in out
     data = json.loads((tmp_path / "f" / "report.json").read_text())
     assert data["text_quality"]["dense"]["after"]["rouge1"] == 1
-    assert 0 <= data["text_quality"]["static"]["after"]["rougeL"] <= 1
+    assert 0 <= data["text_quality"]["dart-frozen"]["after"]["rougeL"] <= 1
     wrote = json.loads((tmp_path / "f" / "written.json").read_text())
-    assert len(wrote["static"]["after"]) == 2 and wrote["static"]["before"] == wrote["release@30"]["before"]
+    frozen, released = wrote["dart-frozen"], wrote["dart-release@30"]
+    assert len(frozen["after"]) == 2 and frozen["before"] == released["before"]
     assert [claim["answer"] for claim in data["claims"]] == ["undecided"] * 3, "no one-topic texts"
 
 
@@ -91,7 +92,7 @@ def test_free(run, tmp_path):
     [
         (("--before", 10), "before the change has 10 decoded tokens, fewer than two windows of 10"),
         (("--arms", "statik"), "did you mean 'static'"),
-        (("--arms", "release@895"), "the text ends at decoded token 900"),
+        (("--arms", "dart-release@895"), "the text ends at decoded token 900"),
         (("--layers", "first,99"), "unknown layer '99': write first, middle, last, or 0 to "),
         (("--spaces", "residuals"), "did you mean 'residual'"),
         (("--mode", "forcd"), "did you mean 'forced'"),
@@ -109,7 +110,7 @@ def test_mistakes_are_one_line(run, topics, args, said):
 def _with_short(args):
     """The short layout, unless the mistake is about lengths."""
     lengths = {"--before", "--after", "--arms"} & set(args)
-    return args if lengths else (*SHORT, "--arms", "static", *args)
+    return args if lengths else (*SHORT, "--arms", "dart-frozen", *args)
 
 
 def test_more_mistakes(run, topics, tmp_path):
@@ -126,5 +127,5 @@ def test_more_mistakes(run, topics, tmp_path):
         (("--mode", "free", "--prompts", "p.json"), "No such file"),
         (("--mode", "free", "--similarity", tmp_path), "holds no encoder"),
     ):
-        code, _, err = run("study", *SHORT, "--arms", "static", *args)
+        code, _, err = run("study", *SHORT, "--arms", "dart-frozen", *args)
         assert code == 2 and said in err and "Traceback" not in err, (args, err)

@@ -1,4 +1,4 @@
-"""Arms by name: what each builds, what a wrong name says, and masks that are the same for every sequence."""
+"""Arms by name: what each builds, what a wrong name says, and lists of them."""
 
 from __future__ import annotations
 
@@ -8,32 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from dartprune import Dart, Dense, DepthAware, Griffin, Pruner, Relearn, Release, scoring
+from dartprune import Dart, Dense, DepthAware, Griffin, Pruner, Relearn, Release, Static
 from dartprune.evaluation.arms import (
-    Calibration,
     arm,
     arm_kinds,
+    arm_list,
     arm_names,
+    arms_at,
     check_arms,
-    cut,
     default_arms,
-    needs_calibration,
+    parse_arms,
 )
 from dartprune.pruner import presets
-from letters import tiny
+from dartprune.refresh import Never
 
 PLAIN = [name for name in default_arms() if name != "dense"]
-
-
-@pytest.fixture
-def forgotten_scorers():
-    """Scorers that a test registers are taken out again."""
-    before = set(scoring.scorer_names())
-    yield
-    for name in set(scoring.scorer_names()) - before:
-        del scoring._scorers._values[name]
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -63,6 +53,7 @@ def test_variations_of_dart():
     assert clock.refresh.every == 30 and not clock.refresh.detects
     assert (clock.refresh.replay_tokens, clock.refresh.replay_memory) == (dart.refresh.tokens, dart.refresh.memory)
     assert (clock.scorer, clock.budget) == (dart.scorer, dart.budget)
+    assert arm("dart-frozen").build(0.5) == replace(dart, refresh=Never()) != Static(sparsity=0.5)
     assert arm("dart-depth-aware").build(0.5) == replace(dart, budget=DepthAware())
 
 
@@ -100,7 +91,6 @@ def test_names_are_checked_before_the_work():
         check_arms(["dart", "dart"], calibrated=False)
     with pytest.raises(ValueError, match="no arm is made from it: add one of calibrated-magnitude"):
         check_arms(["dart"], calibrated=True)
-    assert needs_calibration("calibrated-wanda") and not needs_calibration("dart")
 
 
 def test_the_example_of_the_guide(capsys):
@@ -113,64 +103,69 @@ def test_the_example_of_the_guide(capsys):
     assert "memory=0.5" in capsys.readouterr().out
 
 
-def energies(model, pieces):
-    """Energy of every neuron over the pieces by hooks, the first token of each left out."""
-    layers = model.model.layers
-    total = [torch.zeros(layer.mlp.down_proj.in_features) for layer in layers]
-
-    def count(number):
-        def hook(_, inputs):
-            total[number].add_(inputs[0][0, 1:].square().sum(0))
-
-        return hook
-
-    hooks = [layer.mlp.down_proj.register_forward_pre_hook(count(i)) for i, layer in enumerate(layers)]
-    with torch.no_grad():
-        for piece in pieces:
-            model(input_ids=torch.tensor([piece]))
-    for hook in hooks:
-        hook.remove()
-    return total
+def names(text):
+    return [one.name for one in parse_arms(text, 0.6)]
 
 
-@pytest.mark.parametrize("name", ["calibrated-magnitude", "calibrated-wanda"])
-def test_calibrated_masks_are_those_of_the_text_for_every_sequence(name, forgotten_scorers):
-    model = tiny()
-    generator = torch.Generator().manual_seed(6)
-    pieces = torch.randint(2, 128, (3, 70), generator=generator).tolist()
-    pruner = arm(name, Calibration(model, pieces)).build(0.75)
-    want = [e.sqrt() for e in energies(model, pieces)]
-    if name == "calibrated-wanda":
-        norms = [layer.mlp.down_proj.weight.detach().norm(dim=0) for layer in model.model.layers]
-        want = [score * norm for score, norm in zip(want, norms, strict=True)]
-    want = [score.topk(18).indices.sort().values.tolist() for score in want]
-    tokens = torch.randint(2, 128, (2, 12), generator=generator)
-    with torch.no_grad(), pruner(model) as run:
-        with run.phase("prefill"):
-            cache = model(input_ids=tokens, use_cache=True).past_key_values
-        for step in range(6):
-            with run.phase("decode"):
-                model(input_ids=tokens[:, step : step + 1], past_key_values=cache)
-            for slot in run.slots_of(cache):
-                assert [kept.tolist() for kept in run.selection(slot)] == want
-        assert run.report().realised_sparsity == pytest.approx(0.75) and run.report().dense_tokens == 0
+def test_lists_of_numbers_are_spelled_out():
+    released = [f"dart-release@{t}" for t in (100, 200, 300, 400, 500, 600)]
+    assert names("dart-frozen,dart-release@100,200,...,600,dart") == ["dense", "dart-frozen", *released, "dart"]
+    assert names("release@100,...,350") == ["dense", *released[:3], "dart-release@350"], "as it was once written"
+    assert names("dart, dense ,dart-release@5,9") == ["dense", "dart", "dart-release@5", "dart-release@9"]
+    assert arm_list("static,clock-replay@8,16,dart") == ["static", "clock-replay@8", "clock-replay@16", "dart"]
 
 
-def test_a_calibrated_pruner_elsewhere_is_a_clear_error(forgotten_scorers):
-    calibration = Calibration(tiny(), [list(range(2, 80))])
-    pruner = arm("calibrated-magnitude", calibration).build(0.5)
-    assert Pruner.from_dict(pruner.to_dict()) == pruner, "here it is known"
-    assert arm("calibrated-magnitude", Calibration(tiny(), [list(range(2, 80))])).build(0.5) == pruner
-    del scoring._scorers._values[pruner.scorer]
-    with pytest.raises(ValueError, match="unknown scorer 'calibrated-magnitude-"):
-        Pruner.from_dict(pruner.to_dict())
+def test_arms_at_one_sparsity():
+    text = "dense,dart-frozen,static,dart-release@40,dart,dart-relearn,griffin,clock"
+    arms = {one.name: one for one in parse_arms(text, 0.6)}
+    assert not arms["dense"].pruner.prunes and arms["dense"].pruner.sparsity == 0
+    assert all(arms[name].frozen for name in ("dart-frozen", "static", "griffin"))
+    assert not arms["dart-release@40"].frozen and arms["dart-release@40"].release == 40 and arms["dart"].release is None
+    assert not any(one.frozen for one in parse_arms("sketch-dart,gated-dart,per-token", 0.6)), "they choose each token"
+    assert {one.pruner.sparsity for name, one in arms.items() if name != "dense"} == {0.6}
 
 
-def test_a_calibration_text_is_cut_into_windows():
-    assert cut(list(range(100))) == [list(range(100))]
-    assert cut(list(range(600))) == [list(range(256)), list(range(256, 512))]
-    many = cut(list(range(256 * 300)))
-    assert len(many) <= 128 and many[0][0] == 0 and many[-1][0] > 256 * 290
-    assert all(len(piece) == 256 and piece[0] % 256 == 0 for piece in many)
-    with pytest.raises(ValueError, match="has 63 tokens: give at least 64"):
-        cut(list(range(63)))
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("drat", "unknown arm 'drat': did you mean 'dart'"),
+        ("dart-release@0", "a whole number of tokens"),
+        ("200", "unknown arm '200'"),
+        ("dart-release@100,...", "needs a number after it, as in dart-release@100,...,600"),
+        ("dart-release@100,200,...,150", "must rise"),
+        ("dart,dart", "named once"),
+        (" , ", "no arms"),
+    ],
+)
+def test_wrong_lists(text, said):
+    with pytest.raises(ValueError, match=said):
+        parse_arms(text, 0.6)
+
+
+def test_every_arm_at_every_sparsity_and_the_dense_one_once():
+    pruners = arms_at(("dart", "dense", "griffin", "dart-relearn@20"), (0.5, 0.7))
+    relearn = {s: Dart(sparsity=s, refresh=Relearn(tokens=20)) for s in (0.5, 0.7)}
+    assert list(pruners.items()) == [
+        ("dense", Dense()),
+        ("dart 0.5", Dart(sparsity=0.5)),
+        ("griffin 0.5", Griffin(sparsity=0.5)),
+        ("dart-relearn@20 0.5", relearn[0.5]),
+        ("dart 0.7", Dart(sparsity=0.7)),
+        ("griffin 0.7", Griffin(sparsity=0.7)),
+        ("dart-relearn@20 0.7", relearn[0.7]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("methods", "sparsities", "said"),
+    [
+        (("drat",), (0.5,), "did you mean 'dart'"),
+        (("calibrated-wanda",), (0.5,), "which dartprune compare takes"),
+        (("dart",), (1.0,), "sparsity must be a number in"),
+        (("dart",), (), "nothing to measure"),
+        ((), (0.5,), "nothing to measure"),
+    ],
+)
+def test_what_cannot_be_measured(methods, sparsities, said):
+    with pytest.raises(ValueError, match=said):
+        arms_at(methods, sparsities)

@@ -48,7 +48,7 @@ def test_folder_by_split(folder):
         ("a.txt", b"\xff\xfe\xfa", "cannot be read as text"),
         ("a.txt.xz", b"no archive", "cannot be read as text"),
         ("a.jsonl", b"{oops", "line 1: not JSON"),
-        ("a.jsonl", b'{"words": 1}', "needs a field 'text'"),
+        ("a.jsonl", b'{"words": 1}', "needs text under 'text'"),
         ("a.txt", b" \n", "no text in"),
         ("a.pdf", b"x", "must end in one of"),
     ],

@@ -121,7 +121,8 @@ def _documents(texts: list[Path], dataset: list[str], split: str | None, field: 
 
 
 def _arms(names: list[str], model: Any, tokenizer: Any, calibrating: dict[str, list[str]]) -> list[Arm]:
-    from dartprune.evaluation.arms import Calibration, arm, cut
+    from dartprune.evaluation.arms import arm
+    from dartprune.evaluation.calibration import Calibration, cut
 
     if not calibrating:
         return [arm(name) for name in names]

@@ -91,7 +91,7 @@ def evaluate(
 
         carry_out(asked, model, backend=backend, dtype=dtype, device=device, out=out, as_json=as_json)
         return
-    from dartprune.evaluation.benchmarks.execute import execute, gather
+    from dartprune.evaluation.benchmarks.run import execute, gather
     from dartprune.loading import DEMO, load
 
     gathered = gather(asked)

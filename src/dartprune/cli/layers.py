@@ -13,7 +13,7 @@ from dartprune.cli.parts import numbers, show, words
 
 if TYPE_CHECKING:
     from dartprune.evaluation.benchmarks.recipe import Recipe
-    from dartprune.evaluation.layers.run import Layers
+    from dartprune.evaluation.layers.run import LayerStudy
 
 EXAMPLE = "Example: dartprune layers --texts my-texts --keep 0.9,0.7,0.5,0.3,0.1 --out out"
 INSIDE = "the passages inside"
@@ -33,7 +33,7 @@ def layers(
     ] = "0.9,0.7,0.5,0.3,0.1",
     groups: Annotated[
         str | None,
-        typer.Option("--groups", help="Layers pruned together, such as 0-3,4-15.", show_default="three thirds"),
+        typer.Option("--groups", help="LayerStudy pruned together, such as 0-3,4-15.", show_default="three thirds"),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option("--tokens", min=24, help="Of a text; half are prompt.", show_default="256")
@@ -85,7 +85,7 @@ def carry_out(
 ) -> None:
     """Do a layer study and show it."""
     from dartprune.demo import passages
-    from dartprune.evaluation.benchmarks.execute import texts_of
+    from dartprune.evaluation.benchmarks.run import texts_of
     from dartprune.loading import DEMO, load
 
     inside = list(recipe.what) == [INSIDE]
@@ -95,13 +95,13 @@ def carry_out(
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     found, settings = _study(recipe, documents, loaded, tokenizer, backend, out, as_json, seed, groups, model or DEMO)
-    from dartprune.evaluation.layers import pictures as layer_pictures
+    from dartprune.evaluation.layers import report
 
-    written = layer_pictures.write(found, out, model or DEMO, settings) if out is not None else []
+    written = report.write(found, out, model or DEMO, settings) if out is not None else []
     if as_json:
         o.print_json({"model": model or DEMO, "settings": settings, **found.to_dict()})
         return
-    show(layer_pictures.tables(found), after=[*_along(found), *(f"written: {path}" for path in written)])
+    show(report.tables(found), after=[*_along(found), *(f"written: {path}" for path in written)])
 
 
 def _study(
@@ -115,15 +115,15 @@ def _study(
     seed: int,
     groups: dict[str, tuple[int, int]] | None,
     name: str,
-) -> tuple[Layers, dict[str, Any]]:
-    from dartprune.evaluation.layers.run import settings_of, study, thirds
-    from dartprune.evaluation.models import context_length
+) -> tuple[LayerStudy, dict[str, Any]]:
+    from dartprune.evaluation.layers.run import settings_of, study_layers, thirds
     from dartprune.evaluation.texts import pieces, streams
+    from dartprune.model.context import context_length
     from dartprune.model.families import describe
     from dartprune.reporting.journal import Journal
     from dartprune.reporting.progress import bar
 
-    length = min(recipe.window or TOKENS, context_length(model))
+    length = min(recipe.window or TOKENS, context_length(model) or TOKENS)
     drawn = streams(pieces(documents, tokenizer, length), (length,), recipe.limit or STREAMS, seed=seed)
     count = len(describe(model).layers)
     groups = thirds(count) if groups is None else groups
@@ -141,7 +141,7 @@ def _study(
         {**settings, "model": name, "backend": backend, "dtype": str(model.dtype)},
     )
     with bar("layers", len(settings_of(count, keeps, groups)), silent=silent) as advance:
-        found = study(
+        found = study_layers(
             model,
             drawn,
             prompt=length // 2,
@@ -168,7 +168,7 @@ def _groups(text: str | None) -> dict[str, tuple[int, int]] | None:
     return out
 
 
-def _along(found: Layers) -> list[str]:
+def _along(found: LayerStudy) -> list[str]:
     values = found.overlap["over_time"]
     if not values:
         return []

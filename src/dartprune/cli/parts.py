@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dartprune.evaluation.benchmarks.results import Table
+    from dartprune.reporting.page import Sheet
 
 
 def words(text: str | None) -> list[str]:
@@ -22,7 +22,7 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
         raise ValueError(f"{option} must be numbers with commas between them, got {text!r}") from None
 
 
-def show(tables: Sequence[Table], *, before: str = "", after: Sequence[str] = ()) -> None:
+def show(tables: Sequence[Sheet], *, before: str = "", after: Sequence[str] = ()) -> None:
     """Print tables with lines before and after them."""
     from rich.console import Console
     from rich.table import Table as Shown

@@ -10,7 +10,7 @@ import typer
 from dartprune.cli import options as o
 
 if TYPE_CHECKING:
-    from dartprune.evaluation.study.arms import Arm
+    from dartprune.evaluation.arms import ArmAt
     from dartprune.evaluation.study.findings import Findings
     from dartprune.evaluation.study.layout import Text
     from dartprune.evaluation.study.results import Results
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 EXAMPLE = (
     "Example: dartprune study --mode forced --texts DIR --split valid --streams 60 "
-    "--arms dense,static,release@100,200,...,600,dart --out study"
+    "--arms dart-frozen,dart-release@100,200,...,600,dart --out study"
 )
-ARMS = "dense,static,release@100,200,...,600,dart,griffin"
+ARMS = "dense,dart-frozen,dart-release@100,200,...,600,dart,griffin"
 
 
 def study(
@@ -45,7 +45,7 @@ def study(
     control: Annotated[
         int | None, typer.Option(min=0, help="Texts on one topic.", show_default="as many as --streams")
     ] = None,
-    arms: Annotated[str, typer.Option(help="Presets, dart-relearn, release@TOKEN; dense is always there.")] = ARMS,
+    arms: Annotated[str, typer.Option(help="Arms as in compare; dense is always there.")] = ARMS,
     out: Annotated[
         Path, typer.Option("--out", help="Folder for results; a study that was stopped goes on there.")
     ] = Path("study"),
@@ -79,7 +79,7 @@ def study(
     as_json: o.AsJson = False,
 ) -> None:
     """Follow texts that change their topic through a pruned model, and ask when a release of the masks still helps."""
-    from dartprune.evaluation.study.arms import parse_arms
+    from dartprune.evaluation.arms import parse_arms
     from dartprune.evaluation.study.settings import Settings
 
     settings = Settings(
@@ -174,12 +174,12 @@ def _free(
     control: int,
 ) -> dict[str, list[Text]]:
     from dartprune.evaluation.study.layout import free_texts
-    from dartprune.evaluation.study.prompts import TopicPrompt, read_prompts, stored_prompts
+    from dartprune.evaluation.study.prompts import TopicPrompt, generate_prompts, read_prompts
 
     if prompt is not None:
         rows = [TopicPrompt("first topic", "second topic", prompt, prompt, bridge)]
     else:
-        rows = stored_prompts() if prompts is None else read_prompts(prompts)
+        rows = generate_prompts() if prompts is None else read_prompts(prompts)
     return free_texts(rows[:streams], tokenizer, settings, control, one_request=one_request)
 
 
@@ -187,7 +187,7 @@ def _run(
     model: Any,
     tokenizer: Any,
     texts: dict[str, list[Text]],
-    arms: list[Arm],
+    arms: list[ArmAt],
     settings: Settings,
     out: Path,
     batch: int,
@@ -251,7 +251,7 @@ def _conclude(
             "Loss over dense is the dense model's loss on what the arm wrote, minus that on what the dense arm wrote: "
             "text that repeats itself is easy to predict, so read it beside repetition."
         )
-        if one_request or any(not any(token >= 0 for token in text.given) for text in texts["change"]):
+        if one_request or any(not any(token >= 0 for token in text.script) for text in texts["change"]):
             notes.append(
                 "The place of the change is unknown, because the model was asked for both topics at once: 'before' "
                 f"and 'after' mean decoded token {settings.before}, and what is counted from the change has no meaning."

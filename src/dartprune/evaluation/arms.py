@@ -1,4 +1,4 @@
-"""Named arms of an evaluation: each builds a pruner for a nominal sparsity.
+"""The registry of arms: each builds a pruner for a nominal sparsity.
 
 Every preset is an arm by its own name. The others are variations of DART and masks calibrated beforehand; a name may
 carry a number after `@`.
@@ -6,24 +6,18 @@ carry a number after `@`.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from dartprune.budget import DepthAware, Uniform
+from dartprune.evaluation.calibration import Calibration
 from dartprune.method import Detector
-from dartprune.names import Registry, unknown
+from dartprune.names import Registry, comma_list, unknown
 from dartprune.pruner import Dart, Pruner, Static, presets
-from dartprune.refresh import Clock, Relearn, Release
-from dartprune.scoring import register_scorer, scorer_names
+from dartprune.refresh import Clock, Never, Relearn, Release
 
-WINDOW = 256  # tokens of one piece of a calibration text
-LEAST = 64  # fewer tokens than this calibrate nothing
-PIECES = 128  # of a longer text, spread evenly over it
+Builder = Callable[[float, int, Calibration | None], Pruner]
+FORMER = {"release": "dart-release"}  # heads of names that were written otherwise
 
 
 @dataclass(frozen=True)
@@ -34,74 +28,28 @@ class Arm:
     build: Callable[[float], Pruner]
     prunes: bool = True
 
-
-class Calibration:
-    """Scores of all neurons over a text, from which masks are made that are the same for every sequence."""
-
-    def __init__(self, model: Any, pieces: Sequence[Sequence[int]]) -> None:
-        """Set up; nothing runs before a score is asked for.
-
-        Args:
-            model: a decoder in evaluation mode, not attached when a score is asked for.
-            pieces: token sequences of the calibration text, see `cut`.
-        """
-        self.model = model
-        self.pieces = [list(piece) for piece in pieces]
-        self._known: dict[str, str] = {}
-
-    def scorer(self, base: str) -> str:
-        """Name of a scorer that gives what `base` gives over the calibration text, whatever the sequence.
-
-        Args:
-            base: a registered scorer that is the root of a sum over tokens: `magnitude` or `weight-aware`.
-        """
-        if base not in self._known:
-            self._known[base] = _register(base, self._scores(base))
-        return self._known[base]
-
-    def _scores(self, base: str) -> dict[int, Tensor]:
-        squares: list[Tensor] = []
-        layers: list[int] = []
-        with Static(scorer=base, budget=Uniform())(self.model, backend="masked") as run:
-            for piece in self.pieces:
-                tokens = torch.tensor([piece], device=next(self.model.parameters()).device)
-                with torch.no_grad(), run.phase("prefill"):
-                    cache = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
-                part = [score.square().cpu() for score in run.scores(run.slots_of(cache)[0])]
-                squares = part if not squares else [a + b for a, b in zip(squares, part, strict=True)]
-            layers = [layer.index for layer in run.report().layers]
-        return {index: total.sqrt() for index, total in zip(layers, squares, strict=True)}
+    def at(self, sparsity: float) -> ArmAt:
+        """The arm at one nominal sparsity."""
+        return ArmAt(self.name, self.build(sparsity))
 
 
-def cut(tokens: Sequence[int]) -> list[list[int]]:
-    """The pieces of a calibration text: at most 128 whole windows, or all of a text that is shorter than one.
+@dataclass(frozen=True)
+class ArmAt:
+    """An arm at one nominal sparsity."""
 
-    Raises:
-        ValueError: too few tokens to calibrate anything.
-    """
-    if len(tokens) < LEAST:
-        raise ValueError(f"the calibration text has {len(tokens)} tokens: give at least {LEAST}")
-    starts = range(0, max(1, len(tokens) - WINDOW + 1), WINDOW)
-    chosen = starts[:: -(-len(starts) // PIECES)]
-    return [list(tokens[start : start + WINDOW]) for start in chosen]
+    name: str
+    pruner: Pruner
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the prompt's mask stays in force for ever; one that chooses for each token has no such mask."""
+        return self.pruner.prunes and self.pruner.token is None and self.pruner.refresh.kind == "never"
 
-def _register(base: str, tables: dict[int, Tensor]) -> str:
-    """Make fixed scores known as a scorer; a process that has not calibrated them does not know the name."""
-    digest = 0
-    for index in sorted(tables):
-        digest = zlib.crc32(tables[index].numpy().tobytes(), digest)
-    name = f"calibrated-{base}-{digest:08x}"
-
-    def fixed(layer: int) -> Tensor:
-        return tables[layer]
-
-    if name not in scorer_names():  # the digest is in the name: a known one has these very scores
-        register_scorer(name)(fixed)
-    return name
-
-
-Builder = Callable[[float, int, Calibration | None], Pruner]
+    @property
+    def release(self) -> int | None:
+        """Decoded token at which its masks are dropped for good; None for none."""
+        refresh = self.pruner.refresh
+        return refresh.at if isinstance(refresh, Release) else None
 
 
 @dataclass(frozen=True)
@@ -135,25 +83,8 @@ def register_arm(
 @register_arm("clock-replay", "DART's masks and replays every N tokens instead of by the detector", number=16)
 def _clock_replay(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
     dart = Dart(sparsity=sparsity)
-    refresh = dart.refresh
-    return replace(
-        dart, refresh=Clock(every=number, dense=None, replay=refresh.replay_tokens, memory=refresh.replay_memory)
-    )
-
-
-@register_arm("dart-depth-aware", "DART with the paper's budget, which looks at layers and not at neurons")
-def _depth_aware(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
-    return Dart(sparsity=sparsity, budget=DepthAware())
-
-
-@register_arm("dart-relearn", "DART with the paper's refresh: N dense tokens at an event", number=50)
-def _relearn(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
-    return Dart(sparsity=sparsity, refresh=Relearn(tokens=number))
-
-
-@register_arm("dart-release", "DART's first masks, dropped for good at decoded token N", number=0)
-def _release(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
-    return Dart(sparsity=sparsity, refresh=Release(at=number))
+    replay, memory = dart.refresh.replay_tokens, dart.refresh.replay_memory
+    return replace(dart, refresh=Clock(every=number, dense=None, replay=replay, memory=memory))
 
 
 @register_arm("dart-reference", "the settings of the authors' reference code, with N dense tokens", number=50)
@@ -163,14 +94,24 @@ def _reference(sparsity: float, number: int, calibration: Calibration | None) ->
     return Dart(sparsity=sparsity, budget=budget, detector=detector, refresh=Relearn(tokens=number), compensate=None)
 
 
-@register_arm("calibrated-magnitude", "one mask for ever: energy over a calibration text", calibrated=True)
-def _calibrated_magnitude(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
-    return _calibrated("magnitude", sparsity, calibration)
-
-
-@register_arm("calibrated-wanda", "one mask for ever: |a| * |W_down| over a calibration text", calibrated=True)
-def _calibrated_wanda(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
-    return _calibrated("weight-aware", sparsity, calibration)
+register_arm("dart-depth-aware", "DART with the paper's budget, which looks at layers and not at neurons")(
+    lambda sparsity, number, calibration: Dart(sparsity=sparsity, budget=DepthAware())
+)
+register_arm("dart-frozen", "DART up to its first event, and the prompt's masks for ever")(
+    lambda sparsity, number, calibration: Dart(sparsity=sparsity, refresh=Never())
+)
+register_arm("dart-relearn", "DART with the paper's refresh: N dense tokens at an event", number=50)(
+    lambda sparsity, number, calibration: Dart(sparsity=sparsity, refresh=Relearn(tokens=number))
+)
+register_arm("dart-release", "DART's first masks, dropped for good at decoded token N", number=0)(
+    lambda sparsity, number, calibration: Dart(sparsity=sparsity, refresh=Release(at=number))
+)
+register_arm("calibrated-magnitude", "one mask for ever: energy over a calibration text", calibrated=True)(
+    lambda sparsity, number, calibration: _calibrated("magnitude", sparsity, calibration)
+)
+register_arm("calibrated-wanda", "one mask for ever: |a| * |W_down| over a calibration text", calibrated=True)(
+    lambda sparsity, number, calibration: _calibrated("weight-aware", sparsity, calibration)
+)
 
 
 def _calibrated(base: str, sparsity: float, calibration: Calibration | None) -> Pruner:
@@ -195,11 +136,6 @@ def default_arms() -> list[str]:
     return first + [name for name in presets.names() if name not in first]
 
 
-def needs_calibration(name: str) -> bool:
-    """Whether an arm is made from a calibration text."""
-    return name in arm_kinds.names() and arm_kinds.get(name).calibrated
-
-
 def arm(name: str, calibration: Calibration | None = None) -> Arm:
     """The arm of that name.
 
@@ -211,11 +147,12 @@ def arm(name: str, calibration: Calibration | None = None) -> Arm:
         ValueError: an unknown name, with the nearest; a number missing, not whole or not wanted; no calibration.
     """
     head, at, tail = name.partition("@")
+    head = FORMER.get(head, head)
     if head in presets.names():
         if at:
             raise ValueError(f"arm {name!r}: {head} takes no number; write {head}")
         cls = presets.get(head)
-        return Arm(name, lambda sparsity: cls(sparsity=sparsity) if cls.prunes else cls(), prunes=cls.prunes)
+        return Arm(head, lambda sparsity: cls(sparsity=sparsity) if cls.prunes else cls(), prunes=cls.prunes)
     if head not in arm_kinds.names():
         raise unknown("arm", head, [*presets.names(), *arm_kinds.names()])
     kind = arm_kinds.get(head)
@@ -224,22 +161,7 @@ def arm(name: str, calibration: Calibration | None = None) -> Arm:
         raise ValueError(
             f"arm {name!r} needs a calibration text: give --calibration FILE, which dartprune compare takes"
         )
-    return Arm(name, lambda sparsity: kind.build(sparsity, number, calibration))
-
-
-def check_arms(names: Sequence[str], *, calibrated: bool) -> None:
-    """Check names before the long work; `calibrated`: whether a calibration text is given.
-
-    Raises:
-        ValueError: what `arm` would raise; a name twice; a calibration text that no arm is made from.
-    """
-    if len(set(names)) < len(names):
-        raise ValueError(f"every arm must be named once, got {', '.join(names)}")
-    for name in names:
-        arm(name, Calibration(None, []) if calibrated else None)  # stands in for the text until a model is there
-    if calibrated and not any(needs_calibration(name) for name in names):
-        known = ", ".join(name for name in arm_kinds.names() if arm_kinds.get(name).calibrated)
-        raise ValueError(f"a calibration text is given, but no arm is made from it: add one of {known} to --arms")
+    return Arm(head + at + tail, lambda sparsity: kind.build(sparsity, number, calibration))
 
 
 def _number(name: str, head: str, at: str, tail: str, default: int | None) -> int:
@@ -254,3 +176,90 @@ def _number(name: str, head: str, at: str, tail: str, default: int | None) -> in
     if not tail.isascii() or not tail.isdigit() or int(tail) < 1:
         raise ValueError(f"arm {name!r}: after @ comes a whole number of tokens of at least 1, as in {head}@100")
     return int(tail)
+
+
+# ---- several arms
+
+
+def check_arms(names: Sequence[str], *, calibrated: bool) -> None:
+    """Check names before the long work; `calibrated`: whether a calibration text is given.
+
+    Raises:
+        ValueError: what `arm` would raise; a name twice; a calibration text that no arm is made from.
+    """
+    check_once(names)
+    for name in names:
+        arm(name, Calibration(None, []) if calibrated else None)  # stands in for the text until a model is there
+    known = [name for name in arm_kinds.names() if arm_kinds.get(name).calibrated]
+    if calibrated and not set(known) & set(names):
+        raise ValueError(
+            f"a calibration text is given, but no arm is made from it: add one of {', '.join(known)} to --arms"
+        )
+
+
+def check_once(names: Sequence[str]) -> None:
+    """ValueError for a name that stands twice."""
+    if len(set(names)) < len(names):
+        raise ValueError(f"every arm must be named once, got {', '.join(names)}")
+
+
+def arm_list(text: str) -> list[str]:
+    """Names from a list such as `static,dart-release@100,200,...,600,dart`.
+
+    Bare numbers after a `NAME@N` are further ones of that arm; `...` between numbers goes on in the step of the two
+    before it, in the step of the first if that stands alone.
+
+    Raises:
+        ValueError: numbers that do not rise across `...`, or nothing after it.
+    """
+    names: list[str] = []
+    numbers: list[int] = []  # of the arm whose list is under way
+    step: int | None = None  # set while `...` waits for its end
+    for part in comma_list(text):
+        if part == "..." and numbers:
+            step = numbers[-1] - numbers[-2] if len(numbers) > 1 else numbers[-1]
+        elif part.isdigit() and numbers:
+            base, end = names[-1].partition("@")[0], int(part)
+            if step is not None:
+                if step < 1 or end <= numbers[-1]:
+                    raise ValueError(f"numbers must rise across '...', got {numbers} and then {end}")
+                names += [f"{base}@{number}" for number in range(numbers[-1] + step, end, step)]
+                step = None
+            numbers.append(end)
+            names.append(f"{base}@{end}")
+        else:
+            number = part.partition("@")[2]
+            numbers = [int(number)] if number.isdigit() else []
+            names.append(part)
+    if step is not None:
+        raise ValueError(f"'...' needs a number after it, as in {names[-1]},...,600")
+    return names
+
+
+def parse_arms(text: str, sparsity: float) -> list[ArmAt]:
+    """The arms of a list, see `arm_list`, at one sparsity; `dense` is put first in any case.
+
+    Raises:
+        ValueError: what `arm_list` and `arm` raise; a name twice, or none.
+    """
+    names = arm_list(text)
+    if not names:
+        raise ValueError("no arms: write such as dense,dart-frozen,dart-release@100,200,...,600,dart")
+    arms = [arm(name).at(sparsity) for name in names]
+    check_once([one.name for one in arms])
+    return [arm("dense").at(0.0), *(one for one in arms if one.name != "dense")]
+
+
+def arms_at(names: Sequence[str], sparsities: Sequence[float]) -> dict[str, Pruner]:
+    """Every arm at every sparsity by name, such as `static 0.7`; one that does not prune stands there once.
+
+    Raises:
+        ValueError: an unknown arm, a sparsity outside [0, 1), or nothing asked for.
+    """
+    arms = [arm(name) for name in names]
+    out = {one.name: one.build(0.0) for one in arms if not one.prunes}
+    for sparsity in sparsities:
+        out |= {f"{one.name} {sparsity:g}": one.build(sparsity) for one in arms if one.prunes}
+    if not out:
+        raise ValueError("nothing to measure: give at least one method, and a sparsity if it prunes")
+    return out

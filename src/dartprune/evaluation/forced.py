@@ -7,7 +7,6 @@ tokens, so that every scored token is computed as a decoded one would be (DART s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +40,7 @@ def forced_steps(
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
     tokens = tokens.to(next(model.parameters()).device)
-    with torch.no_grad(), run.phase("prefill"):
-        cache: Any = model(input_ids=tokens[:, : context - 1], use_cache=True, logits_to_keep=1).past_key_values
+    cache = run.prefill(tokens[:, : context - 1])
     for first in range(context - 1, length - 1, block):
         last = min(first + block, length - 1)
         with torch.no_grad(), run.phase("decode"):
@@ -54,6 +52,11 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Loss of each token in nats: logits [B, n, V], targets int64 [B, n] -> float32 [B, n]."""
     flat = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     return flat.view(targets.shape)
+
+
+def step_losses(logits: Tensor, tokens: Tensor, position: int) -> Tensor:
+    """Loss of the tokens [B, T] from `position` on, which logits [B, n, V] are for: float32 [B, n]."""
+    return token_losses(logits, tokens[:, position : position + logits.shape[1]].to(logits.device))
 
 
 def forced_losses(
@@ -68,12 +71,8 @@ def forced_losses(
 ) -> tuple[Tensor, Report]:
     """Loss of each token after the context, as the pruned model decodes the text.
 
-    Args:
-        model: a decoder in evaluation mode, not attached.
-        pruner: what to attach.
-        tokens: int64 [B, T], one text a line, no padding.
-        context: tokens of each line that are given, at least 2.
-        block: decode tokens of one forward; events act after a block, so 1 is exact for every method.
+    Args: as of `forced_steps`, and
+        pruner: attached to the model, which is in evaluation mode and free.
         backend: how the pruned FFN is computed.
         progress: called with the number of tokens done in each forward.
 
@@ -86,8 +85,7 @@ def forced_losses(
     losses: list[Tensor] = []
     with pruner(model, backend=backend) as run:
         for position, logits in forced_steps(model, run, tokens, context, block=block):
-            targets = tokens[:, position : position + logits.shape[1]].to(logits.device)
-            losses.append(token_losses(logits, targets))
+            losses.append(step_losses(logits, tokens, position))
             if progress is not None:
                 progress(logits.shape[1])
         report = run.report()

@@ -34,15 +34,15 @@ class Lines:
         self._model, self._run = model, run
         self._device = next(model.parameters()).device
         self._held: Tensor | None = None
-        given = [list(context) for context in contexts]
+        texts = [list(context) for context in contexts]
         if run is not None:
-            self._held = torch.tensor([line[-1] for line in given], device=self._device)
-            given = [line[:-1] for line in given]
-        width = max(map(len, given))
-        rows = [[padding] * (width - len(line)) + line for line in given]
-        counts = torch.tensor([[0] * (width - len(line)) + [1] * len(line) for line in given], device=self._device)
+            self._held = torch.tensor([line[-1] for line in texts], device=self._device)
+            texts = [line[:-1] for line in texts]
+        width = max(map(len, texts))
+        rows = [[padding] * (width - len(line)) + line for line in texts]
+        counts = torch.tensor([[0] * (width - len(line)) + [1] * len(line) for line in texts], device=self._device)
         # without padding the model needs no mask, and works faster without one
-        self._mask = None if all(len(line) == width for line in given) else counts
+        self._mask = None if all(len(line) == width for line in texts) else counts
         self._lengths = counts.sum(1)
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
         with self._phase("prefill"):

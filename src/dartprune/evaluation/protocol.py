@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,14 @@ class _Context:
     stems: dict[Tokens, list[tuple[int, int]]] = field(default_factory=dict)
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text, by the model's generation settings and by its tokenizer."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    return sorted({int(token) for token in (*ends, tokenizer.eos_token_id) if token is not None})
+
+
 class Protocol:
     """One pruner on one model, asked for scores and continuations; `tally` counts what was done."""
 
@@ -101,16 +109,16 @@ class Protocol:
             ValueError: an empty context or answer.
         """
         contexts: dict[Tokens, _Context] = {}
-        for number, (given, answer) in enumerate(questions):
-            if not given or not answer:
+        for number, (before, answer) in enumerate(questions):
+            if not before or not answer:
                 raise ValueError(f"question {number}: a context and an answer need at least one token each")
-            context = contexts.setdefault(tuple(given), _Context(tuple(given)))
+            context = contexts.setdefault(tuple(before), _Context(tuple(before)))
             context.stems.setdefault(tuple(answer[:-1]), []).append((answer[-1], number))
         self.tally.contexts += len(contexts)
         out: list[Scored | None] = [None] * len(questions)
 
-        def work(run: Run | None, chosen: list[_Context]) -> Lines:
-            lines, results = self._score(run, chosen)
+        def work(run: Run | None, batch: list[_Context]) -> Lines:
+            lines, results = self._score(run, batch)
             for number, result in results:
                 out[number] = result
             if progress is not None:
@@ -219,7 +227,7 @@ class Protocol:
         active = list(range(len(stems)))
         logits = lines.first()
         due: list[tuple[int, int]] = []  # stem and question of each probability; question -1: all of the stem's
-        found: list[Tensor] = []
+        parts: list[Tensor] = []
         step = 0
         while True:
             rows, targets = [], []
@@ -229,7 +237,7 @@ class Protocol:
                 rows += [row] * len(wanted)
                 targets += [token for token, _ in wanted]
                 due += [(number, question) for _, question in wanted]
-            found.append(_probabilities(logits, rows, targets))
+            parts.append(_probabilities(logits, rows, targets))
             staying = [row for row, number in enumerate(active) if step < len(stems[number][0])]
             if not staying:
                 break
@@ -237,7 +245,7 @@ class Protocol:
             active = [active[row] for row in staying]
             logits = lines.step(torch.tensor([stems[number][0][step] for number in active]))
             step += 1
-        return lines, _collect(stems, due, torch.cat(found, dim=1).cpu())
+        return lines, _collect(stems, due, torch.cat(parts, dim=1).cpu())
 
 
 def _cut(items: Sequence[E], size: int) -> Iterator[list[E]]:
@@ -283,17 +291,17 @@ def _probabilities(logits: Tensor, rows: list[int], targets: list[int]) -> Tenso
     line = torch.tensor(rows, device=logits.device)
     token = torch.tensor(targets, device=logits.device)
     values = logits.float()
-    chosen = values[line, token] - values.logsumexp(-1)[line]
-    return torch.stack((chosen, (values.argmax(-1)[line] == token).float()))
+    logprob = values[line, token] - values.logsumexp(-1)[line]
+    return torch.stack((logprob, (values.argmax(-1)[line] == token).float()))
 
 
 def _collect(
-    stems: list[tuple[Tokens, list[tuple[int, int]]]], due: list[tuple[int, int]], found: Tensor
+    stems: list[tuple[Tokens, list[tuple[int, int]]]], due: list[tuple[int, int]], probabilities: Tensor
 ) -> list[tuple[int, Scored]]:
     """Answers from the probabilities of their tokens."""
     sums = [[0.0, 1.0] for _ in stems]
     last: dict[int, tuple[int, float, float]] = {}
-    for (number, question), (logprob, greedy) in zip(due, found.T.tolist(), strict=True):
+    for (number, question), (logprob, greedy) in zip(due, probabilities.T.tolist(), strict=True):
         if question < 0:
             sums[number][0] += logprob
             sums[number][1] *= greedy

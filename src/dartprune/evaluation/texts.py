@@ -54,7 +54,7 @@ def read_texts(sources: Sequence[str | Path], *, split: str | None = None) -> di
 
 
 def _files(sources: Sequence[str | Path], split: str | None) -> list[Path]:
-    found: list[Path] = []
+    files: list[Path] = []
     for source in map(Path, sources):
         if source.is_dir():
             inside = [p for p in sorted(source.iterdir()) if p.name.endswith(_SUFFIXES)]
@@ -63,14 +63,14 @@ def _files(sources: Sequence[str | Path], split: str | None) -> list[Path]:
             if not inside:
                 wanted = "" if split is None else f" of the split {split!r}"
                 raise ValueError(f"{source}: the folder holds no .txt or .jsonl files{wanted}")
-            found += inside
+            files += inside
         elif not source.is_file():
             raise ValueError(f"{source}: there is no such file or folder")
         elif not source.name.endswith(_SUFFIXES):
             raise ValueError(f"{source}: the name must end in one of {', '.join(_SUFFIXES)}")
         else:
-            found.append(source)
-    return found
+            files.append(source)
+    return files
 
 
 def _documents(path: Path) -> Iterator[tuple[str, str]]:
@@ -84,6 +84,12 @@ def _documents(path: Path) -> Iterator[tuple[str, str]]:
         # split at whole lines only: the mark may stand inside a text that is about it
         yield from ((domain, part) for part in ("\n" + text + "\n").split(f"\n{SEPARATOR}\n"))
         return
+    for row in json_lines(text, path, "text"):
+        yield str(row.get("domain", domain)), row["text"]
+
+
+def json_lines(text: str, path: str | Path, *fields: str) -> Iterator[dict[str, Any]]:
+    """The objects of JSON lines; ValueError naming the line for one that is none, or lacks a field of text."""
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
@@ -91,9 +97,10 @@ def _documents(path: Path) -> Iterator[tuple[str, str]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ValueError(f"{path}, line {number}: needs a field 'text'")
-        yield str(row.get("domain", domain)), row["text"]
+        if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in fields):
+            named = "text under " + " and ".join(map(repr, fields)) if fields else "an object"
+            raise ValueError(f"{path}, line {number}: needs {named}")
+        yield row
 
 
 def pieces(documents: Mapping[str, Sequence[str]], tokenizer: Any, length: int) -> dict[str, list[list[int]]]:
@@ -159,9 +166,9 @@ def streams(
     return out
 
 
-def batch(chosen: Sequence[Stream]) -> Tensor:
+def batch(drawn: Sequence[Stream]) -> Tensor:
     """Streams of equal length as int64 [B, T]; ValueError if they differ in length."""
-    sizes = {len(stream.tokens) for stream in chosen}
+    sizes = {len(stream.tokens) for stream in drawn}
     if len(sizes) != 1:
         raise ValueError(f"streams of one batch must have one length, got {sorted(sizes)}")
-    return torch.tensor([stream.tokens for stream in chosen])
+    return torch.tensor([stream.tokens for stream in drawn])

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,18 @@ figure img { width: 100%; height: auto; }
 figcaption { background: Canvas; font-size: 0.9rem; opacity: 0.8; }
 pre { overflow-x: auto; font-size: 0.85rem; background: #8881; padding: 0.7rem; }
 """
+
+
+TextTable = tuple[list[str], list[list[str]]]  # columns and rows
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table as it is shown: a name in front of each row."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
 
 
 class Page:
@@ -54,8 +67,13 @@ class Page:
             f'<div class="wide"><table>{said}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
 
-    def picture(self, figure: Figure, caption: str) -> None:
-        """A matplotlib figure, embedded as SVG; the caption is its description for those who cannot see it too."""
+    def sheet(self, sheet: Sheet) -> None:
+        """A table under its title."""
+        self.heading(sheet.title)
+        self.table(sheet.columns, sheet.rows)
+
+    def picture(self, figure: Figure, caption: str) -> bytes:
+        """A matplotlib figure, embedded as the SVG that is returned; the caption describes it to the blind too."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
         data = base64.b64encode(buffer.getvalue()).decode()
@@ -63,6 +81,7 @@ class Page:
             f'<figure><img alt="{escape(caption, quote=True)}" src="data:image/svg+xml;base64,{data}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
+        return buffer.getvalue()
 
     def settings(self, data: Mapping[str, Any], summary: str = "settings") -> None:
         """Plain data, folded away."""

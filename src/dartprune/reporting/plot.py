@@ -1,19 +1,55 @@
-"""Pictures of what a run did. Colours are told apart by the colour-blind and in print."""
+"""The palette of every picture, and pictures of what a run did.
+
+Okabe and Ito's colours without the yellow, which vanishes on white; dashes and marks differ too, for print.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dartprune.report import Report, SequenceReport
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-MARKS = {"replay": ("v", ORANGE), "settle": ("o", GREEN), "relearn": ("s", ORANGE), "release": ("X", ORANGE)}
+BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, GREY = COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666",
+)  # fmt: skip
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)))
+MARKS = "osD^vPX<>*"
+EVENTS = {"replay": ("v", ORANGE), "settle": ("o", GREEN), "relearn": ("s", ORANGE), "release": ("X", ORANGE)}
+
+
+def look(number: int) -> dict[str, Any]:
+    """Colour, dashes and mark of a line; 28 lines before a pair of colour and dashes comes again."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": DASHES[number % len(DASHES)],
+        "marker": MARKS[number % len(MARKS)],
+    }
+
+
+def shades(count: int) -> list[Any]:
+    """Colours of things that have an order, from dark to light."""
+    return [colormaps["viridis"](0.85 * i / max(1, count - 1)) for i in range(count)]
+
+
+def legend_beside(axes: Axes, ends: Mapping[str, float] | None = None) -> None:
+    """A legend on the right of the axes; with `ends` in the order in which the lines end, the highest first."""
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: -ends[labels[i]] if ends else i)
+    axes.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+        frameon=False,
+        handlelength=3.0,
+    )
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -69,7 +105,7 @@ def draw_similarity(axes: Axes, sequence: SequenceReport, change: int | None = N
         axes.plot(tokens[span], cosines[span], color=BLUE, marker=".", label=label[0])
         axes.plot(tokens[span], thresholds[span], color=GREY, linestyle="--", label=label[1])
     low = min((*cosines, *thresholds))
-    for kind, (mark, colour) in MARKS.items():
+    for kind, (mark, colour) in EVENTS.items():
         at = [event.decoded for event in sequence.events if event.kind == kind]
         if at:
             for token in at:
@@ -78,7 +114,7 @@ def draw_similarity(axes: Axes, sequence: SequenceReport, change: int | None = N
     if change is not None:
         axes.axvline(change, color="black", linestyle=":", linewidth=1.5, label="the topic changes")
     axes.margins(x=0.02)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    legend_beside(axes)
 
 
 def _stretches(tokens: Sequence[int]) -> list[tuple[int, int]]:

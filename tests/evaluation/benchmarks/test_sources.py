@@ -48,7 +48,7 @@ def test_a_local_data_set(tmp_path, no_network, monkeypatch, offline):
     ("name", "content", "said"),
     [
         ("a.jsonl", "{oops", "line 1: not JSON"),
-        ("a.jsonl", '{"document": "x"}', "needs the fields 'document' and 'summary'"),
+        ("a.jsonl", '{"document": "x"}', "needs text under 'document' and 'summary'"),
         ("a.jsonl", "\n", "holds no line"),
         ("a.txt", "x", "ends in .jsonl"),
     ],

@@ -28,8 +28,6 @@ def test_the_document_is_cut_and_never_the_instruction(demo):
     )
     with pytest.raises(ValueError, match="no room for the document"):
         prompts([DOCUMENT], tokenizer, most=10)
-    with pytest.raises(ValueError, match=r"must hold \{document\} once"):
-        prompts([DOCUMENT], tokenizer, instruction="Summarize.")
     with pytest.raises(ValueError, match="no chat template"):
         prompts([DOCUMENT], tokenizer, chat=True)
 
@@ -38,6 +36,9 @@ def test_a_chat_template_is_put_around(demo):
     import copy
 
     tokenizer = copy.deepcopy(demo[1])
+    tokenizer.chat_template = "nothing of it"
+    with pytest.raises(ValueError, match="does not hold the message"):
+        prompts([DOCUMENT], tokenizer, chat=True)
     tokenizer.chat_template = "{% for m in messages %}<user> {{ m['content'] }} <end>{% endfor %} <answer>"
     (tokens,) = prompts([DOCUMENT], tokenizer, most=80, chat=True)
     text = tokenizer.decode(tokens)
@@ -66,7 +67,7 @@ def test_summaries_are_greedy_and_counted_one_by_one(demo, tmp_path):
     pairs = summaries(str(path))
     assert pairs == [(row["document"], row["summary"]) for row in rows]
     for pruner in (Dense(), Dart(sparsity=0.5)):
-        done = summarise(model, tokenizer, pruner, pairs, most=96, written=24, batch=2)
+        done = summarise(Protocol(model, pruner, padding=0, batch=2), tokenizer, pairs, most=96, written=24)
         documents = done["details"]["documents"]
         contexts = prompts([d for d, _ in pairs], tokenizer, most=96)
         for context, one in zip(contexts, documents, strict=True):

@@ -1,13 +1,12 @@
-"""Figures of a batch against plain torch; intervals; arms that only say that they prune."""
+"""Figures of a batch against plain torch; arms that only say that they prune."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from dartprune import Dart, Dense, Static
-from dartprune.evaluation.compare.measures import Bootstrap, bytes_saved, check_masks, measure, reference
+from dartprune.evaluation.compare.measures import bytes_saved, check_masks, measure, reference
 from dartprune.evaluation.forced import forced_steps
 from dartprune.runtime import layer_hooks as layer_run
 from letters import tiny
@@ -79,31 +78,3 @@ def test_bytes_saved_of_single_streams():
     rows = [TOKENS[:1], TOKENS[1:2]]
     assert bytes_saved(model, Static(sparsity=0.5), rows, CONTEXT, "cpu") == pytest.approx(0.5, abs=0.01)
     assert bytes_saved(model, Static(sparsity=0.5), rows, CONTEXT, "masked") == 0
-
-
-def test_intervals_against_a_loop():
-    values = torch.randn(13, generator=torch.Generator().manual_seed(3)).tolist()
-    found = Bootstrap(13, seed=4, resamples=300)(values)
-    rng = np.random.default_rng(4)
-    means = sorted(np.mean([values[i] for i in row]) for row in rng.integers(13, size=(300, 13)))
-    assert found.mean == pytest.approx(np.mean(values))
-    assert found.low == pytest.approx(np.percentile(means, 2.5)) and found.high == pytest.approx(
-        np.percentile(means, 97.5)
-    )
-    assert found.low < found.mean < found.high
-    wider = Bootstrap(13, seed=4)([10 * v for v in values])
-    assert wider.high - wider.low > 5 * (found.high - found.low)
-
-
-def test_intervals_repeat_and_pair():
-    values = [0.1, 0.7, 0.3, 0.9]
-    assert Bootstrap(4, seed=0, resamples=50)(values) == Bootstrap(4, seed=0, resamples=50)(values)
-    many = torch.randn(30).tolist()
-    assert Bootstrap(30, seed=0)(many) != Bootstrap(30, seed=1)(many)
-    draw = Bootstrap(4, seed=0)
-    same = draw([a - b for a, b in zip([v + 1 for v in values], values, strict=True)])
-    assert same.high - same.low < 1e-12, "a constant difference is certain, however much the streams differ"
-    assert Bootstrap(1, seed=0)([0.3]).low <= 0.3 <= Bootstrap(1, seed=0)([0.3]).high
-    for constant in (0.1, 1 / 3, 1e9 / 7):
-        found = Bootstrap(3, seed=0)([constant] * 3)
-        assert found.low <= found.mean <= found.high

@@ -52,31 +52,31 @@ def test_dense_is_at_no_distance(comparison):
     for outcome in comparison.of(ONE, 0.0) + comparison.of(CHANGING, 0.0):
         assert outcome.arm == "dense" and outcome.curve == [0.0] * PLAN.steps
         for part in outcome.parts.values():
-            assert part.over_dense.mean == part.over_dense.low == part.over_dense.high == 0
-            assert abs(part.divergence.mean) < 1e-5 and part.agreement.mean == 1
+            assert part.over_dense.value == part.over_dense.low == part.over_dense.high == 0
+            assert abs(part.divergence.value) < 1e-5 and part.agreement.value == 1
 
 
 def test_intervals_hold_their_means_and_come_from_the_streams(comparison):
     for outcome in comparison.outcomes:
         for part in outcome.parts.values():
             assert len(part.each_over_dense) == PLAN.count
-            assert part.over_dense.mean == pytest.approx(sum(part.each_over_dense) / PLAN.count)
+            assert part.over_dense.value == pytest.approx(sum(part.each_over_dense) / PLAN.count)
             for estimate in (part.over_dense, part.divergence, part.agreement, part.perplexity):
-                assert estimate.low <= estimate.mean <= estimate.high
+                assert estimate.low <= estimate.value <= estimate.high
 
 
 def test_parts_add_up_to_the_curve_without_the_separator(comparison):
     change = PLAN.lengths[0] - PLAN.prompt
     for outcome in comparison.of(CHANGING, 0.5):
         before, after = outcome.curve[:change], outcome.curve[change + 1 :]
-        assert outcome.parts["before"].over_dense.mean == pytest.approx(sum(before) / len(before))
-        assert outcome.parts["after"].over_dense.mean == pytest.approx(sum(after) / len(after))
+        assert outcome.parts["before"].over_dense.value == pytest.approx(sum(before) / len(before))
+        assert outcome.parts["after"].over_dense.value == pytest.approx(sum(after) / len(after))
 
 
 def test_pairs_are_differences_of_losses(comparison):
     by = {(o.arm, o.kind, o.target): o for o in comparison.outcomes}
     static, dart = by["static", ONE, 0.5].parts["one topic"], by["dart", ONE, 0.5].parts["one topic"]
-    assert static.over_versus.mean == pytest.approx(static.over_dense.mean - dart.over_dense.mean)
+    assert static.over_versus.value == pytest.approx(static.over_dense.value - dart.over_dense.value)
     assert dart.over_versus is None
 
 
@@ -228,25 +228,29 @@ def test_texts_that_cannot_serve():
         run(tiny(), ("dart", "dart"))
 
 
+def drawn(name):
+    return [f"{name}.png", f"{name}.svg"]
+
+
 def test_everything_is_written(tmp_path, comparison, monkeypatch):
-    captions = []
+    figures = []
     picture = Page.picture
     monkeypatch.setattr(
-        Page, "picture", lambda self, figure, text: (captions.append(figure), picture(self, figure, text))
+        Page, "picture", lambda self, figure, text: (figures.append(figure), picture(self, figure, text))[1]
     )
     files = write(comparison, tmp_path / "out", "A title")
-    assert sorted(files) == ["curves.png", "report.html", "results.csv", "results.json", "sparsity.png"]
+    assert sorted(files) == [*drawn("curves"), "report.html", "results.csv", "results.json", *drawn("sparsity")]
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(comparison.to_dict()))
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(flat(comparison)) == 3 * (1 + 2 * len(NAMES))
     after = next(r for r in rows if (r["arm"], r["part"], r["target"]) == ("dart", "after", "0.5"))
-    mean = next(o for o in comparison.of(CHANGING, 0.5) if o.arm == "dart").parts["after"].over_dense.mean
+    mean = next(o for o in comparison.of(CHANGING, 0.5) if o.arm == "dart").parts["after"].over_dense.value
     assert float(after["loss_over_dense"]) == mean and after["reached"] == "True" and after["loss_over_versus"] == ""
     html = (tmp_path / "out" / "report.html").read_text()
     assert all(name in html for name in NAMES) and f"{mean:.2f}" in html and html.count("data:image/svg+xml") == 2
     assert "clock cannot realise 75%" in html and "clock*" in html
-    curves, sparsity = captions
+    curves, sparsity = figures
     assert len(curves.axes) == 2 and len(sparsity.axes) == 3
     labels = [text.get_text() for text in curves.axes[1].get_legend().get_texts()]
     assert len(labels) == len(NAMES) and any(label.startswith("clock (realises 0.") for label in labels)
@@ -266,4 +270,4 @@ def test_tables_have_a_row_for_each_arm(comparison):
 
 def test_one_kind_alone_has_no_picture_of_a_change(tmp_path):
     alone = run(tiny(), ("static",), dataclasses.replace(PLAN, kinds=(ONE,), sparsities=(0.5,)))
-    assert sorted(write(alone, tmp_path, "t")) == ["report.html", "results.csv", "results.json", "sparsity.png"]
+    assert sorted(write(alone, tmp_path, "t")) == ["report.html", "results.csv", "results.json", *drawn("sparsity")]

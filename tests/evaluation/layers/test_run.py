@@ -9,8 +9,8 @@ import torch
 
 from dartprune import Static, Uniform
 from dartprune.evaluation.layers.overlap import kept, overlaps
-from dartprune.evaluation.layers.pictures import tables, write
-from dartprune.evaluation.layers.run import rank_correlation, settings_of, study, thirds
+from dartprune.evaluation.layers.report import tables, write
+from dartprune.evaluation.layers.run import rank_correlation, settings_of, study_layers, thirds
 from dartprune.evaluation.texts import streams
 from dartprune.model.families import describe
 from dartprune.reporting.journal import Journal
@@ -38,7 +38,7 @@ def drawn():
 
 @pytest.fixture(scope="module")
 def found(model, drawn):
-    return study(model, drawn, prompt=PROMPT, keeps=[0.75, 0.25], groups={"first two": (0, 1)}, size=4)
+    return study_layers(model, drawn, prompt=PROMPT, keeps=[0.75, 0.25], groups={"first two": (0, 1)}, size=4)
 
 
 def plain_losses(model, tokens):
@@ -130,7 +130,7 @@ def test_thirds_and_what_cannot_be(model, drawn):
     with pytest.raises(ValueError, match="the model has layers 0 to 2"):
         settings_of(3, [0.5], {"too far": (1, 3)})
     with pytest.raises(ValueError, match="makes no mask"):
-        study(model, drawn, prompt=6, keeps=[0.5])
+        study_layers(model, drawn, prompt=6, keeps=[0.5])
 
 
 def test_continues_where_it_was_killed(model, drawn, found, tmp_path, monkeypatch):
@@ -145,11 +145,11 @@ def test_continues_where_it_was_killed(model, drawn, found, tmp_path, monkeypatc
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        study(model, drawn, **how, journal=Journal(tmp_path / "journal.jsonl", {}), progress=killed)
+        study_layers(model, drawn, **how, journal=Journal(tmp_path / "journal.jsonl", {}), progress=killed)
     seen = []
     original = module.forced_losses
     monkeypatch.setattr(module, "forced_losses", lambda *a, **k: (seen.append(1), original(*a, **k))[1])
-    again = study(model, drawn, **how, journal=Journal(tmp_path / "journal.jsonl", {}))
+    again = study_layers(model, drawn, **how, journal=Journal(tmp_path / "journal.jsonl", {}))
     assert again.to_dict() == found.to_dict()
     settings = len(settings_of(3, how["keeps"], how["groups"]))
     assert len(seen) == 2 * (1 + settings - 5), "two batches for dense and for each setting that was left"
@@ -157,16 +157,11 @@ def test_continues_where_it_was_killed(model, drawn, found, tmp_path, monkeypatc
 
 def test_written(found, tmp_path):
     paths = write(found, tmp_path, "a <tiny> model", {"seed": 1})
-    assert [path.name for path in paths] == [
-        "results.json",
-        "curves.png",
-        "sensitivity.png",
-        "overlap.png",
-        "report.html",
-    ]
-    data = json.loads(paths[0].read_text())
+    drawn = [f"{name}.{ending}" for name in ("curves", "sensitivity", "overlap") for ending in ("png", "svg")]
+    assert [path.name for path in paths] == ["report.html", "results.json", *drawn]
+    data = json.loads(paths[1].read_text())
     assert data["alone"] == found.alone and data["settings"] == {"seed": 1}
-    page = paths[-1].read_text()
+    page = paths[0].read_text()
     assert "a &lt;tiny&gt; model" in page and page.count("<img") == 3
     single, several, ranks = tables(found)
     assert len(single.rows) == 3 and single.columns[0] == "layer" and len(several.rows) == len(ranks.rows) == 2

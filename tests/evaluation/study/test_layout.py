@@ -42,17 +42,17 @@ def test_forced_texts():
     kinds = forced_texts(documents, Letters(), SETTINGS, 4, 2, True)
     assert [len(group) for group in kinds.values()] == [4, 2]
     for text in kinds["change"]:
-        assert len(text.prompt) == SETTINGS.prompt and len(text.given) == SETTINGS.steps
+        assert len(text.prompt) == SETTINGS.prompt and len(text.script) == SETTINGS.steps
         first, second = (ord(topic) for topic in text.topics)
         # the step that feeds the last token of the first topic predicts the second topic's first: the separator
         change = SETTINGS.before - 1
-        assert text.prompt[0] == 0 and set(text.prompt[1:]) | set(text.given[:change]) == {first}
-        assert text.given[change] == 0 and set(text.given[change + 1 :]) == {second}
+        assert text.prompt[0] == 0 and set(text.prompt[1:]) | set(text.script[:change]) == {first}
+        assert text.script[change] == 0 and set(text.script[change + 1 :]) == {second}
     for text in kinds["control"]:
-        assert set(text.given) == {ord(text.topics[0])} and len(text.topics) == 1
+        assert set(text.script) == {ord(text.topics[0])} and len(text.topics) == 1
     assert forced_texts(documents, Letters(), SETTINGS, 4, 2, True) == kinds
     plain = forced_texts(documents, Letters(), SETTINGS, 4, 0, False)
-    assert list(plain) == ["change"] and all(0 not in text.prompt + text.given for text in plain["change"])
+    assert list(plain) == ["change"] and all(0 not in text.prompt + text.script for text in plain["change"])
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def test_free_texts():
     kinds = free_texts([PROMPT, PROMPT], Letters(), FREE, 1, one_request=False)
     text, steady = kinds["change"][0], kinds["control"][0]
     change = FREE.before - 1
-    assert text.prompt == steady.prompt == (ord("o"),) * 7 and len(text.given) == FREE.steps
-    assert set(text.given[:change]) == {CHOOSE} and text.given[change : change + 5] == (ord("b"),) * 5
-    assert set(text.given[change + 5 :]) == {CHOOSE} == set(steady.given)
+    assert text.prompt == steady.prompt == (ord("o"),) * 7 and len(text.script) == FREE.steps
+    assert set(text.script[:change]) == {CHOOSE} and text.script[change : change + 5] == (ord("b"),) * 5
+    assert set(text.script[change + 5 :]) == {CHOOSE} == set(steady.script)
     assert len(kinds["control"]) == 1 and kinds["change"][1].number == 1
     asked = free_texts([PROMPT], Letters(), FREE, 0, one_request=True)["change"][0]
-    assert asked.prompt == (ord("p"),) * 9 and set(asked.given) == {CHOOSE}
+    assert asked.prompt == (ord("p"),) * 9 and set(asked.script) == {CHOOSE}
     with pytest.raises(ValueError, match="bridge of 30 tokens"):
         free_texts([TopicPrompt("a", "b", "", "open", "b" * 30)], Letters(), FREE, 0, one_request=False)
     with pytest.raises(ValueError, match="prompt 1 has 0 tokens"):

@@ -24,7 +24,7 @@ POINTS = (("first", "last"), ("attention", "residual"))
 def unit(tiny, arm, group, settings=SETTINGS, **options):
     prompt = torch.tensor([text.prompt for text in group])
     choose = chooser(group, settings, Tokenizer.eos_token_id)
-    other = torch.tensor([text.given[settings.before :] for text in group])
+    other = torch.tensor([text.script[settings.before :] for text in group])
     own = [own_neurons(tiny, prompt, 0.5), own_neurons(tiny, other, 0.5)]
     return run_unit(tiny, arm, prompt, choose, settings, points_of(tiny, *POINTS), own, **options)
 
@@ -35,7 +35,7 @@ def test_losses_are_those_of_forced_decoding(arm, backend):
     tiny, group = model(), texts(3)["change"]
     before = snapshot(tiny)
     found = unit(tiny, arm, group, backend=backend)
-    tokens = torch.tensor([text.prompt + text.given for text in group])
+    tokens = torch.tensor([text.prompt + text.script for text in group])
     losses, report = forced_losses(tiny, arm.pruner, tokens, SETTINGS.prompt, backend=backend)
     assert torch.allclose(torch.from_numpy(found.arrays["loss"]).T, losses, atol=1e-5)
     dense, _ = forced_losses(tiny, Dense(), tokens, SETTINGS.prompt)
@@ -63,7 +63,7 @@ def test_shapes_and_the_dense_arm():
     assert np.array_equal(dense.arrays["loss"], dense.arrays["dense_loss"])
     assert np.allclose(dense.arrays["windows"][:, :, 4], 1, atol=1e-5), "cosine with itself"
     assert np.all(dense.arrays["overlap"] == 1) and dense.neurons == []
-    assert dense.arrays["text"].T.tolist() == [list(text.given) for text in group]
+    assert dense.arrays["text"].T.tolist() == [list(text.script) for text in group]
 
 
 def test_what_a_release_does():

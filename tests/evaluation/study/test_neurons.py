@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from dartprune import Dart, Replay, Static
-from dartprune.evaluation.study.neurons import NeuronLog, kept_masks, own_neurons
+from dartprune.evaluation.masks import kept_masks
+from dartprune.evaluation.study.neurons import NeuronLog, own_neurons
 from small_study import EAGER, arms, model
 
 

@@ -1,32 +1,26 @@
-"""The stored prompts are the generator's, and each is what a prompt must be."""
+"""The prompts are always the same, and each is what a prompt must be."""
 
 from __future__ import annotations
 
 import json
 import re
+import zlib
 
 import pytest
 
-from dartprune.evaluation.study.prompts import (
-    SEED,
-    STORED,
-    TOPICS,
-    generate_prompts,
-    read_prompts,
-    stored_prompts,
-    write_prompts,
-)
+from dartprune.evaluation.study.prompts import TOPICS, generate_prompts, read_prompts
 
 
-def test_the_stored_prompts_are_the_generators():
-    assert stored_prompts() == generate_prompts(STORED, SEED) and len(stored_prompts()) == 100
-    assert generate_prompts(STORED, SEED + 1) != stored_prompts()
+def test_the_hundred_prompts_are_always_the_same():
+    rows = repr([vars(made) for made in generate_prompts()])
+    assert zlib.crc32(rows.encode()) == 2212440659 and len(generate_prompts()) == 100
+    assert generate_prompts(seed=8) != generate_prompts()
 
 
 def test_every_prompt_is_sensible():
     domain = {topic: name for name, topics in TOPICS.items() for topic in topics}
     assert len(domain) == sum(map(len, TOPICS.values())), "a topic belongs to one domain"
-    prompts = stored_prompts()
+    prompts = generate_prompts()
     for field in ("prompt", "opening", "bridge"):
         for made in prompts:
             text = getattr(made, field)
@@ -50,7 +44,7 @@ def test_all_pairs_can_be_drawn_and_no_more():
 
 def test_prompts_of_a_file(tmp_path):
     path = tmp_path / "mine.json"
-    write_prompts(generate_prompts(3), path)
+    path.write_text(json.dumps([vars(made) for made in generate_prompts(3)]))
     assert read_prompts(path) == generate_prompts(3)
     path.write_text('{"first": "a", "second": "b", "prompt": "Write about a and b."}\n\n')
     assert read_prompts(path)[0].bridge == ""

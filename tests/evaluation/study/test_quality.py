@@ -28,5 +28,5 @@ def test_against_the_dense_text():
 
 def test_without_the_libraries(monkeypatch):
     monkeypatch.setattr(quality, "LIBRARIES", ("rouge_score", "no_such_library"))
-    with pytest.raises(ValueError, match=r"needs no_such_library: pip install"):
+    with pytest.raises(ValueError, match=r"needs the package no_such_library: pip install"):
         quality.check_libraries()

@@ -39,24 +39,24 @@ def test_a_stopped_study_goes_on(tmp_path):
 
     def stop(label, steps):
         done.append((label, steps))
-        if label == "static change 1" and steps == 9:
+        if label == "dart-frozen change 1" and steps == 9:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, told=stop)
     again = []
     resumed = run(tmp_path, told=lambda label, steps: again.append((label, steps)))
-    assert "static change 0" not in {label for label, _ in again}
-    assert again[0] == ("static change 1", 0), "the unit that was cut short is done anew"
+    assert "dart-frozen change 0" not in {label for label, _ in again}
+    assert again[0] == ("dart-frozen change 1", 0), "the unit that was cut short is done anew"
     same(whole, resumed)
     same(whole, run(tmp_path, told=lambda label, steps: pytest.fail("everything is there")))
     kinds = {kind: {arm for arm, k in whole.records if k == kind} for kind in ("change", "control")}
-    assert kinds["control"] == kinds["change"] - {"release@24"} and len(kinds["change"]) == 5
+    assert kinds["control"] == kinds["change"] - {"dart-release@24"} and len(kinds["change"]) == 5
     assert all(record.texts == 4 for record in whole.records.values())
     # neuron events belong to the text they happened in, across batches
-    assert sorted(row["stream"] for row in whole.records["release@24", "change"].neurons) == [0, 1, 2, 3]
+    assert sorted(row["stream"] for row in whole.records["dart-release@24", "change"].neurons) == [0, 1, 2, 3]
     more = run(tmp_path, chosen=arms()[:3])
-    assert {name for name, _ in more.records} == {"dense", "static", "release@24"}
+    assert {name for name, _ in more.records} == {"dense", "dart-frozen", "dart-release@24"}
 
 
 def test_another_study_is_refused(tmp_path):
@@ -65,7 +65,7 @@ def test_another_study_is_refused(tmp_path):
         run(tmp_path, chosen=arms()[:2], settings=Settings(**{**vars(SETTINGS), "seed": 1}))
     with pytest.raises(ValueError, match=r"other settings \(texts\)"):
         run(tmp_path, chosen=arms()[:2], kinds=texts(4, seed=1))
-    (tmp_path / "units" / "static-change-0.npz").write_bytes(b"cut short")
+    (tmp_path / "units" / "dart-frozen-change-0.npz").write_bytes(b"cut short")
     with pytest.raises(ValueError, match="a finished unit cannot be read"):
         run(tmp_path, chosen=arms()[:2])
 
@@ -81,7 +81,8 @@ def test_everything_is_written(tmp_path):
     findings = find(results, {"dart": {"after": {"rouge1": 0.5}}}, ["a note"])
     paths = write(results, findings, tmp_path / "out", "a title")
     pictures = ("trajectories", "divergence", "losses", "recovery", "detector", "single-texts", "turnover")
-    assert {path.name for path in paths} == {"report.html", "report.json"} | {
+    assert paths[0].name == "report.html" and sorted((tmp_path / "out").iterdir()) == sorted(paths)
+    assert {path.name for path in paths} >= {"report.json", "series.json"} | {
         f"{name}.{ending}" for name in pictures for ending in ("png", "svg")
     }
     page = (tmp_path / "out" / "report.html").read_text()
@@ -117,10 +118,10 @@ def free_kinds():
 def test_free_mode_repeats_exactly():
     first, second = (run(settings=FREE, kinds=free_kinds(), chosen=arms()[:2]) for _ in range(2))
     same(first, second)
-    record = first.records["static", "change"]
+    record = first.records["dart-frozen", "change"]
     assert record.text[FREE.before - 1 : FREE.before + 1].tolist() == [[100, 100], [101, 101]]
     assert not np.array_equal(record.text[:, 0], record.text[:, 1]), "every text draws for itself"
     dense = first.records["dense", "change"]
     assert np.allclose(first.excess(record), record.dense_loss - dense.dense_loss)
     other = run(settings=Settings(**{**vars(FREE), "seed": 1}), kinds=free_kinds(), chosen=arms()[:2])
-    assert not np.array_equal(other.records["static", "change"].text, record.text)
+    assert not np.array_equal(other.records["dart-frozen", "change"].text, record.text)

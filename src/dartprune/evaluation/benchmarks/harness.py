@@ -7,7 +7,7 @@ token. Here `dartprune.evaluation.protocol` is used instead, for the dense arm t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,17 +24,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dartprune.evaluation.benchmarks.windows import windows
-from dartprune.evaluation.models import context_length, end_tokens, pruner_from
-from dartprune.evaluation.protocol import Protocol
+from dartprune.evaluation.benchmarks.perplexity import windows
+from dartprune.evaluation.protocol import Protocol, end_tokens
 from dartprune.evaluation.tally import Tally
 from dartprune.loading import load
+from dartprune.model.context import context_length
 from dartprune.names import unknown
-from dartprune.pruner import Pruner
+from dartprune.pruner import Pruner, presets
 from dartprune.reporting.progress import bar
 
+UNBOUNDED = 2048  # tokens of a context with its answer where the model has no end
 TO_WRITE = 256  # tokens of a continuation where the task does not say
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")
+WARPERS = {
+    "temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper,
+}  # fmt: skip
 
 
 @register_model("dart")
@@ -90,7 +94,8 @@ class DartLM(TemplateLM):  # type: ignore[misc]
         self.batch_size = _batch_size(batch_size)
         self.backend_name = backend
         self.silent = silent
-        self.max_length = context_length(self.model) if max_length is None else int(max_length)
+        most = context_length(self.model) or UNBOUNDED
+        self.max_length = most if max_length is None else int(max_length)
         self.tallies: dict[str, Tally] = {}
         self.rolling = {"tokens_scored": 0, "tokens_as_context": 0}
         self._begin()
@@ -148,7 +153,7 @@ class DartLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Score answers after their contexts."""
-        return self._by_task(requests, lambda chosen: super(DartLM, self).loglikelihood(chosen, disable_tqdm=True))
+        return self._by_task(requests, lambda asked: super(DartLM, self).loglikelihood(asked, disable_tqdm=True))
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -156,14 +161,14 @@ class DartLM(TemplateLM):  # type: ignore[misc]
         questions = [(self._cut(context, len(answer)), answer) for _, context, answer in requests]
         with bar(f"{self.pruner.name}: answers", len(requests), silent=self.silent) as advance:
             results = self._protocol.score(questions, advance)
-        found = [(result.logprob, result.greedy) for result in results]
-        for (texts, _, _), result in zip(requests, found, strict=True):
+        scores = [(result.logprob, result.greedy) for result in results]
+        for (texts, _, _), result in zip(requests, scores, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, result)
-        return found
+        return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of the scored halves of each text's windows, see `evaluation.benchmarks.windows`."""
+        """Log-probability of the scored halves of each text's windows, see `windows`."""
         return self._by_task(requests, self._rolling)
 
     def _rolling(self, requests: list[Instance]) -> list[float]:
@@ -278,33 +283,45 @@ class DartLM(TemplateLM):  # type: ignore[misc]
         }
 
 
-def _batch_size(given: int | str | None) -> int:
-    if given is None:
-        return 1
+def pruner_from(method: str, sparsity: float | None = None, settings: Mapping[str, Any] | None = None) -> Pruner:
+    """A preset with some settings changed.
+
+    Args:
+        method: name of the preset.
+        sparsity: None for the preset's own; not looked at where the preset does not prune.
+        settings: as in `Pruner.to_dict()`; a budget or refresh may be given by its kind alone.
+
+    Raises:
+        ValueError: an unknown name or value, with the nearest one that is known.
+    """
+    cls = presets.get(method)
+    data = cls().to_dict()
+    if sparsity is not None and cls.prunes:
+        data["sparsity"] = sparsity
+    for name, value in (settings or {}).items():
+        data[name] = {"kind": value} if name in ("budget", "refresh") and isinstance(value, str) else value
+    return Pruner.from_dict(data)
+
+
+def _batch_size(size: int | str | None) -> int:
     try:
-        return int(given)
+        return 1 if size is None else int(size)
     except ValueError:
         raise ValueError(
-            f"batch_size must be a number of contexts, got {given!r}: none is found automatically"
+            f"batch_size must be a number of contexts, got {size!r}: none is found automatically"
         ) from None
 
 
 def chooser(settings: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
     """How the next token is taken from logits: None for the most probable; ValueError for a setting without effect."""
     for name in settings:
-        if name not in SAMPLING:
-            raise unknown("generation setting", name, (*SAMPLING, "until", "max_gen_toks"))
+        if name not in ("do_sample", *WARPERS):
+            raise unknown("generation setting", name, ("do_sample", *WARPERS, "until", "max_gen_toks"))
     if not settings.get("do_sample"):
         return None
-    warpers = LogitsProcessorList()
-    if (temperature := settings.get("temperature")) not in (None, 1.0):
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if settings.get("top_k"):
-        warpers.append(TopKLogitsWarper(int(settings["top_k"])))
-    if settings.get("top_p") is not None and settings["top_p"] < 1.0:
-        warpers.append(TopPLogitsWarper(float(settings["top_p"])))
-    if settings.get("min_p"):
-        warpers.append(MinPLogitsWarper(float(settings["min_p"])))
+    # 0 is none of a warper but for the temperature, which must not be 0
+    values = {name: settings[name] for name in WARPERS if settings.get(name) is not None}
+    warpers = LogitsProcessorList(WARPERS[n](value) for n, value in values.items() if value or n == "temperature")
 
     def draw(logits: Tensor) -> Tensor:
         scores = warpers(torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device), logits.float())

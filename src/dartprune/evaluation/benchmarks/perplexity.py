@@ -8,9 +8,30 @@ from typing import Any
 
 import torch
 
-from dartprune.evaluation.benchmarks.windows import windows
 from dartprune.evaluation.protocol import Progress, Protocol
-from dartprune.pruner import Pruner
+
+
+def windows(tokens: Sequence[int], size: int) -> list[tuple[list[int], list[int]]]:
+    """Cut a text into contexts and what is scored after them; windows move on by half their size.
+
+    Every token is scored once but for the first half-window of the text, which is context alone. A text shorter than a
+    window is cut in its middle.
+
+    Args:
+        tokens: of the text; fewer than two give no window.
+        size: tokens of a window, at least 2; an odd one is lowered by one.
+
+    Raises:
+        ValueError: a size below 2.
+    """
+    if size < 2:
+        raise ValueError(f"a window needs at least 2 tokens, got {size}")
+    text = list(tokens)
+    half = size // 2
+    if len(text) <= 2 * half:
+        middle = len(text) // 2
+        return [(text[:middle], text[middle:])] if middle else []
+    return [(text[i - half : i], text[i : i + half]) for i in range(half, len(text), half)]
 
 
 def cut(documents: Sequence[str], tokenizer: Any, size: int, limit: int | None = None) -> list[tuple[Any, Any]]:
@@ -26,40 +47,28 @@ def cut(documents: Sequence[str], tokenizer: Any, size: int, limit: int | None =
         ValueError: the text is too short for a window.
     """
     tokens = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
-    found = windows(tokens, size)
-    if not found:
+    cuts = windows(tokens, size)
+    if not cuts:
         raise ValueError(f"the text has {len(tokens)} tokens: nothing is left to score after a context")
-    if limit is not None and limit < len(found):
-        found = [found[i * len(found) // limit] for i in range(limit)]
-    return found
+    if limit is not None and limit < len(cuts):
+        cuts = [cuts[i * len(cuts) // limit] for i in range(limit)]
+    return cuts
 
 
 def perplexity(
-    model: Any,
-    tokenizer: Any,
-    pruner: Pruner,
-    parts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    batch: int = 8,
-    backend: str = "auto",
-    progress: Progress | None = None,
+    protocol: Protocol, parts: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Progress | None = None
 ) -> dict[str, Any]:
     """Perplexity of the second halves of windows.
 
     Args:
-        model: a decoder in evaluation mode, not attached.
-        tokenizer: of the model.
-        pruner: the arm.
+        protocol: the arm on its model, new.
         parts: windows from `cut`.
-        batch: windows at a time.
-        backend: how the pruned FFN is computed.
         progress: called with the number of windows done.
 
     Returns:
         scores: `perplexity`.  errors: its standard error over windows.  did: what was pruned.  details: `loss` in nats
         per token, `tokens` scored and the loss of each window.
     """
-    protocol = Protocol(model, pruner, padding=tokenizer.pad_token_id, batch=batch, backend=backend)
     results = protocol.score(parts, progress)
     sizes = torch.tensor([float(len(answer)) for _, answer in parts])
     losses = torch.tensor([-result.logprob for result in results])

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
-from dartprune.evaluation.benchmarks.results import arms
+from dartprune.evaluation.arms import arms_at
+from dartprune.evaluation.benchmarks.tasks import suite
 from dartprune.names import unknown
 
 MEASURES = ("tasks", "perplexity", "summaries", "layers")
@@ -52,7 +53,7 @@ class Recipe:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name.replace('_', ' ')} must be a whole number of at least {least}, got {value!r}")
         if self.measure != "layers":
-            arms(self.methods, self.sparsities)
+            arms_at(self.methods, self.sparsities)
 
     def but(self, **changes: Any) -> Recipe:
         """The same recipe with what was given changed; None changes nothing."""
@@ -77,16 +78,18 @@ def recipe(name: str) -> Recipe:
 
 
 def recipe_from(data: Mapping[str, Any]) -> Recipe:
-    """The recipe that plain data describes; ValueError naming the nearest key for an unknown one."""
+    """The recipe that plain data describes; `what` is a list, or the name of a suite of tasks.
+
+    Raises:
+        ValueError: an unknown key, with the nearest.
+    """
     known = [item.name for item in fields(Recipe)]
     for key in data:
         if key not in known:
             raise unknown("recipe setting", key, known)
-    what = data["what"]
-    named = what if isinstance(what, Mapping) else dict.fromkeys(what)
+    what = suite(data["what"]) if isinstance(data["what"], str) else dict.fromkeys(data["what"])
     lists: dict[str, Sequence[Any]] = {key: tuple(data[key]) for key in ("methods", "sparsities") if key in data}
-    about = {key: " ".join(data[key]) for key in ("about", "ran") if isinstance(data.get(key), list)}
-    return Recipe(**{**data, "what": named, **lists, **about})
+    return Recipe(**{**data, "what": what, **lists})
 
 
 def _folder() -> Any:

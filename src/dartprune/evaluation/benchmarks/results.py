@@ -6,23 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dartprune.evaluation.arms import arm
 from dartprune.evaluation.tally import Tally
 from dartprune.pruner import Pruner
 from dartprune.reporting.journal import Journal
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as they are shown: a name in front of each row."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
+from dartprune.reporting.page import Sheet
 
 
 @dataclass
-class Outcome:
+class ArmScores:
     """What one arm gave. scores, errors: by name, with standard errors.  details: of each unit of work."""
 
     name: str
@@ -32,101 +23,76 @@ class Outcome:
     tally: Tally = field(default_factory=Tally)
     details: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def mean(self) -> float:
+        """Mean of all scores, where these are of one kind."""
+        return sum(self.scores.values()) / len(self.scores)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        return {
-            "arm": self.name,
-            "pruner": self.pruner.to_dict(),
-            "scores": self.scores,
-            "errors": self.errors,
-            **self.tally.to_dict(),
-            "details": self.details,
-        }
-
-
-def arms(methods: Sequence[str], sparsities: Sequence[float]) -> dict[str, Pruner]:
-    """Every arm at every sparsity by name; one that does not prune stands there once.
-
-    Args:
-        methods: names of arms, see `arms.arm`.
-        sparsities: of those that prune.
-
-    Raises:
-        ValueError: an unknown arm, a sparsity outside [0, 1), or nothing asked for.
-    """
-    chosen = [arm(method) for method in methods]
-    out = {one.name: one.build(0.0) for one in chosen if not one.prunes}
-    for sparsity in sparsities:
-        out |= {f"{one.name} {sparsity:g}": one.build(sparsity) for one in chosen if one.prunes}
-    if not out:
-        raise ValueError("nothing to measure: give at least one method, and a sparsity if it prunes")
-    return out
+        own = {"arm": self.name, "pruner": self.pruner.to_dict(), "scores": self.scores, "errors": self.errors}
+        return {**own, **self.tally.to_dict(), "details": self.details}
 
 
 def collect(
-    chosen: Mapping[str, Pruner],
+    arms: Mapping[str, Pruner],
     units: Sequence[str],
     work: Callable[[Pruner, str], dict[str, Any]],
     journal: Journal,
-) -> list[Outcome]:
+) -> list[ArmScores]:
     """Do every unit of work with every arm, or find it done in the journal.
 
     Args:
-        chosen: the arms by name.
+        arms: pruners by name.
         units: names of the pieces of work.
         work: gives `scores`, `errors`, `did` (of a tally) and `details` as plain data.
         journal: of what is done.
     """
-    outcomes = {name: Outcome(name, pruner) for name, pruner in chosen.items()}
+    collected = {name: ArmScores(name, pruner) for name, pruner in arms.items()}
     for unit in units:  # arm by arm within a unit: what is compared is done at about the same time
-        for name, pruner in chosen.items():
+        for name, pruner in arms.items():
             key = f"{unit} | {name}"
             if key not in journal:
                 journal.add(key, work(pruner, unit))
-            done, outcome = journal[key], outcomes[name]
-            outcome.scores |= done["scores"]
-            outcome.errors |= done["errors"]
-            outcome.details[unit] = done["details"]
-            outcome.tally.merge(Tally.from_dict(done["did"]))
-    return list(outcomes.values())
+            done, arm = journal[key], collected[name]
+            arm.scores |= done["scores"]
+            arm.errors |= done["errors"]
+            arm.details[unit] = done["details"]
+            arm.tally.merge(Tally.from_dict(done["did"]))
+    return list(collected.values())
 
 
-def tables(outcomes: Sequence[Outcome], *, decimals: int = 3, mean: bool = False) -> list[Table]:
-    """One table for each sparsity, beside the arms that do not prune.
+_DID: dict[str, Callable[[Tally], str]] = {
+    "realised sparsity": lambda t: f"{t.realised_sparsity:.3f}",
+    "FFN bytes saved": lambda t: f"{t.bytes_saved:.3f}",
+    "decoded pruned + dense": lambda t: f"{t.pruned_tokens} + {t.dense_tokens}",
+    "events": lambda t: ", ".join(f"{n} {kind}" for kind, n in t.events.items()) or "none",
+    "contexts too short": lambda t: f"{t.contexts_too_short} of {t.contexts}",
+}
 
-    Args:
-        outcomes: of the arms.
-        decimals: of the scores.
-        mean: add the mean of the scores, where these are of one kind.
-    """
-    plain = [outcome for outcome in outcomes if not outcome.pruner.prunes]
-    sparsities = sorted({outcome.pruner.sparsity for outcome in outcomes if outcome.pruner.prunes})
+
+def tables(arms: Sequence[ArmScores], *, decimals: int = 3, mean: bool = False) -> list[Sheet]:
+    """One table for each sparsity, beside the arms that do not prune; with `mean` a line for the mean of the scores."""
+    plain = [arm for arm in arms if not arm.pruner.prunes]
+    sparsities = sorted({arm.pruner.sparsity for arm in arms if arm.pruner.prunes})
     out = []
     for sparsity in sparsities or [0.0]:
-        shown = plain + [o for o in outcomes if o.pruner.prunes and o.pruner.sparsity == sparsity]
+        shown = plain + [arm for arm in arms if arm.pruner.prunes and arm.pruner.sparsity == sparsity]
         title = f"target sparsity {sparsity:g}" if sparsities else "not pruned"
-        out.append(Table(title, ["", *(outcome.name for outcome in shown)], _rows(shown, decimals, mean)))
+        out.append(Sheet(title, ["", *(arm.name for arm in shown)], _rows(shown, decimals, mean)))
     return out
 
 
-def _rows(shown: Sequence[Outcome], decimals: int, mean: bool) -> list[list[str]]:
-    names = list(dict.fromkeys(name for outcome in shown for name in outcome.scores))
-    rows = [[name, *(_score(outcome, name, decimals) for outcome in shown)] for name in names]
-    if mean and len(names) > 1 and all(set(names) == set(outcome.scores) for outcome in shown):
-        means = [sum(outcome.scores.values()) / len(names) for outcome in shown]
-        rows.append(["mean", *(f"{value:.{decimals}f}" for value in means)])
-    said: list[tuple[str, Callable[[Tally], str]]] = [
-        ("realised sparsity", lambda t: f"{t.realised_sparsity:.3f}"),
-        ("FFN bytes saved", lambda t: f"{t.bytes_saved:.3f}"),
-        ("decoded pruned + dense", lambda t: f"{t.pruned_tokens} + {t.dense_tokens}"),
-        ("events", lambda t: ", ".join(f"{n} {kind}" for kind, n in t.events.items()) or "none"),
-        ("contexts too short", lambda t: f"{t.contexts_too_short} of {t.contexts}"),
-    ]
-    return rows + [[name, *(tell(outcome.tally) for outcome in shown)] for name, tell in said]
+def _rows(shown: Sequence[ArmScores], decimals: int, mean: bool) -> list[list[str]]:
+    names = list(dict.fromkeys(name for arm in shown for name in arm.scores))
+    rows = [[name, *(_score(arm, name, decimals) for arm in shown)] for name in names]
+    if mean and len(names) > 1 and all(set(names) == set(arm.scores) for arm in shown):
+        rows.append(["mean", *(f"{arm.mean:.{decimals}f}" for arm in shown)])
+    return rows + [[name, *(tell(arm.tally) for arm in shown)] for name, tell in _DID.items()]
 
 
-def _score(outcome: Outcome, name: str, decimals: int) -> str:
-    if name not in outcome.scores:
+def _score(arm: ArmScores, name: str, decimals: int) -> str:
+    if name not in arm.scores:
         return ""
-    error = outcome.errors.get(name)
-    return f"{outcome.scores[name]:.{decimals}f}" + (f" ± {error:.{decimals}f}" if error else "")
+    error = arm.errors.get(name)
+    return f"{arm.scores[name]:.{decimals}f}" + (f" ± {error:.{decimals}f}" if error else "")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dartprune.evaluation.texts import read_texts
+from dartprune.evaluation.texts import json_lines, read_texts
 from dartprune.names import unknown
 
 SECONDS = 10.0  # that the hub has for an answer
@@ -97,23 +96,14 @@ def summaries(name: str) -> list[tuple[str, str]]:
         document, summary = SUMMARIES[name].fields
         return [(row[document], row[summary]) for row in _rows(name, SUMMARIES[name])]
     _check_local(name, "summaries", list(SUMMARIES))
-    found = []
     path = Path(name)
     if path.suffix != ".jsonl":
         raise ValueError(f"{name}: summaries are read from JSON lines, a file that ends in .jsonl")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("document", "summary")):
-            raise ValueError(f"{name}, line {number}: needs the fields 'document' and 'summary'")
-        found.append((row["document"], row["summary"]))
-    if not found:
+    rows = json_lines(path.read_text(encoding="utf-8"), name, "document", "summary")
+    pairs = [(row["document"], row["summary"]) for row in rows]
+    if not pairs:
         raise ValueError(f"{name}: holds no line")
-    return found
+    return pairs
 
 
 def _check_local(name: str, what: str, known: list[str]) -> None:

@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from dartprune.evaluation.models import context_length, end_tokens
-from dartprune.evaluation.protocol import Progress, Protocol
-from dartprune.pruner import Pruner
+from dartprune.evaluation.protocol import Progress, Protocol, end_tokens
+from dartprune.evaluation.stats import standard_error
+from dartprune.model.context import context_length
 
 INSTRUCTION = "Summarize the following text.\n\n{document}\n\nSummary:"
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 _MARK = "{document}"
 
 
-def prompts(
-    documents: Sequence[str], tokenizer: Any, *, most: int = 1024, instruction: str = INSTRUCTION, chat: bool = False
-) -> list[list[int]]:
+def prompts(documents: Sequence[str], tokenizer: Any, *, most: int = 1024, chat: bool = False) -> list[list[int]]:
     """Tokens of instruction and document, the end of the document cut where the whole would be longer than `most`.
 
     Args:
         documents: texts.
         tokenizer: of the model.
         most: tokens of a prompt.
-        instruction: with `{document}` where the document goes.
         chat: put it into the tokenizer's chat template as the user's message.
 
     Raises:
-        ValueError: an instruction without `{document}` or one that leaves no room for it; `chat` without a template.
+        ValueError: no room for the document; `chat` without a template, or with one that does not keep the message.
     """
-    text = instruction
+    text = INSTRUCTION
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError("--chat: this model's tokenizer has no chat template")
-        message = [{"role": "user", "content": instruction}]
+        message = [{"role": "user", "content": INSTRUCTION}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     if text.count(_MARK) != 1:
-        raise ValueError(f"the instruction must hold {_MARK} once, where the document goes")
+        raise ValueError("--chat: the chat template does not hold the message as it is, once")
     before, after = text.split(_MARK)
     head = tokenizer(before, add_special_tokens=not chat, verbose=False)["input_ids"]
     tail = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]
@@ -53,37 +49,29 @@ def rouge(pairs: Sequence[tuple[str, str]]) -> list[dict[str, float]]:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
-    found = [scorer.score(reference, text) for reference, text in pairs]
-    return [{name: float(scores[key].fmeasure) for key, name in ROUGE.items()} for scores in found]
+    scores = [scorer.score(reference, text) for reference, text in pairs]
+    return [{name: float(score[key].fmeasure) for key, name in ROUGE.items()} for score in scores]
 
 
 def summarise(
-    model: Any,
+    protocol: Protocol,
     tokenizer: Any,
-    pruner: Pruner,
     pairs: Sequence[tuple[str, str]],
     *,
     most: int = 1024,
     written: int = 128,
-    instruction: str = INSTRUCTION,
     chat: bool = False,
-    batch: int = 8,
-    backend: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Summarise documents greedily and compare with their summaries.
 
     Args:
-        model: a decoder in evaluation mode, not attached.
+        protocol: the arm on its model, new.
         tokenizer: of the model.
-        pruner: the arm.
         pairs: documents and their summaries.
         most: tokens of a prompt, instruction included; less where the model takes less.
         written: tokens of a summary at most.
-        instruction: with `{document}` where the document goes.
         chat: put it into the tokenizer's chat template.
-        batch: documents at a time.
-        backend: how the pruned FFN is computed.
         progress: called with the number of documents done.
 
     Returns:
@@ -93,9 +81,9 @@ def summarise(
     Raises:
         ValueError: the model takes too few tokens.
     """
-    most = min(most, context_length(model) - written)
-    contexts = prompts([document for document, _ in pairs], tokenizer, most=most, instruction=instruction, chat=chat)
-    protocol = Protocol(model, pruner, padding=tokenizer.pad_token_id, batch=batch, backend=backend)
+    model = protocol.model
+    most = min(most, (context_length(model) or most + written) - written)
+    contexts = prompts([document for document, _ in pairs], tokenizer, most=most, chat=chat)
     texts = protocol.write(contexts, written, ends=end_tokens(model, tokenizer), progress=progress)
     decoded = [tokenizer.decode(text.tokens, skip_special_tokens=True).strip() for text in texts]
     scores = rouge([(summary, text) for (_, summary), text in zip(pairs, decoded, strict=True)])
@@ -115,15 +103,7 @@ def summarise(
     means = {name: sum(score[name] for score in scores) / len(scores) for name in ROUGE.values()}
     return {
         "scores": means,
-        "errors": {name: _error([score[name] for score in scores]) for name in means},
+        "errors": {name: standard_error([score[name] for score in scores]) for name in means},
         "did": protocol.tally.to_dict(),
         "details": {"documents": documents},
     }
-
-
-def _error(values: Sequence[float]) -> float:
-    """Standard error of a mean; 0 for a single value."""
-    if len(values) < 2:
-        return 0.0
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))

@@ -135,8 +135,8 @@ def run_task(
 
     _seed()
     lm = DartLM(model, tokenizer=tokenizer, pruner=pruner, batch_size=batch, backend=backend, silent=silent)
-    found = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
-    results = dict(found["results"])
+    outcome = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
+    results = dict(outcome["results"])
     whole = loaded["groups"] and {n: results[n] for n in loaded["groups"] if _headline(results.get(n, {}))}
     scores, errors = {}, {}
     top = _outermost(loaded["group_map"], whole) if whole else results
@@ -149,7 +149,7 @@ def run_task(
                 errors[name] = error
     summary = lm.summary()
     tasks, rolling = summary["tasks"], summary.get("rolling")
-    details = {"results": results, "shots": dict(found["n-shot"]), "tasks": tasks}
+    details = {"results": results, "shots": dict(outcome["n-shot"]), "tasks": tasks}
     if rolling is not None:
         details["rolling"] = rolling
     did = {key: value for key, value in summary.items() if key not in ("pruner", "rolling", "tasks")}

@@ -1,19 +1,17 @@
-"""What one arm does on one batch of streams, against the dense model; and how sure a mean over streams is."""
+"""What one arm does on one batch of streams, against the dense model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dartprune.evaluation.forced import forced_losses, forced_steps, token_losses
+from dartprune.evaluation.forced import forced_losses, forced_steps, step_losses
 from dartprune.pruner import Dense, Pruner
 from dartprune.report import Report
 
-RESAMPLES = 2000
 ALIKE = {torch.float32: 1e-5, torch.float64: 1e-10}  # mean change of loss, nats, that rounding alone may make
 ALIKE_16_BIT = 2e-3
 
@@ -38,7 +36,7 @@ class Reference:
 
 
 @dataclass
-class Measured:
+class BatchMeasures:
     """One arm on one batch; float32 [B, n] on the host.
 
     losses: in nats.  divergence: KL(dense || arm) in nats.  agreement: 1 where the likeliest token is the dense one.
@@ -55,24 +53,23 @@ class Measured:
 def reference(
     model: torch.nn.Module, tokens: Tensor, context: int, progress: Callable[[int], None] | None = None
 ) -> Reference:
-    """Decode streams with the plain model, token by token as every arm does.
+    """Decode streams int64 [B, T] with the plain model, token by token after `context` ones, as every arm does.
 
     Args:
         model: a decoder in evaluation mode, not attached.
-        tokens: int64 [B, T].
-        context: tokens of each line that are given.
+        tokens: of the streams.
+        context: tokens of each that are given.
         progress: called with the number of tokens done in each forward.
     """
-    kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     with Dense()(model) as run:
         for position, logits in forced_steps(model, run, tokens, context):
             exact = logits.float().log_softmax(-1)
-            short = exact.half()
-            targets = tokens[:, position : position + logits.shape[1]].to(logits.device)
-            kept.append((short, short.float().logsumexp(-1), exact.argmax(-1), token_losses(logits, targets)))
+            half = exact.half()
+            parts.append((half, half.float().logsumexp(-1), exact.argmax(-1), step_losses(logits, tokens, position)))
             if progress is not None:
                 progress(logits.shape[1])
-    return Reference(*(torch.cat(parts, dim=1) for parts in zip(*kept, strict=True)))
+    return Reference(*(torch.cat(column, dim=1) for column in zip(*parts, strict=True)))
 
 
 def measure(
@@ -84,61 +81,43 @@ def measure(
     *,
     backend: str = "masked",
     progress: Callable[[int], None] | None = None,
-) -> Measured:
+) -> BatchMeasures:
     """Decode streams teacher-forced with a pruner and compare every token's distribution with the dense one.
 
-    Args:
-        model: a decoder in evaluation mode, not attached.
-        pruner: the arm.
-        tokens: int64 [B, T].
-        context: tokens of each line that are given.
-        dense: the same streams, dense.
-        backend: how the pruned FFN is computed.
-        progress: called with the number of tokens done in each forward.
+    Args: as of `reference`, of the same streams; backend: how the pruned FFN is computed.
     """
-    losses: list[Tensor] = []
-    divergence: list[Tensor] = []
-    agreement: list[Tensor] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     short = 0
     with pruner(model, backend=backend) as run:
         for position, logits in forced_steps(model, run, tokens, context):
-            if not losses and pruner.prunes and pruner.start == 0:
+            if not parts and pruner.prunes and pruner.start == 0:
                 short = sum(sequence.dense_tokens > 0 for sequence in run.report().sequences)
-            targets = tokens[:, position : position + logits.shape[1]].to(logits.device)
-            losses.append(token_losses(logits, targets))
             ours = logits.float().log_softmax(-1)
             at = slice(position - context, position - context + logits.shape[1])
             theirs = dense.log_probs[:, at].float() - dense.norms[:, at, None]
-            divergence.append((theirs.exp() * (theirs - ours)).sum(-1))
-            agreement.append((ours.argmax(-1) == dense.best[:, at]).float())
+            apart = (theirs.exp() * (theirs - ours)).sum(-1)
+            alike = (ours.argmax(-1) == dense.best[:, at]).float()
+            parts.append((step_losses(logits, tokens, position), apart, alike))
             if progress is not None:
                 progress(logits.shape[1])
         report = run.report()
-    joined = [torch.cat(parts, dim=1).cpu() for parts in (losses, divergence, agreement)]
-    return Measured(joined[0], joined[1], joined[2], report, short)
+    losses, divergence, agreement = (torch.cat(column, dim=1).cpu() for column in zip(*parts, strict=True))
+    return BatchMeasures(losses, divergence, agreement, report, short)
 
 
 def bytes_saved(model: torch.nn.Module, pruner: Pruner, rows: Sequence[Tensor], context: int, backend: str) -> float:
-    """Share of the FFN's weight bytes that a backend leaves unread when each stream is decoded alone.
-
-    Args:
-        model: a decoder in evaluation mode, not attached.
-        pruner: the arm.
-        rows: streams of one length, int64 [1, T] each.
-        context: tokens of each that are given.
-        backend: `auto` or a backend's name.
-    """
+    """Share of the FFN's weight bytes that a backend leaves unread when each stream, int64 [1, T], is decoded alone."""
     shares = [forced_losses(model, pruner, row, context, backend=backend)[1].bytes_saved for row in rows]
     return sum(shares) / len(shares)
 
 
-def check_masks(name: str, nominal: float, measured: Measured, dense: Reference, dtype: torch.dtype) -> None:
-    """ValueError for an arm that says it prunes and does not.
+def check_masks(name: str, nominal: float, measured: BatchMeasures, dense: Reference, dtype: torch.dtype) -> None:
+    """ValueError for an arm that says it prunes, with a nominal sparsity above 0, and does not.
 
     Args:
         name: of the arm.
         nominal: the sparsity it was built for.
-        measured: what it did.
+        measured: what it did on the streams of `dense`.
         dense: the same streams, dense.
         dtype: of the model's weights, which decides what may be rounding.
     """
@@ -156,34 +135,3 @@ def check_masks(name: str, nominal: float, measured: Measured, dense: Reference,
             f"arm {name!r} reports a realised sparsity of {report.realised_sparsity:.3f}, but its losses are the dense "
             f"model's (mean change {change:.1e} nats): its masks do not act; it cannot be compared"
         )
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over streams with the interval that 95 % of resampled means fall into."""
-
-    mean: float
-    low: float
-    high: float
-
-    def mapped(self, function: Callable[[float], float]) -> Estimate:
-        """The same of an increasing function of the mean, such as a perplexity."""
-        return Estimate(function(self.mean), function(self.low), function(self.high))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-class Bootstrap:
-    """Draws streams anew, with replacement; one object gives every figure the same draws, so that figures pair."""
-
-    def __init__(self, streams: int, seed: int, resamples: int = RESAMPLES) -> None:
-        self._rows = np.random.default_rng(seed).integers(streams, size=(resamples, streams))
-
-    def __call__(self, values: Sequence[float]) -> Estimate:
-        """Mean of one value a stream, and its percentile interval."""
-        array = np.asarray(values, dtype=np.float64)
-        mean = float(array.mean())
-        low, high = np.percentile(array[self._rows].mean(axis=1), (2.5, 97.5))
-        # equal values may differ from their own mean by a rounding error
-        return Estimate(mean, min(float(low), mean), max(float(high), mean))

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dartprune.evaluation.compare.measures import Bootstrap, Estimate
 from dartprune.evaluation.compare.plan import CHANGING, ONE, Material, Plan
 from dartprune.evaluation.compare.tuning import Tuned
+from dartprune.evaluation.stats import Interval, interval
 
+RESAMPLES = 2000
 LOSS, DIVERGENCE, AGREEMENT = range(3)  # places in a unit's figures of a part
 
 
@@ -46,11 +47,11 @@ class PartOutcome:
     stream.
     """
 
-    over_dense: Estimate
-    over_versus: Estimate | None
-    divergence: Estimate
-    agreement: Estimate
-    perplexity: Estimate
+    over_dense: Interval
+    over_versus: Interval | None
+    divergence: Interval
+    agreement: Interval
+    perplexity: Interval
     events: float
     each_over_dense: list[float]
 
@@ -103,37 +104,37 @@ class Comparison:
         return {"settings": self.settings, "outcomes": [asdict(outcome) for outcome in self.outcomes]}
 
 
-def assemble(cases: Sequence[Case], given: Material, plan: Plan) -> Comparison:
+def assemble(cases: Sequence[Case], material: Material, plan: Plan) -> Comparison:
     """The figures of all cases; each kind must have a case of the arm `dense`."""
-    draw = Bootstrap(plan.count, plan.seed)
     outcomes = []
     for case in cases:
         dense = next(c for c in cases if c.kind == case.kind and c.arm == "dense")
         versus = [c for c in cases if (c.kind, c.target, c.arm) == (case.kind, case.target, plan.versus)]
         parts = {
-            part.name: _part(case, dense, versus[0] if versus and case.arm != plan.versus else None, part.name, draw)
-            for part in given.parts(case.kind, plan)
+            part.name: _part(
+                case, dense, versus[0] if versus and case.arm != plan.versus else None, part.name, plan.seed
+            )
+            for part in material.parts(case.kind, plan)
         }
         _count_events(case, parts, plan)
         outcomes.append(_outcome(case, dense, parts, plan))
     told = {
-        "prompt": plan.prompt,
-        "lengths": list(plan.lengths),
-        "streams": plan.count,
-        "batch": plan.batch,
-        "seed": plan.seed,
+        **plan.to_dict(),
         "sparsities": list(plan.sparsities),
         "tolerance": plan.tolerance,
         "versus": plan.versus,
-        "domains": given.domains,
-        "domains_too_short": given.too_short,
-        "separator": given.separator is not None,
-        "texts": given.digest,
+        "domains": material.domains,
+        "domains_too_short": material.too_short,
+        "separator": material.separator is not None,
+        "texts": material.digest,
     }
     return Comparison(outcomes, told)
 
 
-def _part(case: Case, dense: Case, versus: Case | None, part: str, draw: Bootstrap) -> PartOutcome:
+def _part(case: Case, dense: Case, versus: Case | None, part: str, seed: int) -> PartOutcome:
+    def draw(values: Sequence[float]) -> Interval:
+        return interval(values, resamples=RESAMPLES, seed=seed)
+
     losses, base = case.figures(part, LOSS), dense.figures(part, LOSS)
     over = [ours - theirs for ours, theirs in zip(losses, base, strict=True)]
     other = versus.figures(part, LOSS) if versus is not None else None

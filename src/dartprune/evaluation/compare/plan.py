@@ -60,6 +60,11 @@ class Plan:
         if not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must lie between 0 and 1, got {self.tolerance!r}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """What the streams depend on, as plain data."""
+        told = {"prompt": self.prompt, "lengths": list(self.lengths), "streams": self.count}
+        return told | {"batch": self.batch, "seed": self.seed}
+
     @property
     def steps(self) -> int:
         """Scored tokens of a stream."""

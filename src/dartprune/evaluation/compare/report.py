@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
 from typing import Any
 
-from dartprune.evaluation.compare.measures import Estimate
-from dartprune.evaluation.compare.outcomes import Comparison, Outcome
+from dartprune.evaluation.compare.outcomes import Comparison, Outcome, PartOutcome
 from dartprune.evaluation.compare.pictures import against_sparsity, curves
 from dartprune.evaluation.compare.plan import CHANGING, ONE
-from dartprune.reporting.page import Page
+from dartprune.evaluation.stats import Interval
+from dartprune.reporting.frame import Frame
+from dartprune.reporting.page import TextTable
 
-Rows = tuple[list[str], list[list[str]]]
-FILES = ("results.json", "results.csv", "curves.png", "sparsity.png", "report.html")
 UNREACHED, CEILING = "*", "†"
 _PARTS = {ONE: ("one topic",), CHANGING: ("before", "after")}
 _EXPLAINED = (
@@ -30,94 +27,81 @@ _EXPLAINED = (
 
 def write(comparison: Comparison, folder: Path, title: str) -> dict[str, str]:
     """Write every file of a comparison; returns their paths by name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(comparison.to_dict(), indent=1) + "\n")
-    with (folder / "results.csv").open("w", newline="") as file:
-        rows = flat(comparison)
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    page = Page(title)
+    frame = Frame(folder, title)
+    page, versus = frame.page, comparison.settings["versus"]
+    frame.json("results", comparison.to_dict())
+    frame.csv("results", flat(comparison))
     page.text(_EXPLAINED)
     page.text(_streams(comparison))
     for target in comparison.settings["sparsities"]:
         page.heading(f"{target:.0%} realised sparsity")
-        page.table(
-            *quality(comparison, target),
-            caption="loss over dense in nats, and how often the likeliest token is dense's",
-        )
+        how_often = "loss over dense in nats, and how often the likeliest token is dense's"
+        page.table(*quality(comparison, target), caption=how_often)
         page.table(*conduct(comparison, target), caption="what the arms did, for one stream unless said otherwise")
-        paired = pairs(comparison, target)
-        if paired[1]:
-            versus = comparison.settings["versus"]
-            page.table(*paired, caption=f"loss minus that of {versus} on the same streams; above 0 {versus} is better")
+        columns, rows = pairs(comparison, target)
+        if rows:
+            better = f"loss minus that of {versus} on the same streams; above 0 {versus} is better"
+            page.table(columns, rows, caption=better)
     if comparison.of(CHANGING):
-        figure = curves(comparison)
-        figure.savefig(folder / "curves.png", dpi=130, bbox_inches="tight")
         page.heading("Around the change of topic")
-        page.picture(figure, "Loss over dense against the distance from the change of topic.")
-    figure = against_sparsity(comparison)
-    figure.savefig(folder / "sparsity.png", dpi=130, bbox_inches="tight")
+        caption = "Loss over dense against the distance from the change of topic."
+        frame.picture("curves", curves(comparison), caption)
     page.heading("Against realised sparsity")
-    page.picture(figure, "Loss over dense against realised sparsity, with 95 % intervals.")
+    caption = "Loss over dense against realised sparsity, with 95 % intervals."
+    frame.picture("sparsity", against_sparsity(comparison), caption)
     remarks = notes(comparison)
     if remarks:
         page.heading("Remarks")
         for remark in remarks:
             page.text(remark)
-    page.settings(comparison.settings)
-    page.write(folder / "report.html")
-    return {name: str(folder / name) for name in FILES if (folder / name).exists()}
+    return {path.name: str(path) for path in frame.close(comparison.settings)}
 
 
 def flat(comparison: Comparison) -> list[dict[str, Any]]:
     """One row for each arm, sparsity and part of the streams."""
-    rows = []
-    for o in comparison.outcomes:
-        for name, part in o.parts.items():
-            row: dict[str, Any] = {"arm": o.arm, "kind": o.kind, "part": name, "target": o.target}
-            row |= {"nominal": o.nominal, "realised_sparsity": o.realised_sparsity, "reached": o.reached}
-            row |= {
-                "ceiling": o.ceiling,
-                "bytes_saved": o.bytes_saved,
-                "dense_tokens": o.dense_tokens,
-                "pruned_tokens": o.pruned_tokens,
-            }
-            for label, estimate in (
-                ("loss_over_dense", part.over_dense),
-                ("loss_over_versus", part.over_versus),
-                ("kl_from_dense", part.divergence),
-                ("top1_agreement", part.agreement),
-                ("perplexity", part.perplexity),
-            ):
-                for suffix, field in (("", "mean"), ("_low", "low"), ("_high", "high")):
-                    row[label + suffix] = None if estimate is None else getattr(estimate, field)
-            row |= {"events_per_stream": part.events, "refreshes_per_stream": o.refreshes}
-            row |= {"false_alarms_per_200": o.false_alarms_per_200, "noticed": o.noticed, "delay": o.delay}
-            row["short_contexts"] = o.short_contexts
-            rows.append(row)
-    return rows
+    return [_flat(outcome, name, part) for outcome in comparison.outcomes for name, part in outcome.parts.items()]
 
 
-def quality(comparison: Comparison, target: float) -> Rows:
+def _flat(o: Outcome, name: str, part: PartOutcome) -> dict[str, Any]:
+    row: dict[str, Any] = {"arm": o.arm, "kind": o.kind, "part": name}
+    row |= {key: getattr(o, key) for key in ("target", "nominal", "realised_sparsity", "reached", "ceiling")}
+    row |= {key: getattr(o, key) for key in ("bytes_saved", "dense_tokens", "pruned_tokens")}
+    for label, figure in (
+        ("loss_over_dense", part.over_dense),
+        ("loss_over_versus", part.over_versus),
+        ("kl_from_dense", part.divergence),
+        ("top1_agreement", part.agreement),
+        ("perplexity", part.perplexity),
+    ):
+        for suffix, end in (("", "value"), ("_low", "low"), ("_high", "high")):
+            row[label + suffix] = None if figure is None else getattr(figure, end)
+    row |= {"events_per_stream": part.events, "refreshes_per_stream": o.refreshes}
+    return row | {key: getattr(o, key) for key in ("false_alarms_per_200", "noticed", "delay", "short_contexts")}
+
+
+def _parts(comparison: Comparison) -> list[tuple[str, str]]:
+    """Kind and name of each part of the streams."""
+    return [(kind, part) for kind in (ONE, CHANGING) if comparison.of(kind) for part in _PARTS[kind]]
+
+
+def quality(comparison: Comparison, target: float) -> TextTable:
     """The table of losses: one row an arm, dense first."""
-    kinds = [kind for kind in (ONE, CHANGING) if comparison.of(kind)]
-    parts = [(kind, part) for kind in kinds for part in _PARTS[kind]]
+    parts = _parts(comparison)
     columns = ["arm", "realised", *(part for _, part in parts)]
     last = parts[-1][1]
     columns += [f"KL, {last}", f"top-1, {last}"]
     columns += [f"perplexity, {part}" for _, part in parts]
     rows = []
     for arm, mine in _by_arm(comparison, target):
-        found = [mine[kind].parts[part] for kind, part in parts]
-        row = [_marked(arm, mine), " / ".join(f"{mine[kind].realised_sparsity:.3f}" for kind in kinds)]
-        row += [_interval(p.over_dense) for p in found]
-        row += [_interval(found[-1].divergence), f"{found[-1].agreement.mean:.3f}"]
-        rows.append(row + [f"{p.perplexity.mean:.1f}" for p in found])
+        figures = [mine[kind].parts[part] for kind, part in parts]
+        row = [_marked(arm, mine), " / ".join(f"{o.realised_sparsity:.3f}" for o in mine.values())]
+        row += [_interval(p.over_dense) for p in figures]
+        row += [_interval(figures[-1].divergence), f"{figures[-1].agreement.value:.3f}"]
+        rows.append(row + [f"{p.perplexity.value:.1f}" for p in figures])
     return columns, rows
 
 
-def conduct(comparison: Comparison, target: float) -> Rows:
+def conduct(comparison: Comparison, target: float) -> TextTable:
     """The table of what the arms did: bytes, events, refreshes, dense tokens."""
     kinds = [kind for kind in (ONE, CHANGING) if comparison.of(kind)]
     columns = ["arm", "nominal", "bytes saved", "dense tokens", "refreshes"]
@@ -145,18 +129,17 @@ def conduct(comparison: Comparison, target: float) -> Rows:
     return columns, rows
 
 
-def brief(comparison: Comparison, target: float) -> Rows:
+def brief(comparison: Comparison, target: float) -> TextTable:
     """What fits on a terminal: every loss, and of the last part of the streams the interval, agreement and events."""
-    kinds = [kind for kind in (ONE, CHANGING) if comparison.of(kind)]
-    parts = [(kind, part) for kind in kinds for part in _PARTS[kind]]
+    parts = _parts(comparison)
     columns = ["arm", "realised", "bytes saved", *(part for _, part in parts), "low", "high", "top-1", "events"]
     rows = []
     for arm, mine in _by_arm(comparison, target):
-        found = [mine[kind].parts[part] for kind, part in parts]
-        outcome, last = mine[kinds[-1]], found[-1]
+        figures = [mine[kind].parts[part] for kind, part in parts]
+        outcome, last = mine[parts[-1][0]], figures[-1]
         row = [_marked(arm, mine), f"{outcome.realised_sparsity:.3f}", f"{outcome.bytes_saved:.3f}"]
-        row += [f"{value:.2f}" for value in (*(p.over_dense.mean for p in found), last.over_dense.low)]
-        row += [f"{last.over_dense.high:.2f}", f"{last.agreement.mean:.2f}"]
+        row += [f"{value:.2f}" for value in (*(p.over_dense.value for p in figures), last.over_dense.low)]
+        row += [f"{last.over_dense.high:.2f}", f"{last.agreement.value:.2f}"]
         rows.append([*row, "+".join(f"{p.events:.1f}" for p in outcome.parts.values())])
     return columns, rows
 
@@ -172,15 +155,14 @@ def brief_legend(comparison: Comparison) -> str:
     )
 
 
-def pairs(comparison: Comparison, target: float) -> Rows:
+def pairs(comparison: Comparison, target: float) -> TextTable:
     """The table of paired differences; no rows where the arm to be paired with is not among the arms."""
-    kinds = [kind for kind in (ONE, CHANGING) if comparison.of(kind)]
-    parts = [(kind, part) for kind in kinds for part in _PARTS[kind]]
+    parts = _parts(comparison)
     rows = []
     for arm, mine in _by_arm(comparison, target):
-        found = [mine[kind].parts[part].over_versus for kind, part in parts]
-        if arm != "dense" and all(estimate is not None for estimate in found):
-            rows.append([_marked(arm, mine), *(_interval(e) for e in found if e is not None)])
+        over = [mine[kind].parts[part].over_versus for kind, part in parts]
+        if arm != "dense" and all(over):
+            rows.append([_marked(arm, mine), *(_interval(e) for e in over if e is not None)])
     return ["arm", *(part for _, part in parts)], rows
 
 
@@ -226,6 +208,6 @@ def _marked(arm: str, mine: dict[str, Outcome]) -> str:
     return arm + ("" if reached else UNREACHED) + (CEILING if ceiling else "")
 
 
-def _interval(estimate: Estimate) -> str:
-    mean, low, high = (round(value, 2) + 0.0 for value in (estimate.mean, estimate.low, estimate.high))  # no -0.00
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+def _interval(figure: Interval) -> str:
+    value, low, high = (round(end, 2) + 0.0 for end in (figure.value, figure.low, figure.high))  # no -0.00
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import dartprune
-from dartprune.evaluation.arms import Arm, arm
-from dartprune.evaluation.compare.measures import Measured, Reference, bytes_saved, check_masks, measure, reference
+from dartprune.evaluation.arms import Arm, check_once
+from dartprune.evaluation.arms import arm as arm_named
+from dartprune.evaluation.compare.measures import BatchMeasures, Reference, bytes_saved, check_masks, measure, reference
 from dartprune.evaluation.compare.outcomes import Case, Comparison, assemble
 from dartprune.evaluation.compare.plan import Material, Part, Plan
 from dartprune.evaluation.compare.tuning import Tuned, tune
@@ -61,7 +62,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 def compare(
     model: nn.Module,
     arms: Sequence[Arm],
-    given: Material,
+    material: Material,
     plan: Plan,
     *,
     journal: Journal | None = None,
@@ -73,7 +74,7 @@ def compare(
     Args:
         model: a decoder in evaluation mode, not attached.
         arms: what is compared, see `dartprune.evaluation.arms`; dense is always added.
-        given: the streams, see `dartprune.evaluation.compare.plan.material`.
+        material: the streams, see `dartprune.evaluation.compare.plan.material`.
         plan: the settings they were made with.
         journal: made with `journal_settings`, for work that can be interrupted; None keeps everything in memory.
         backend: whose bytes are counted; quality is measured with masks.
@@ -83,42 +84,33 @@ def compare(
         ValueError: two arms of one name, an arm that does not prune though it says so, or dense distributions that
             would not fit.
     """
-    names = [a.name for a in arms]
-    if len(set(names)) < len(names):
-        raise ValueError(f"every arm must be named once, got {', '.join(names)}")
+    check_once([a.name for a in arms])
     if not any(a.prunes for a in arms):
         raise ValueError("there is nothing to compare: name an arm that prunes beside dense")
-    kept = journal if journal is not None else Journal(None, {})
-    work = _Work(model, given, plan, kept, backend, watcher)
-    chosen = [a for a in arms if a.prunes]
+    journal = Journal(None, {}) if journal is None else journal
+    work = _Work(model, material, plan, journal, backend, watcher)
+    pruning = [a for a in arms if a.prunes]
     batches = -(-plan.count // plan.batch)
     each = batches + min(ALONE, plan.count)
-    work.expect(len(plan.kinds) * plan.steps * (2 * batches + len(chosen) * len(plan.sparsities) * each))
+    work.expect(len(plan.kinds) * plan.steps * (2 * batches + len(pruning) * len(plan.sparsities) * each))
     cases: list[Case] = []
     for kind in plan.kinds:
         cases.append(work.dense(kind))
-        cases += [work.case(kind, a, target) for target in plan.sparsities for a in chosen]
+        cases += [work.case(kind, a, target) for target in plan.sparsities for a in pruning]
         work.forget()
-    comparison = assemble(cases, given, plan)
-    comparison.settings |= {
-        "weights": fingerprint(model),
-        "dartprune": dartprune.__version__,
-        "torch": torch.__version__,
-    }
+    comparison = assemble(cases, material, plan)
+    versions = {"dartprune": dartprune.__version__, "torch": torch.__version__}
+    comparison.settings |= {"weights": fingerprint(model), **versions}
     return comparison
 
 
-def journal_settings(model: nn.Module, given: Material, plan: Plan, backend: str) -> dict[str, Any]:
+def journal_settings(model: nn.Module, material: Material, plan: Plan, backend: str) -> dict[str, Any]:
     """What the units of a comparison depend on; arms, sparsities and kinds may change between two calls."""
     return {
         "dartprune": dartprune.__version__,
         "model": fingerprint(model),
-        "texts": given.digest,
-        "prompt": plan.prompt,
-        "lengths": list(plan.lengths),
-        "streams": plan.count,
-        "batch": plan.batch,
-        "seed": plan.seed,
+        "texts": material.digest,
+        **plan.to_dict(),
         "backend": backend,
     }
 
@@ -127,21 +119,16 @@ class _Work:
     """Computes units, or finds them in the journal."""
 
     def __init__(
-        self, model: nn.Module, given: Material, plan: Plan, journal: Journal, backend: str, watcher: Watcher | None
+        self, model: nn.Module, material: Material, plan: Plan, journal: Journal, backend: str, watcher: Watcher | None
     ) -> None:
-        self.model = model
-        self.given = given
-        self.plan = plan
-        self.journal = journal
-        self.backend = backend
-        self.watcher = watcher
+        self.model, self.material, self.plan = model, material, plan
+        self.journal, self.backend, self.watcher = journal, backend, watcher
         self.dtype = next(model.parameters()).dtype
         self._left = 0  # steps that were announced and are not done
         self._told: set[str] = set()  # finished units that the watcher knows of
         self._references: dict[int, Reference] = {}
         self._firsts = list(range(0, plan.count, plan.batch))
-        config: Any = getattr(model, "config", None)
-        vocabulary = int(getattr(config, "vocab_size", 0))
+        vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0))
         needed = min(plan.batch, plan.count) * plan.steps * vocabulary * 2
         if needed > HELD:
             raise ValueError(
@@ -162,7 +149,7 @@ class _Work:
         if self.watcher is not None:
             self.watcher.step(label, steps)
 
-    def _found(self, key: str, label: str, steps: int) -> None:
+    def _count_once(self, key: str, label: str, steps: int) -> None:
         """A unit is in the journal: it counts as done once, however often it is asked for."""
         if key not in self._told:
             self._told.add(key)
@@ -174,75 +161,69 @@ class _Work:
 
     def dense(self, kind: str) -> Case:
         """The plain model, decoded and compared with itself like any arm."""
-        units = self._all(kind, arm("dense"), 0.0)
+        units = self._all(kind, arm_named("dense"), 0.0)
         return Case("dense", kind, 0.0, Tuned(0.0, 0.0, True, 0.0), units, 0.0)
 
-    def case(self, kind: str, chosen: Arm, target: float) -> Case:
+    def case(self, kind: str, arm: Arm, target: float) -> Case:
         """One arm at one realised sparsity: tuned on the first batch, verified on all."""
         tolerance = self.plan.tolerance
-        found = tune(lambda nominal: _realised([self._unit(kind, chosen, nominal, 0)]), target, tolerance=tolerance / 2)
-        hopeless = found.most < target - tolerance
+        first = tune(lambda nominal: _realised([self._unit(kind, arm, nominal, 0)]), target, tolerance=tolerance / 2)
+        hopeless = first.most < target - tolerance
         tuned = tune(
-            lambda nominal: _realised(self._all(kind, chosen, nominal)),
+            lambda nominal: _realised(self._all(kind, arm, nominal)),
             target,
             tolerance=tolerance,
-            first=found.nominal,
+            first=first.nominal,
             tries=1 if hopeless else 4,
         )
-        units = self._all(kind, chosen, tuned.nominal)
-        return Case(chosen.name, kind, target, tuned, units, self._saved(kind, chosen, tuned.nominal))
+        units = self._all(kind, arm, tuned.nominal)
+        return Case(arm.name, kind, target, tuned, units, self._saved(kind, arm, tuned.nominal))
 
-    def _all(self, kind: str, chosen: Arm, nominal: float) -> list[dict[str, Any]]:
-        return [self._unit(kind, chosen, nominal, number) for number in range(len(self._firsts))]
+    def _all(self, kind: str, arm: Arm, nominal: float) -> list[dict[str, Any]]:
+        return [self._unit(kind, arm, nominal, number) for number in range(len(self._firsts))]
 
-    def _unit(self, kind: str, chosen: Arm, nominal: float, number: int) -> dict[str, Any]:
-        pruner = chosen.build(nominal)
-        key = f"{kind}/{chosen.name}/{_digest(pruner)}/{nominal!r}/{number}"
-        label = f"{kind}, {chosen.name} at {nominal:.3f}"
+    def _unit(self, kind: str, arm: Arm, nominal: float, number: int) -> dict[str, Any]:
+        pruner = arm.build(nominal)
+        key = f"{kind}/{arm.name}/{_digest(pruner)}/{nominal!r}/{number}"
+        label = f"{kind}, {arm.name} at {nominal:.3f}"
         if key in self.journal:
-            self._found(key, label, self.plan.steps)
+            self._count_once(key, label, self.plan.steps)
         else:
             dense = self._reference(kind, number)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 measured = measure(
-                    self.model,
-                    pruner,
-                    self._tokens(kind, number),
-                    self.plan.prompt,
-                    dense,
-                    backend=BACKEND,
-                    progress=lambda n: self._step(label, n),
-                )
-            check_masks(chosen.name, nominal, measured, dense, self.dtype)
+                    self.model, pruner, self._tokens(kind, number), self.plan.prompt, dense,
+                    backend=BACKEND, progress=lambda n: self._step(label, n),
+                )  # fmt: skip
+            check_masks(arm.name, nominal, measured, dense, self.dtype)
             remarks = list(dict.fromkeys(str(warning.message) for warning in caught))
-            self.journal.add(key, _unit_data(measured, self.given.parts(kind, self.plan), remarks))
+            self.journal.add(key, _unit_data(measured, self.material.parts(kind, self.plan), remarks))
             self._told.add(key)
-        unit: dict[str, Any] = self.journal[key]
-        return unit
+        return dict(self.journal[key])
 
-    def _saved(self, kind: str, chosen: Arm, nominal: float) -> float:
-        pruner = chosen.build(nominal)
-        key = f"{kind}/{chosen.name}/{_digest(pruner)}/{nominal!r}/bytes"
-        rows = [batch([stream]) for stream in self.given.streams[kind][:ALONE]]
+    def _saved(self, kind: str, arm: Arm, nominal: float) -> float:
+        pruner = arm.build(nominal)
+        key = f"{kind}/{arm.name}/{_digest(pruner)}/{nominal!r}/bytes"
+        rows = [batch([stream]) for stream in self.material.streams[kind][:ALONE]]
         if key not in self.journal:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the same as those of the batches
                 share = bytes_saved(self.model, pruner, rows, self.plan.prompt, self.backend)
             self.journal.add(key, share)
-        self._found(key, f"{kind}, {chosen.name} alone", len(rows) * self.plan.steps)
+        self._count_once(key, f"{kind}, {arm.name} alone", len(rows) * self.plan.steps)
         return float(self.journal[key])
 
     def _tokens(self, kind: str, number: int) -> Tensor:
         first = self._firsts[number]
-        return batch(self.given.streams[kind][first : first + self.plan.batch])
+        return batch(self.material.streams[kind][first : first + self.plan.batch])
 
     def _reference(self, kind: str, number: int) -> Reference:
         if number in self._references:
             return self._references[number]
         tokens = self._tokens(kind, number)
         made = reference(self.model, tokens, self.plan.prompt, lambda n: self._step(f"{kind}, dense distributions", n))
-        if sum(kept.nbytes for kept in self._references.values()) + made.nbytes <= HELD:
+        if sum(held.nbytes for held in self._references.values()) + made.nbytes <= HELD:
             self._references[number] = made
         return made
 
@@ -257,7 +238,7 @@ def _realised(units: Sequence[dict[str, Any]]) -> float:
     return float(sum(shares) / len(shares))
 
 
-def _unit_data(measured: Measured, parts: Sequence[Part], remarks: list[str]) -> dict[str, Any]:
+def _unit_data(measured: BatchMeasures, parts: Sequence[Part], remarks: list[str]) -> dict[str, Any]:
     """A unit as plain data: means of each part of each stream, and the loss at each token summed over streams."""
     streams = []
     for line, told in enumerate(measured.report.sequences):

@@ -66,8 +66,8 @@ def tune(
     best = min(known, key=lambda n: abs(known[n] - target))
     reached = abs(known[best] - target) <= tolerance
     # an arm that was asked for all it has and stays below is shown as it is, not at its utmost
-    chosen = start if not reached and max(known.values()) < target else best
-    return Tuned(chosen, known[chosen], reached, max(known.values()))
+    nominal = start if not reached and max(known.values()) < target else best
+    return Tuned(nominal, known[nominal], reached, max(known.values()))
 
 
 def _next(low: tuple[float, float], high: tuple[float, float], target: float) -> float:

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dartprune.budget import Uniform
+from dartprune.evaluation.masks import prompt_masks
 from dartprune.evaluation.texts import Stream
 from dartprune.pruner import Static
 
@@ -60,33 +62,14 @@ def overlaps(
 def kept(model: Any, texts: Sequence[Sequence[int]], keep: float, *, size: int = 8, backend: str = "auto") -> Tensor:
     """Which neurons a prompt's mask keeps: bool [N, L, I], the layers' neurons padded with False to the widest.
 
-    Args:
-        model: a decoder in evaluation mode, not attached.
-        texts: prompts of equal length.
-        keep: share of the neurons that every layer keeps.
-        size: texts at a time.
-        backend: how the pruned FFN is computed.
+    Args: as of `overlaps`; the texts are prompts of equal length.
     """
-    found: list[list[Tensor | None]] = []
-    with Static(sparsity=1 - keep, budget=Uniform())(model, backend=backend) as run:
-        for i in range(0, len(texts), size):
-            tokens = torch.tensor([list(text) for text in texts[i : i + size]], device=model.device)
-            with torch.no_grad(), run.phase("prefill"):
-                cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
-            with torch.no_grad(), run.phase("decode"):  # masks are made before the first decoded token
-                model(input_ids=tokens[:, -1:], past_key_values=cache)
-            found += [run.selection(slot) for slot in run.slots_of(cache)]
-        widest = max(layer.neurons for layer in run.report().layers)
-    return torch.stack([_row(selection, widest) for selection in found])
-
-
-def _row(selection: Sequence[Tensor | None], widest: int) -> Tensor:
-    out = torch.zeros(len(selection), widest, dtype=torch.bool)
-    for layer, index in enumerate(selection):
-        if index is None:
-            raise ValueError("a text is too short to make a mask from: give longer prompts")
-        out[layer, index.long().cpu()] = True
-    return out
+    pruner = Static(sparsity=1 - keep, budget=Uniform())
+    tokens = torch.tensor([[*text, text[-1]] for text in texts])  # the masks come from all but the last
+    parts = [prompt_masks(model, pruner, rows, backend=backend) for rows in tokens.split(size)]
+    layers = [torch.cat(masks) for masks in zip(*parts, strict=True)]
+    widest = max(mask.shape[1] for mask in layers)
+    return torch.stack([pad(mask, (0, widest - mask.shape[1])) for mask in layers], dim=1)
 
 
 def _common(a: Tensor, b: Tensor) -> Tensor:
@@ -100,6 +83,6 @@ def _each(a: Tensor, b: Tensor) -> Tensor:
     return (a & b).float().sum(-1) / a.float().sum(-1)
 
 
-def _mean(common: Tensor, chosen: Tensor) -> list[float] | None:
-    """Mean over chosen pairs of each layer."""
-    return [float(x) for x in common[chosen].mean(0)] if bool(chosen.any()) else None
+def _mean(common: Tensor, pairs: Tensor) -> list[float] | None:
+    """Mean over some pairs of each layer."""
+    return [float(x) for x in common[pairs].mean(0)] if bool(pairs.any()) else None

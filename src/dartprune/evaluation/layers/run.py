@@ -16,6 +16,7 @@ from torch import Tensor
 from dartprune.budget import Table, Uniform
 from dartprune.evaluation.forced import forced_losses
 from dartprune.evaluation.layers.overlap import overlaps
+from dartprune.evaluation.stats import standard_error
 from dartprune.evaluation.texts import Stream, batch
 from dartprune.pruner import Dense, Static
 from dartprune.reporting.journal import Journal
@@ -24,7 +25,7 @@ ALL = "all layers"
 
 
 @dataclass
-class Layers:
+class LayerStudy:
     """Results of a layer study.
 
     neurons: of each layer.  keeps: the shares of neurons kept.  sensitivity: of each layer, mean over texts.  alone:
@@ -47,6 +48,11 @@ class Layers:
     overlap: dict[str, Any]
     dense_loss: float = 0.0
     realised: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def middle(self) -> int:
+        """Number of the share kept that is shown where only one is."""
+        return sorted(range(len(self.keeps)), key=lambda k: self.keeps[k])[len(self.keeps) // 2]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -74,7 +80,7 @@ def thirds(layers: int) -> dict[str, tuple[int, int]]:
     return {f"layers {a}-{b - 1}": (a, b - 1) for a, b in pairwise(bounds)}
 
 
-def study(
+def study_layers(
     model: Any,
     streams: Sequence[Stream],
     *,
@@ -85,7 +91,7 @@ def study(
     backend: str = "auto",
     journal: Journal | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Layers:
+) -> LayerStudy:
     """Prune one layer at a time, several, and all but one.
 
     Args:
@@ -113,13 +119,10 @@ def study(
         if name not in journal:
             # the share is the table's affair; masks that never change may decode in one block
             pruner = Static(sparsity=0.5, budget=Table(table))
-            found = [
-                forced_losses(model, pruner, rows, prompt, block=rows.shape[1], backend=backend) for rows in tokens
-            ]
-            over = (torch.cat([losses for losses, _ in found]) - dense).mean(1)
-            realised = sum(r.realised_sparsity * len(rows) for (_, r), rows in zip(found, tokens, strict=True))
-            error = float(over.std()) / len(over) ** 0.5 if len(over) > 1 else 0.0
-            journal.add(name, [float(over.mean()), error, realised / len(streams)])
+            runs = [forced_losses(model, pruner, rows, prompt, block=rows.shape[1], backend=backend) for rows in tokens]
+            over = (torch.cat([losses for losses, _ in runs]) - dense).mean(1)
+            realised = sum(r.realised_sparsity * len(rows) for (_, r), rows in zip(runs, tokens, strict=True))
+            journal.add(name, [float(over.mean()), standard_error(over.tolist()), realised / len(streams)])
         if progress is not None:
             progress(1)
 
@@ -131,7 +134,7 @@ def study(
     spared = [[a - b for a, b in zip(row(ALL), row(f"all but {layer}"), strict=True)] for layer in range(layers)]
     angle, change = impact[:, 0], impact[:, 1]
     sensitivity = (angle * change).tolist()
-    return Layers(
+    return LayerStudy(
         neurons=neurons,
         keeps=list(keeps),
         sensitivity=sensitivity,
@@ -172,15 +175,14 @@ def settings_of(layers: int, keeps: Sequence[float], groups: Mapping[str, tuple[
 
 def impacts(model: Any, streams: Sequence[Stream], prompt: int, size: int, backend: str) -> tuple[Tensor, list[int]]:
     """Mean over texts of both impact terms of each layer on the prompts, float32 [L, 2], and the layers' neurons."""
-    found = []
+    parts = []
     pruner = Static(sparsity=0.5, budget=Uniform())
     if prompt - 1 - pruner.skip_first < pruner.min_traced:
         raise ValueError(f"a prompt of {prompt} tokens makes no mask: give at least {pruner.min_traced + 2}")
     with pruner(model, backend=backend) as run:
         for i in range(0, len(streams), size):
             rows = batch(streams[i : i + size])[:, :prompt].to(model.device)
-            with torch.no_grad(), run.phase("prefill"):
-                cache = model(input_ids=rows, use_cache=True, logits_to_keep=1).past_key_values
-            found += [torch.tensor(run.impact(slot)) for slot in run.slots_of(cache)]
+            cache = run.prefill(rows)
+            parts += [torch.tensor(run.impact(slot)) for slot in run.slots_of(cache)]
         neurons = [layer.neurons for layer in run.report().layers]
-    return torch.stack(found).mean(0), neurons
+    return torch.stack(parts).mean(0), neurons

@@ -10,14 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dartprune.drift import AttentionDrift
+from dartprune.evaluation.stats import Array
 
-Array = NDArray[Any]
 DELTAS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 DROPS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 PATIENCES = (1, 2, 3)
@@ -44,25 +42,18 @@ class CurvePoint:
 
 
 def first_events(judged: Array, detector: AttentionDrift) -> list[int | None]:
-    """Decoded token of the first event in each text; None where there is none.
+    """Decoded token of the first event in each text, None where there is none.
 
     Args:
         judged: [windows, 3, texts] of cosine, mu and sigma; NaN where nothing was judged.
         detector: its thresholds and window.
     """
     out: list[int | None] = []
-    for text in range(judged.shape[2]):
+    for text in judged.transpose(2, 0, 1).tolist():
         fresh = AttentionDrift(detector.window, detector.delta, detector.min_drop, detector.patience)
-        out.append(
-            next(
-                (
-                    (number + 1) * detector.window
-                    for number, figures in enumerate(judged[:, :, text].tolist())
-                    if not np.isnan(figures[0]) and fresh.decide(*figures)
-                ),
-                None,
-            )
-        )
+        fired = (i for i, figures in enumerate(text, 1) if not np.isnan(figures[0]) and fresh.decide(*figures))
+        number = next(fired, None)
+        out.append(None if number is None else number * detector.window)
     return out
 
 
@@ -86,17 +77,16 @@ def judge(
         early: tokens after the change within which a detection is early.
     """
     first = first_events(changing, detector)
-    open_ = [at for at in first if at is None or at > before]
-    delays = sorted(float("inf") if at is None else float(at - before) for at in open_)
-    median = float(np.median(delays)) if delays else float("inf")
+    delays = [np.inf if at is None else float(at - before) for at in first if at is None or at > before]
+    median = float(np.median(delays)) if delays else np.inf
     return CurvePoint(
         delta=detector.delta,
         min_drop=detector.min_drop,
         patience=detector.patience,
-        fired_before=1 - len(open_) / len(first),
-        noticed=sum(d < float("inf") for d in delays) / max(1, len(delays)),
+        fired_before=1 - len(delays) / len(first),
+        noticed=sum(d < np.inf for d in delays) / max(1, len(delays)),
         early=sum(d <= early for d in delays) / max(1, len(delays)),
-        delay=None if not np.isfinite(median) else median,
+        delay=median if np.isfinite(median) else None,
         false_alarms=false_alarm_rate(first_events(steady, detector), steps),
     )
 
@@ -104,17 +94,8 @@ def judge(
 def curve(changing: Array, steady: Array, window: int, *, before: int, steps: int, early: int) -> list[CurvePoint]:
     """Every combination of thresholds; arguments as in `judge`, `window` in tokens."""
     grid = itertools.product(DELTAS, DROPS, PATIENCES)
-    return [
-        judge(
-            changing,
-            steady,
-            AttentionDrift(window=window, delta=delta, min_drop=drop, patience=patience),
-            before=before,
-            steps=steps,
-            early=early,
-        )
-        for delta, drop, patience in grid
-    ]
+    detectors = [AttentionDrift(window=window, delta=a, min_drop=b, patience=c) for a, b, c in grid]
+    return [judge(changing, steady, one, before=before, steps=steps, early=early) for one in detectors]
 
 
 def frontier(points: Sequence[CurvePoint]) -> list[CurvePoint]:

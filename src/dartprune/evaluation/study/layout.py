@@ -15,6 +15,7 @@ from dartprune.evaluation.study.lockstep import Choose
 from dartprune.evaluation.study.prompts import TopicPrompt
 from dartprune.evaluation.study.settings import Settings
 from dartprune.evaluation.texts import Stream, pieces, streams
+from dartprune.model.context import context_length
 
 CHOOSE = -1  # the model writes this token
 
@@ -23,12 +24,12 @@ CHOOSE = -1  # the model writes this token
 class Text:
     """One text.
 
-    prompt: tokens.  given: for each step the token it predicts, or CHOOSE.  topics: one, or two in order.
+    prompt: tokens.  script: for each step the token it predicts, or CHOOSE.  topics: one, or two in order.
     number: its place among the texts, from which it draws.
     """
 
     prompt: tuple[int, ...]
-    given: tuple[int, ...]
+    script: tuple[int, ...]
     topics: tuple[str, ...]
     number: int = 0
 
@@ -76,7 +77,7 @@ def forced_texts(
     if control:
         whole = pieces(documents, tokenizer, first + second)
         out["control"] = streams(whole, (first + second,), control, seed=settings.seed + 1, separator=mark)
-    return {kind: [_forced(stream, settings, i) for i, stream in enumerate(found)] for kind, found in out.items()}
+    return {kind: [_forced(stream, settings, i) for i, stream in enumerate(drawn)] for kind, drawn in out.items()}
 
 
 def _forced(stream: Stream, settings: Settings, number: int) -> Text:
@@ -110,21 +111,21 @@ def free_texts(
             raise ValueError(
                 f"prompt {number + 1}: its bridge of {len(bridge)} tokens leaves nothing to write after it"
             )
-        given = [CHOOSE] * settings.steps
-        given[settings.before - 1 : settings.before - 1 + len(bridge)] = bridge
-        texts.append(Text(tuple(start), tuple(given), (prompt.first, prompt.second), number))
+        script = [CHOOSE] * settings.steps
+        script[settings.before - 1 : settings.before - 1 + len(bridge)] = bridge
+        texts.append(Text(tuple(start), tuple(script), (prompt.first, prompt.second), number))
     kinds = {"change": texts}
     if control:
         free = (CHOOSE,) * settings.steps
-        kinds["control"] = [replace(text, given=free, topics=text.topics[:1]) for text in texts[:control]]
+        kinds["control"] = [replace(text, script=free, topics=text.topics[:1]) for text in texts[:control]]
     return kinds
 
 
 def check_length(texts: Mapping[str, Sequence[Text]], config: Any) -> None:
     """ValueError for texts longer than the model's context."""
-    longest = max(len(text.prompt) + len(text.given) for group in texts.values() for text in group)
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(most, int) and 0 < most < longest:
+    longest = max(len(text.prompt) + len(text.script) for group in texts.values() for text in group)
+    most = context_length(config)
+    if most is not None and most < longest:
         raise ValueError(f"texts of {longest} tokens are longer than the model's context of {most}: shorten --after")
 
 
@@ -135,7 +136,7 @@ def fingerprint(texts: Mapping[str, Sequence[Text]]) -> int:
 
 def batches(texts: Sequence[Text], size: int) -> list[list[Text]]:
     """Texts cut into batches of at most `size` whose prompts have one length; where the model writes, one by one."""
-    if any(CHOOSE in text.given for text in texts):
+    if any(CHOOSE in text.script for text in texts):
         size = 1
     return [list(texts[i : i + size]) for i in range(0, len(texts), size)]
 
@@ -148,20 +149,20 @@ def chooser(batch: Sequence[Text], settings: Settings, forbidden: int | None) ->
         settings: temperature and seed; every text draws from its own generator, the same for every arm.
         forbidden: the end-of-text token, which is never written, so that all arms write texts of one length.
     """
-    given = torch.tensor([text.given for text in batch])
+    script = torch.tensor([text.script for text in batch])
     draws = [torch.Generator().manual_seed(settings.seed * 1_000_003 + text.number) for text in batch]
 
     def choose(step: int, logits: Tensor) -> Tensor:
-        token = given[:, step - 1].to(logits.device)
-        if not bool((given[:, step - 1] == CHOOSE).any()):
+        token = script[:, step - 1].to(logits.device)
+        if not bool((script[:, step - 1] == CHOOSE).any()):
             return token
         scores = logits.float()
         if forbidden is not None:
             scores = scores.index_fill(1, torch.tensor([forbidden], device=scores.device), -torch.inf)
         if settings.temperature > 0:
             shares = torch.softmax(scores / settings.temperature, dim=-1).cpu()
-            drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(shares, draws, strict=True)]
-            written = torch.cat(drawn).to(scores.device)
+            tokens = [torch.multinomial(row, 1, generator=g) for row, g in zip(shares, draws, strict=True)]
+            written = torch.cat(tokens).to(scores.device)
         else:
             written = scores.argmax(-1)
         return torch.where(token == CHOOSE, written, token)
@@ -182,7 +183,7 @@ def written(texts: Sequence[Text], tokens: Tensor, settings: Settings, tokenizer
     parts: dict[str, list[str]] = {"before": [], "after": []}
     for number, text in enumerate(texts):
         row = tokens[:, number].tolist()
-        bridge = sum(token != CHOOSE for token in text.given)
+        bridge = sum(token != CHOOSE for token in text.script)
         for part, ids in (("before", row[:change]), ("after", row[change + bridge :])):
             parts[part].append(tokenizer.decode(ids, skip_special_tokens=True))
     return parts

@@ -12,19 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dartprune.drift import AttentionDrift
+from dartprune.evaluation.arms import ArmAt
 from dartprune.evaluation.forced import token_losses
-from dartprune.evaluation.study.arms import Arm
+from dartprune.evaluation.stats import Array
 from dartprune.evaluation.study.measures import Trajectory, top_dimensions
 from dartprune.evaluation.study.neurons import NeuronLog
 from dartprune.evaluation.study.observe import Observer, Point
 from dartprune.evaluation.study.settings import Settings
 from dartprune.model.families import describe
 
-Array = NDArray[Any]
 Choose = Callable[[int, Tensor], Tensor]
 
 
@@ -59,7 +58,7 @@ class Unit:
 class Detectors:
     """What detectors would see whose reference stays the prompt: one of each text, nothing fires."""
 
-    def __init__(self, arm: Arm, lines: int) -> None:
+    def __init__(self, arm: ArmAt, lines: int) -> None:
         self._drifts: list[AttentionDrift] = [arm.pruner.detector.build() for _ in range(lines)]
         self._sum: Tensor | None = None
         self._count = 0
@@ -93,7 +92,7 @@ class Detectors:
 
 def run_unit(
     model: nn.Module,
-    arm: Arm,
+    arm: ArmAt,
     prompt: Tensor,
     choose: Choose,
     settings: Settings,
@@ -121,7 +120,7 @@ def run_unit(
     prompt = prompt.to(next(model.parameters()).device)
     path = Trajectory(settings.window, settings.before, top_dimensions(decoder.hidden, settings.top))
     detectors = Detectors(arm, lines)
-    kept = _Kept()
+    tape = _Tape()
     losses: list[Tensor] = []
     texts: list[Tensor] = []
     overlaps: list[Tensor] = []
@@ -130,13 +129,12 @@ def run_unit(
     with Observer(model, [*lead, *(p for p in points if p not in lead)]) as observer, torch.no_grad():
         order = [observer.points.index(point) for point in points]
         with arm.pruner(model, backend=backend) as run:
-            with run.phase("prefill"):
-                cache: Any = model(input_ids=prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+            cache = run.prefill(prompt[:, :-1])
             seen = observer.take(lines)
             path.begin(seen[order])
             detectors.begin(seen[0])
             shadow: Any = None
-            if not arm.is_dense:
+            if arm.pruner.prunes:
                 with run.dense():
                     shadow = model(input_ids=prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
                 observer.take(lines)
@@ -154,11 +152,10 @@ def run_unit(
                 log.step(step)
                 detectors.step(mine[0])
                 token = choose(step, logits[:, -1]).to(token.device)
-                losses.append(
-                    torch.stack([token_losses(x, token[:, None])[:, 0] for x in (logits, dense_logits)]).cpu()
-                )
+                pair = [token_losses(x, token[:, None])[:, 0] for x in (logits, dense_logits)]
+                losses.append(torch.stack(pair).cpu())
                 texts.append(token.cpu())
-                if kept.add(*path.step(mine[order], reference[order])):
+                if tape.add(*path.step(mine[order], reference[order])):
                     overlaps.append(log.overlap())
                     held = path.bytes_held() + detectors.bytes_held() + log.bytes_held()
                 if progress is not None:
@@ -166,8 +163,8 @@ def run_unit(
             report = run.report()
     both = torch.stack(losses)
     arrays = {
-        "tokens": torch.stack(kept.tokens),
-        "windows": torch.stack(kept.windows).movedim(2, 3),
+        "tokens": torch.stack(tape.tokens),
+        "windows": torch.stack(tape.windows).movedim(2, 3),
         "loss": both[:, 0],
         "dense_loss": both[:, 1],
         "text": torch.stack(texts),
@@ -185,7 +182,7 @@ def run_unit(
     )
 
 
-class _Kept:
+class _Tape:
     """What is stored for the report; one transfer from the device for each window."""
 
     def __init__(self) -> None:

@@ -62,8 +62,8 @@ class Trajectory:
 
     def begin(self, prompt: Tensor) -> None:
         """Take the prompt's vectors, [points, lines, tokens, H], more than one token."""
-        kept = prompt[:, :, SKIP:]
-        self._sum, self._count = kept.sum(2), kept.shape[2]
+        counted = prompt[:, :, SKIP:]
+        self._sum, self._count = counted.sum(2), counted.shape[2]
 
     def step(self, own: Tensor, dense: Tensor) -> tuple[Tensor, Tensor | None]:
         """Take one decoded token.

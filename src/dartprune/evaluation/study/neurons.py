@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dartprune.model.families import describe
+from dartprune.evaluation.masks import kept_masks, prompt_masks
 from dartprune.pruner import Static
 from dartprune.report import Event
 from dartprune.run import Run
@@ -17,32 +17,8 @@ OWN_TOKENS = 256  # of a stretch that is read for a topic's own best neurons
 
 
 def own_neurons(model: nn.Module, text: Tensor, sparsity: float) -> list[Tensor]:
-    """The neurons that the prompt's mask would keep if this text alone were the prompt: bool [B, I] of each layer.
-
-    Args:
-        model: a decoder in evaluation mode, not attached.
-        text: int64 [B, T]; the last token is only decoded, so that the mask comes from those before it.
-        sparsity: of the mask; scores and budgets are DART's.
-    """
-    text = text[:, : OWN_TOKENS + 1].to(next(model.parameters()).device)
-    with Static(sparsity=sparsity)(model, backend="masked") as run, torch.no_grad():
-        with run.phase("prefill"):
-            cache = model(input_ids=text[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-        with run.phase("decode"):
-            model(input_ids=text[:, -1:], past_key_values=cache, use_cache=True)
-        return kept_masks(run, run.slots_of(cache), [layer.neurons for layer in describe(model).layers])
-
-
-def kept_masks(run: Run, slots: Sequence[int], neurons: Sequence[int]) -> list[Tensor]:
-    """The masks in force, bool [B, I] of each layer, on the host; all true where nothing is pruned."""
-    masks = [torch.zeros(len(slots), count, dtype=torch.bool) for count in neurons]
-    for line, slot in enumerate(slots):
-        for mask, kept in zip(masks, run.selection(slot), strict=True):
-            if kept is None:
-                mask[line] = True
-            else:
-                mask[line, kept.long().cpu()] = True
-    return masks
+    """What DART's mask would keep if this text alone, int64 [B, T], were the prompt: bool [B, I] of each layer."""
+    return prompt_masks(model, Static(sparsity=sparsity), text[:, : OWN_TOKENS + 1], backend="masked")
 
 
 class NeuronLog:

@@ -105,6 +105,6 @@ class Observer:
         if missing:
             raise RuntimeError(f"the forward passed no vector at {', '.join(missing)}: its modules were not called")
         device = next(self._decoder.layers[-1].attention_output.parameters()).device
-        found = [self._seen[point].reshape(lines, -1, self._decoder.hidden) for point in self.points]
+        vectors = [self._seen[point].reshape(lines, -1, self._decoder.hidden) for point in self.points]
         self._seen.clear()
-        return torch.stack([vectors.float().to(device) for vectors in found])
+        return torch.stack([part.float().to(device) for part in vectors])

@@ -1,18 +1,15 @@
-"""Two-topic prompts: a seeded generator, and the hundred of them that come with the package."""
+"""Two-topic prompts: a seeded generator, the same for the same seed for ever, and prompts from a file."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
 
+from dartprune.evaluation.texts import json_lines
 from dartprune.names import unknown
-
-SEED = 7  # of the stored prompts
-STORED = 100
 
 # noun phrases that can follow "about"
 TOPICS: dict[str, tuple[str, ...]] = {
@@ -84,7 +81,7 @@ class TopicPrompt:
     bridge: str
 
 
-def generate_prompts(count: int, seed: int = SEED) -> list[TopicPrompt]:
+def generate_prompts(count: int = 100, seed: int = 7) -> list[TopicPrompt]:
     """Draw prompts, no pair of topics twice, the topics of a pair from two domains; the same for the same seed.
 
     Raises:
@@ -109,18 +106,6 @@ def generate_prompts(count: int, seed: int = SEED) -> list[TopicPrompt]:
     return out
 
 
-def stored_prompts() -> list[TopicPrompt]:
-    """The prompts that come with the package."""
-    text = (files("dartprune.evaluation.study") / "prompts.json").read_text(encoding="utf-8")
-    return [TopicPrompt(**row) for row in json.loads(text)]
-
-
-def write_prompts(prompts: Sequence[TopicPrompt], path: Path) -> None:
-    """Write prompts as JSON, one a line, as `stored_prompts` and `read_prompts` read them."""
-    rows = ",\n".join(json.dumps(asdict(prompt)) for prompt in prompts)
-    path.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
-
-
 def read_prompts(path: Path) -> list[TopicPrompt]:
     """Prompts from a JSON list, or one JSON object a line, with the fields of `TopicPrompt`.
 
@@ -131,11 +116,7 @@ def read_prompts(path: Path) -> list[TopicPrompt]:
     """
     text = path.read_text(encoding="utf-8")
     try:
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(x) for x in text.splitlines() if x.strip()]
-        )
+        rows = json.loads(text) if text.lstrip().startswith("[") else list(json_lines(text, path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not rows:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
+
+from dartprune.evaluation.benchmarks.sources import require
 
 LIBRARIES = ("rouge_score", "sacrebleu")
 NGRAM = 4  # words whose return counts as repetition
@@ -11,9 +12,8 @@ NGRAM = 4  # words whose return counts as repetition
 
 def check_libraries() -> None:
     """ValueError, in one line, if the libraries for ROUGE and BLEU are not there."""
-    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"text quality needs {', '.join(missing)}: pip install 'dartprune[eval]'")
+    for name in LIBRARIES:
+        require(name, "text quality")
 
 
 def overlap_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -37,8 +37,7 @@ def distinct(text: str, n: int) -> float:
 
 def repetition(text: str) -> float:
     """Share of a text's 4-grams of words that stood in it before; 0 for a text of fewer than 4 words."""
-    grams = ngrams(text, NGRAM)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return 1 - distinct(text, NGRAM) if ngrams(text, NGRAM) else 0.0
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:

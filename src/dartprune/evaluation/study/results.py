@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dartprune.evaluation.study.arms import Arm
+from dartprune.evaluation.arms import ArmAt
+from dartprune.evaluation.stats import Array, Interval, interval
 from dartprune.evaluation.study.lockstep import Unit
 from dartprune.evaluation.study.measures import WINDOW_MEASURES
 from dartprune.evaluation.study.observe import Point
 from dartprune.evaluation.study.settings import Settings
 
-Array = NDArray[Any]
 KINDS = ("change", "control")  # texts that change their topic, and texts that keep it
 _TEXT_AXIS = {"windows": 3, "loss": 1, "dense_loss": 1, "text": 1, "judged": 2, "overlap": 3}
 
@@ -26,7 +25,7 @@ _TEXT_AXIS = {"windows": 3, "loss": 1, "dense_loss": 1, "text": 1, "judged": 2, 
 class Record:
     """One arm on all texts of one kind: the units' contents, joined along the texts; see `lockstep.Unit`."""
 
-    arm: Arm
+    arm: ArmAt
     kind: str
     tokens: Array
     windows: Array
@@ -49,8 +48,7 @@ class Record:
 
     def measure(self, name: str, point: int) -> Array:
         """A window measure at a point: [windows, texts]."""
-        found: Array = self.windows[:, point, WINDOW_MEASURES.index(name)]
-        return found
+        return np.asarray(self.windows[:, point, WINDOW_MEASURES.index(name)])
 
     def alarms(self) -> list[list[int]]:
         """Decoded tokens of each text's events, without those that no detection caused (settles, timed releases)."""
@@ -65,7 +63,7 @@ def save_unit(unit: Unit, path: Path) -> None:
     os.replace(part, path)
 
 
-def join(arm: Arm, kind: str, units: Sequence[tuple[dict[str, Array], dict[str, Any]]]) -> Record:
+def join(arm: ArmAt, kind: str, units: Sequence[tuple[dict[str, Array], dict[str, Any]]]) -> Record:
     """One record from the arrays and facts of its units."""
     arrays, facts = [a for a, _ in units], [f for _, f in units]
     sizes = np.array([a["loss"].shape[1] for a in arrays], dtype=np.float64)
@@ -101,7 +99,7 @@ class Results:
     settings: Settings
     points: list[Point]
     neurons: list[int]
-    arms: list[Arm]
+    arms: list[ArmAt]
     top: int  # largest dimensions whose overlap is counted
     names: dict[str, list[str]]
     records: dict[tuple[str, str], Record]
@@ -109,6 +107,10 @@ class Results:
     def get(self, arm: str, kind: str = "change") -> Record | None:
         """The record of an arm, None if it was not run on texts of this kind."""
         return self.records.get((arm, kind))
+
+    def pruning(self, kind: str = "change") -> list[Record]:
+        """Records of the arms that prune, on texts of a kind."""
+        return [r for r in self.records.values() if r.kind == kind and r.arm.pruner.prunes]
 
     def excess(self, record: Record) -> Array:
         """Loss over the dense model's, [steps, texts] in nats.
@@ -121,19 +123,33 @@ class Results:
         dense = self.records["dense", record.kind]
         return np.asarray(record.dense_loss - dense.dense_loss)
 
+    def interval(self, *groups: Array, statistic: Callable[[list[Array]], Array] | None = None) -> Interval:
+        """Interval over texts with the study's draws; see `stats.interval`."""
+        return interval(*groups, statistic=statistic, resamples=self.settings.resamples, seed=self.settings.seed)
+
+    @property
+    def releases(self) -> list[ArmAt]:
+        """Arms whose masks are dropped at a decoded token, the earliest first."""
+        return sorted((arm for arm in self.arms if arm.release is not None), key=lambda arm: arm.release or 0)
+
     @property
     def frozen(self) -> Record | None:
-        """The arm whose prompt mask stays: `static`, else the first arm of that kind."""
-        frozen = [arm.name for arm in self.arms if arm.frozen]
-        name = "static" if "static" in frozen else next(iter(frozen), None)
-        return self.get(name) if name is not None else None
+        """The arm whose prompt mask stays: `dart-frozen`, else the first arm of that kind."""
+        return self._first("dart-frozen", [arm.name for arm in self.arms if arm.frozen])
+
+    @property
+    def steady(self) -> Record | None:
+        """The frozen arm on texts that keep their topic."""
+        return None if self.frozen is None else self.get(self.frozen.arm.name, "control")
 
     @property
     def detecting(self) -> Record | None:
         """The arm whose detector is shown: `dart`, else the first one that detects."""
-        found = [arm.name for arm in self.arms if arm.pruner.prunes and arm.pruner.refresh.detects]
-        name = "dart" if "dart" in found else next(iter(found), None)
-        return self.get(name) if name is not None else None
+        pruning = [arm for arm in self.arms if arm.pruner.prunes]
+        return self._first("dart", [arm.name for arm in pruning if arm.pruner.refresh.detects])
+
+    def _first(self, wanted: str, names: list[str]) -> Record | None:
+        return self.get(wanted if wanted in names else names[0]) if names else None
 
     @property
     def lead(self) -> int:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dartprune.evaluation.study.arms import Arm
+from dartprune.evaluation.arms import ArmAt
+from dartprune.evaluation.stats import Array
 from dartprune.evaluation.study.layout import CHOOSE, Text, batches, check_length, chooser, fingerprint
 from dartprune.evaluation.study.lockstep import Unit, run_unit
 from dartprune.evaluation.study.measures import top_dimensions
@@ -22,14 +23,13 @@ from dartprune.model.families import describe
 from dartprune.reporting.journal import Journal
 
 Told = Callable[[str, int], None]
-Key = tuple[str, str, int]  # arm, kind, batch
 
 
 def run_study(
     model: Any,
     tokenizer: Any,
     texts: Mapping[str, Sequence[Text]],
-    arms: Sequence[Arm],
+    arms: Sequence[ArmAt],
     settings: Settings,
     *,
     folder: Path | None = None,
@@ -68,24 +68,17 @@ def run_study(
             "model": [name, sum(p.numel() for p in model.parameters()), str(next(model.parameters()).dtype)],
         },
     )
-    held: dict[Key, dict[str, Any]] = {}
+    units = _Units(model, tokenizer, settings, folder, journal)
+    records: dict[tuple[str, str], Record] = {}
     for kind in (k for k in KINDS if k in texts):
-        for number, group in enumerate(batches(texts[kind], batch)):
-            own: list[list[Tensor]] | None = None
-            for arm in arms:
-                if kind == "control" and arm.release is not None:
-                    continue
-                key: Key = (arm.name, kind, number)
-                if _label(key) not in journal:
-                    if own is None:
-                        own = _own(model, group, settings, held.get(("dense", kind, number)), folder, number, kind)
-                    unit = _unit(model, tokenizer, arm, group, settings, points, own, backend, _label(key), told)
-                    if folder is None:
-                        held[key] = unit.arrays
-                    else:
-                        save_unit(unit, _file(folder, key))
-                    journal.add(_label(key), unit.facts() | {"pruner": arm.pruner.to_dict()})
-                _check_same(journal[_label(key)], arm)
+        groups = batches(texts[kind], batch)
+        running = [arm for arm in arms if kind != "control" or arm.release is None]
+        for number, group in enumerate(groups):
+            for arm in running:
+                units.ensure(arm, kind, number, group, backend, told)
+        for arm in running:
+            labels = [units.label(arm.name, kind, number) for number in range(len(groups))]
+            records[arm.name, kind] = join(arm, kind, [(units.arrays(label), journal[label]) for label in labels])
     decoder = describe(model)
     return Results(
         settings=settings,
@@ -94,97 +87,95 @@ def run_study(
         neurons=[layer.neurons for layer in decoder.layers],
         arms=list(arms),
         names={kind: [text.name for text in group] for kind, group in texts.items()},
-        records=_records(texts, arms, batch, journal, held, folder),
+        records=records,
     )
 
 
-def _label(key: Key) -> str:
-    return f"{key[0]} {key[1]} {key[2]}"
+class _Units:
+    """Computes units, or finds them done: their facts in the journal, their arrays in the folder or in memory."""
 
+    def __init__(self, model: Any, tokenizer: Any, settings: Settings, folder: Path | None, journal: Journal) -> None:
+        self._model, self._tokenizer, self._settings = model, tokenizer, settings
+        self._folder, self._journal = folder, journal
+        self._points = points_of(model, settings.layers, settings.spaces)
+        self._memory: dict[str, dict[str, Array]] = {}
+        self._own: tuple[tuple[str, int, bool], list[list[Tensor]]] | None = None  # of the batch under way
 
-def _file(folder: Path, key: Key) -> Path:
-    return folder / "units" / (_label(key).replace(" ", "-").replace("@", "-") + ".npz")
+    @staticmethod
+    def label(arm: str, kind: str, number: int) -> str:
+        """Name of a unit, for people and for the journal."""
+        return f"{arm} {kind} {number}"
 
+    def ensure(
+        self, arm: ArmAt, kind: str, number: int, group: Sequence[Text], backend: str, told: Told | None
+    ) -> None:
+        """Compute a unit unless it is there; ValueError if it is there with other settings of the arm."""
+        label = self.label(arm.name, kind, number)
+        if label not in self._journal:
+            unit = self._compute(arm, label, group, self._own_neurons(kind, number, group), backend, told)
+            if self._folder is None:
+                self._memory[label] = unit.arrays
+            else:
+                save_unit(unit, self._file(label))
+            self._journal.add(label, unit.facts() | {"pruner": arm.pruner.to_dict()})
+        if self._journal[label]["pruner"] != arm.pruner.to_dict():
+            raise ValueError(f"the folder holds arm {arm.name!r} with other settings: choose another folder")
 
-def _check_same(facts: Mapping[str, Any], arm: Arm) -> None:
-    if facts["pruner"] != arm.pruner.to_dict():
-        raise ValueError(f"the folder holds arm {arm.name!r} with other settings: choose another folder")
+    def arrays(self, label: str) -> dict[str, Array]:
+        """What a finished unit measured."""
+        if self._folder is None:
+            return self._memory[label]
+        path = self._file(label)
+        try:
+            with np.load(path) as file:
+                return dict(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path}: a finished unit cannot be read ({error}); remove the folder and start again"
+            ) from None
 
+    def _file(self, label: str) -> Path:
+        assert self._folder is not None
+        return self._folder / "units" / (label.replace(" ", "-").replace("@", "-") + ".npz")
 
-def _unit(
-    model: nn.Module,
-    tokenizer: Any,
-    arm: Arm,
-    group: Sequence[Text],
-    settings: Settings,
-    points: Any,
-    own: list[list[Tensor]],
-    backend: str,
-    label: str,
-    told: Told | None,
-) -> Unit:
-    steps = 0
+    def _compute(
+        self,
+        arm: ArmAt,
+        label: str,
+        group: Sequence[Text],
+        own: list[list[Tensor]],
+        backend: str,
+        told: Told | None,
+    ) -> Unit:
+        steps = 0
 
-    def progress(n: int) -> None:
-        nonlocal steps
-        steps += n
-        if told is not None:
-            told(label, steps)
+        def progress(n: int) -> None:
+            nonlocal steps
+            steps += n
+            if told is not None:
+                told(label, steps)
 
-    progress(0)
-    prompt = torch.tensor([text.prompt for text in group])
-    choose = chooser(group, settings, tokenizer.eos_token_id)
-    return run_unit(model, arm, prompt, choose, settings, points, own, backend=backend, progress=progress)
+        progress(0)
+        prompt = torch.tensor([text.prompt for text in group])
+        choose = chooser(group, self._settings, self._tokenizer.eos_token_id)
+        return run_unit(
+            self._model, arm, prompt, choose, self._settings, self._points, own, backend=backend, progress=progress
+        )
 
-
-def _own(
-    model: nn.Module,
-    group: Sequence[Text],
-    settings: Settings,
-    dense: Mapping[str, Any] | None,
-    folder: Path | None,
-    number: int,
-    kind: str,
-) -> list[list[Tensor]]:
-    """Each topic's own best neurons. What the model must write itself is taken from the dense arm."""
-    given = torch.tensor([text.given for text in group])
-    if bool((given == CHOOSE).any()):
-        if folder is not None and _file(folder, ("dense", kind, number)).exists():
-            dense = _arrays(folder, ("dense", kind, number))
-        if dense is None:
+    def _own_neurons(self, kind: str, number: int, group: Sequence[Text]) -> list[list[Tensor]]:
+        """Each topic's own best neurons. What the model must write itself is taken from the dense arm."""
+        script = torch.tensor([text.script for text in group])
+        dense = self.label("dense", kind, number)
+        written = bool((script == CHOOSE).any())
+        if written and dense not in self._journal:
             # the dense arm goes first and keeps every neuron, so its own overlaps need no topic
-            return [[torch.ones(len(group), n.neurons, dtype=torch.bool) for n in describe(model).layers]] * 2
-        given = torch.from_numpy(dense["text"]).T
-    change = settings.before - 1  # the step that predicts the second topic's first token
-    first = torch.cat((torch.tensor([text.prompt for text in group]), given[:, :change]), dim=1)
-    return [own_neurons(model, part, settings.sparsity) for part in (first, given[:, change:])]
-
-
-def _arrays(folder: Path, key: Key) -> dict[str, Any]:
-    path = _file(folder, key)
-    try:
-        with np.load(path) as found:
-            return dict(found)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: a finished unit cannot be read ({error}); remove the folder and start again"
-        ) from None
-
-
-def _records(
-    texts: Mapping[str, Sequence[Text]],
-    arms: Sequence[Arm],
-    batch: int,
-    journal: Journal,
-    held: Mapping[Key, dict[str, Any]],
-    folder: Path | None,
-) -> dict[tuple[str, str], Record]:
-    out: dict[tuple[str, str], Record] = {}
-    for kind in (k for k in KINDS if k in texts):
-        for arm in arms:
-            keys: list[Key] = [(arm.name, kind, i) for i in range(len(batches(texts[kind], batch)))]
-            if _label(keys[0]) not in journal:
-                continue
-            units = [(held[k] if folder is None else _arrays(folder, k), journal[_label(k)]) for k in keys]
-            out[arm.name, kind] = join(arm, kind, units)
-    return out
+            return [[torch.ones(len(group), n.neurons, dtype=torch.bool) for n in describe(self._model).layers]] * 2
+        if self._own is None or self._own[0] != (kind, number, written):
+            if written:
+                script = torch.from_numpy(self.arrays(dense)["text"]).T
+            change = self._settings.before - 1  # the step that predicts the second topic's first token
+            first = torch.cat((torch.tensor([text.prompt for text in group]), script[:, :change]), dim=1)
+            parts = (first, script[:, change:])
+            own = [own_neurons(self._model, part, self._settings.sparsity) for part in parts]
+            self._own = (kind, number, written), own
+        return self._own[1]

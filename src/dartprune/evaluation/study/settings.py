@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dartprune.evaluation.study.arms import Arm
+from dartprune.evaluation.arms import ArmAt
 from dartprune.names import unknown
 
 SPACES = ("attention", "residual")
@@ -84,7 +84,7 @@ class Settings:
         """Windows of a text."""
         return self.steps // self.window
 
-    def check_arms(self, arms: Sequence[Arm]) -> None:
+    def check_arms(self, arms: Sequence[ArmAt]) -> None:
         """ValueError for a release after the end of the text, or too near to it to be judged."""
         for arm in arms:
             if arm.release is not None and arm.release > self.steps - self.window:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dartprune.evaluation.study.stats import band, difference, interval, regained, share
+from dartprune.evaluation.stats import band, difference, interval, regained, share, standard_error
 
 
 def test_the_mean_of_a_sample():
@@ -37,3 +37,26 @@ def test_band():
     mean, low, high = band(np.array([[1.0, 3.0], [2.0, 2.0]]))
     assert mean.tolist() == [2, 2] and low.tolist() == pytest.approx([2 - 1.96, 2]) and high[0] == pytest.approx(3.96)
     assert all(part.tolist() == [5.0] for part in band(np.array([[5.0]])))
+
+
+def test_intervals_against_a_loop():
+    values = np.random.default_rng(3).normal(size=13)
+    found = interval(values, resamples=300, seed=4)
+    rng = np.random.default_rng(4)
+    means = sorted(np.mean([values[i] for i in row]) for row in rng.integers(13, size=(300, 13)))
+    assert found.value == pytest.approx(np.mean(values))
+    assert [found.low, found.high] == pytest.approx(list(np.percentile(means, [2.5, 97.5])))
+
+
+def test_one_seed_pairs_and_constants_are_certain():
+    values = np.array([0.1, 0.7, 0.3, 0.9])
+    same = interval((values + 1) - values)
+    assert same.high - same.low < 1e-12, "a constant difference is certain, however much the streams differ"
+    for constant in (0.1, 1 / 3, 1e9 / 7):
+        found = interval([constant] * 3)
+        assert found.low <= found.value <= found.high
+    assert interval([0.5]).mapped(np.exp).value == pytest.approx(np.exp(0.5))
+
+
+def test_standard_error():
+    assert standard_error([1.0, 3.0]) == pytest.approx(1.0) and standard_error([4.0]) == 0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dartprune.evaluation.study import analysis as a
-from dartprune.evaluation.study.arms import parse_arms
+from dartprune.evaluation.arms import parse_arms
+from dartprune.evaluation.study import claims as c
+from dartprune.evaluation.study import findings as f
+from dartprune.evaluation.study import recovery as r
 from dartprune.evaluation.study.settings import Settings
 from small_study import SETTINGS, arms, record, results
 
@@ -59,55 +61,55 @@ def study(release_left, static_after=1.0, control_after=0.2, seen_at=2, control_
 
 @pytest.mark.parametrize(("left", "said"), [(0.0, "recovers"), (0.6, "does not")])
 def test_recovery(left, said):
-    (row,) = a.recoveries(study(left))
+    (row,) = r.recoveries(study(left))
     assert row.release == 24 and row.tokens == 16 and row.verdict == said
-    assert row.static.value == pytest.approx(1.0, abs=0.02) and row.released.value == pytest.approx(left, abs=0.02)
+    assert row.frozen.value == pytest.approx(1.0, abs=0.02) and row.released.value == pytest.approx(left, abs=0.02)
     assert row.regained.value == pytest.approx(1 - left, abs=0.03)
     assert row.regained.low <= row.regained.value <= row.regained.high
     assert row.similarity_regained.value == pytest.approx(1 - 0.1 / 0.3, abs=0.05)
     assert row.half_time == (8 if left == 0 else None)
     assert row.lost.value == pytest.approx(left, abs=0.02)
-    line = a.verdict([row], 0.8)
+    line = r.verdict([row], 0.8)
     assert line.startswith("The model recovers at every" if left == 0 else "The model does not recover")
 
 
 def test_nothing_to_regain():
-    (row,) = a.recoveries(study(0.0, static_after=0.0))
-    assert row.verdict == "nothing to regain" and "costs no loss" in a.verdict([row], 0.8)
-    assert "nothing can be said" in a.verdict([], 0.8)
+    (row,) = r.recoveries(study(0.0, static_after=0.0))
+    assert row.verdict == "nothing to regain" and "costs no loss" in r.verdict([row], 0.8)
+    assert "nothing can be said" in r.verdict([], 0.8)
 
 
 def test_until_when():
     rows = [
-        a.Recovery(**{**vars(a.recoveries(study(left))[0]), "release": at})
+        r.Recovery(**{**vars(r.recoveries(study(left))[0]), "release": at})
         for at, left in ((100, 0.0), (200, 0.05), (300, 0.7), (400, 0.7))
     ]
-    assert a.verdict(rows, 0.8).startswith("The model recovers when released by decoded token 200")
-    assert a.verdict(rows[2:], 0.8).startswith("The model does not recover")
-    assert a.verdict([rows[2], rows[0]], 0.8).startswith("The model recovers when")
-    shuffled = [a.Recovery(**{**vars(rows[3]), "release": 50}), *rows[:2]]
-    assert a.verdict(shuffled, 0.8).startswith("Recovery follows no order")
+    assert r.verdict(rows, 0.8).startswith("The model recovers when released by decoded token 200")
+    assert r.verdict(rows[2:], 0.8).startswith("The model does not recover")
+    assert r.verdict([rows[2], rows[0]], 0.8).startswith("The model recovers when")
+    shuffled = [r.Recovery(**{**vars(rows[3]), "release": 50}), *rows[:2]]
+    assert r.verdict(shuffled, 0.8).startswith("Recovery follows no order")
 
 
 def test_the_three_claims():
-    trap, early, rescue = a.claims(study(0.0), [])
+    trap, early, rescue = c.claims(study(0.0), [])
     assert trap.answer == "reproduced" and early.answer == "reproduced" and rescue.answer == "undecided"
     assert "needs release times" in rescue.figures
-    assert a.claims(study(0.0, control_after=1.5), [])[0].answer == "refuted"
-    assert a.claims(study(0.0, seen_at=5), [])[1].answer == "refuted", "24 tokens late, 16 are early"
-    assert a.claims(study(0.0, control_seen=2), [])[1].answer == "refuted", "as often without a change"
+    assert c.claims(study(0.0, control_after=1.5), [])[0].answer == "refuted"
+    assert c.claims(study(0.0, seen_at=5), [])[1].answer == "refuted", "24 tokens late, 16 are early"
+    assert c.claims(study(0.0, control_seen=2), [])[1].answer == "refuted", "as often without a change"
 
 
 def test_the_claim_about_release():
     def rows(*verdicts):
-        (row,) = a.recoveries(study(0.0))
+        (row,) = r.recoveries(study(0.0))
         return [
-            a.Recovery(**{**vars(row), "release": 100 * (i + 1), "verdict": verdict})
+            r.Recovery(**{**vars(row), "release": 100 * (i + 1), "verdict": verdict})
             for i, verdict in enumerate(verdicts)
         ]
 
     def answer(*verdicts):
-        return a.claims(study(0.0), rows(*verdicts))[2].answer
+        return c.claims(study(0.0), rows(*verdicts))[2].answer
 
     good, bad, open_ = "recovers", "does not", "undecided"
     assert answer(good, good, good, good, bad, bad) == "reproduced"
@@ -117,8 +119,8 @@ def test_the_claim_about_release():
 
 
 def test_table_of_arms():
-    rows = {(row.arm, row.kind): row for row in a.arm_rows(study(0.0))}
-    static, dart = rows["static", "change"], rows["dart", "change"]
+    rows = {(row.arm, row.kind): row for row in f.find(study(0.0)).arms}
+    static, dart = rows["dart-frozen", "change"], rows["dart", "change"]
     assert static.excess_before.value == pytest.approx(0.2, abs=0.02)
     assert static.excess_after.value == pytest.approx(1.0, abs=0.02)
     assert static.to_dense_after == pytest.approx(0.7, abs=0.01)
@@ -129,16 +131,16 @@ def test_table_of_arms():
 
 def test_free_mode_compares_with_what_the_dense_arm_wrote():
     made = results(list(study(0.0).records.values()), Settings(**{**vars(S), "mode": "free"}))
-    static = made.records["static", "change"]
+    static = made.records["dart-frozen", "change"]
     static.dense_loss = static.dense_loss + 0.25
     assert np.allclose(made.excess(static), 0.25)
 
 
 def test_the_curve_needs_a_frozen_arm():
-    assert len(a.detector_curve(study(0.0))) > 50
+    assert len(f.detector_curve(study(0.0))) > 50
     alone = results([record(DENSE, "change", loss(0, 0, 0)), record(DART, "change", loss(0, 0, 0))])
-    assert a.detector_curve(alone) == [] and a.recoveries(alone) == []
-    assert [claim.answer for claim in a.claims(alone, [])] == ["undecided"] * 3
+    assert f.detector_curve(alone) == [] and r.recoveries(alone) == []
+    assert [claim.answer for claim in c.claims(alone, [])] == ["undecided"] * 3
 
 
 def test_neuron_rows():
@@ -147,7 +149,7 @@ def test_neuron_rows():
         {"stream": 0, "decoded": 24, "kind": "replay", "added": [4, 0, 2], "dropped": [4, 0, 2]},
         {"stream": 1, "decoded": 24, "kind": "replay", "added": [2, 0, 2], "dropped": [2, 0, 2]},
     ]
-    rows = [row for row in a.neuron_rows(made) if row["arm"] == "dart" and row["kind"] == "change"]
+    rows = [row for row in f.find(made).neurons if row["arm"] == "dart" and row["kind"] == "change"]
     assert [row["added"] for row in rows] == [3, 0, 2] and all(row["events"] == 2 for row in rows)
-    assert not [row for row in a.neuron_rows(made) if row["arm"] == "dense"]
-    assert parse_arms("dense", 0.5)[0].is_dense
+    assert not [row for row in f.find(made).neurons if row["arm"] == "dense"]
+    assert not parse_arms("dense", 0.5)[0].pruner.prunes
