@@ -49,7 +49,6 @@ class Lines:
             out = self._forward(torch.tensor(rows, device=self._device), (counts.cumsum(1) - 1).clamp_min(0), None)
         self._cache: Any = out.past_key_values
         self._logits: Tensor = out.logits[:, -1]
-        self._slots = None if run is None else run.slots_of(self._cache)
 
     def __len__(self) -> int:
         return int(self._lengths.shape[0])
@@ -58,6 +57,7 @@ class Lines:
         """Let each line go on as `times` lines in a row, which cannot influence each other; before `first`."""
         if times == 1:
             return
+        self.opened += len(self) * (times - 1)
         self._cache.batch_repeat_interleave(times)
         self._lengths = self._lengths.repeat_interleave(times)
         self._logits = self._logits.repeat_interleave(times, 0)
@@ -65,8 +65,6 @@ class Lines:
             self._held = self._held.repeat_interleave(times)
         if self._mask is not None:
             self._mask = self._mask.repeat_interleave(times, 0)
-        self._slots = None  # the run opens them at the next forward
-        self.opened += len(self)
 
     def first(self) -> Tensor:
         """Logits [B, V] of the first token after each context, which counts as decoded whatever gave them."""
@@ -83,8 +81,6 @@ class Lines:
         with self._phase("decode"):
             out = self._forward(tokens.to(self._device)[:, None], self._lengths[:, None], self._cache)
         self._lengths = self._lengths + 1
-        if self._slots is None and self._run is not None:
-            self._slots = self._run.slots_of(self._cache)
         logits: Tensor = out.logits[:, -1]
         return logits
 
@@ -93,22 +89,17 @@ class Lines:
         if list(lines) == list(range(len(self))):
             return
         index = torch.tensor(lines, dtype=torch.int64, device=self._device)
-        self._cache.reorder_cache(index)
+        self._cache.batch_select_indices(index)
         self._lengths = self._lengths[index]
         if self._mask is not None:
             self._mask = self._mask[index]
-        if self._slots is not None:
-            self._slots = tuple(self._slots[line] for line in lines)
 
     def _count(self) -> None:
         self.forwards += 1
         self.tokens += len(self)
 
     def _phase(self, phase: str) -> AbstractContextManager[None]:
-        if self._run is None:
-            return nullcontext()
-        # after lines have left, the cache alone no longer says which slots its lines have
-        return self._run.phase(phase, self._slots if phase == "decode" else None)
+        return nullcontext() if self._run is None else self._run.phase(phase)
 
     def _forward(self, tokens: Tensor, positions: Tensor, cache: Any) -> Any:
         options: dict[str, Any] = {"position_ids": positions} if self._positions else {}
