@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +12,8 @@ from dartprune.budget import DOWN_SQUARE
 from dartprune.ffn import Backend, FFNWeights, backend_names, choose
 from dartprune.method import Method
 from dartprune.model.families import Decoder, Layer
-from dartprune.model.layout import RowLayout, scattered, shared_weights, storage_owners
+from dartprune.model.layer import place
+from dartprune.model.layout import Owners, RowLayout, scattered, shared_weights, storage_owners
 from dartprune.model.probe import down_norms, down_square
 from dartprune.model.proxy import cached_forward_proxy, forward_proxy_flops
 from dartprune.model.weights import row_weights
@@ -40,7 +39,7 @@ class Parts:
     counters: Counters
     windows: Windows
     holders: list[SlotTensors]
-    facts: Callable[[LayerRun, str], Tensor]
+    facts: Facts
     notes: list[str]
     layout: RowLayout
     tally: Tally | None
@@ -123,7 +122,7 @@ def _build(
 
 
 def _lay_out(
-    layer: Layer, device: torch.device, backend: str, owners: Counter[int], layout: RowLayout
+    layer: Layer, device: torch.device, backend: str, owners: Owners, layout: RowLayout
 ) -> tuple[Backend, FFNWeights | str, str | None]:
     """The backend of a layer, its weights as that backend wants them, and why a faster one was not taken."""
     weights = row_weights(layer)
@@ -134,23 +133,11 @@ def _lay_out(
         if reason is not None:
             chosen, fallback = choose(backend, reason, device)
         elif modules:
-            layout.apply(modules)
+            layout.apply(modules, owners)
             weights = row_weights(layer)
     if not isinstance(weights, str):
         chosen.prepare(weights)
     return chosen, weights, fallback
-
-
-def place(layer: Layer) -> tuple[torch.device, torch.dtype]:
-    """Where a layer computes and in which dtype, also where accelerate keeps its weights elsewhere."""
-    parameter = next(layer.down.parameters())
-    device = parameter.device
-    hook = getattr(layer.down, "_hf_hook", None)
-    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
-        device = torch.device(hook.execution_device)  # type: ignore[union-attr]
-    dtypes = [p.dtype for p in layer.attention_output.parameters() if p.dtype.is_floating_point]
-    dtype = parameter.dtype if parameter.dtype.is_floating_point else (dtypes or [torch.float32])[0]
-    return device, dtype
 
 
 def _widest(method: Method, layer: Layer) -> int:
@@ -190,16 +177,23 @@ class Facts:
                     stacklevel=2,
                 )
 
+    def forget(self) -> None:
+        """The weights were written to: everything is worked out anew when asked for."""
+        self._known.clear()
+
     def __call__(self, layer: LayerRun, name: str) -> Tensor:
         """A fact of one layer: float32 [I], or on the host [] for `down_square`."""
         key = (layer.layer.index, name)
         if key not in self._known and name == DOWN_SQUARE:
-            self._known[key] = torch.tensor(down_square(layer.layer, layer.weights, *layer.place))
+            self._known[key] = torch.tensor(
+                down_square(layer.layer, layer.weights, *layer.place), dtype=torch.float32, device="cpu"
+            )
         if key not in self._known:
-            assert not isinstance(layer.weights, str)
             if name == "down_norm":
                 self._known[key] = down_norms(layer.layer, layer.weights, *layer.place)
             else:
+                if isinstance(layer.weights, str):
+                    raise ValueError(f"{name} is not known: {layer.weights}")
                 highest, mean = cached_forward_proxy(layer.weights.down, self._unembedding())
                 self._known[layer.layer.index, "proxy_max"] = highest.to(layer.trace.device)
                 self._known[layer.layer.index, "proxy_mean"] = mean.to(layer.trace.device)
@@ -209,5 +203,10 @@ class Facts:
         head = self._core.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise ValueError("the model has no output embeddings, which forward-proxy scores need: use 'magnitude'")
-        weight: Tensor = head.weight
+        weight = getattr(head, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise ValueError(
+                f"the output embeddings are a {type(head).__name__} without plain weights, which forward-proxy scores "
+                "need: use 'magnitude'"
+            )
         return weight

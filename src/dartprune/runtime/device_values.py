@@ -23,5 +23,6 @@ class Once:
         if key not in self._kept:
             if len(self._kept) >= KEPT:
                 self._kept.clear()
-            self._kept[key] = torch.tensor(values, device=device)
+            dtype = torch.bool if values and isinstance(values[0], bool) else torch.int64
+            self._kept[key] = torch.tensor(values, dtype=dtype, device=device)
         return self._kept[key]

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from dartprune.method import Method
+from dartprune.model.changes import Changes
+from dartprune.model.layer import place
 from dartprune.model.layer_site import Refuses
 from dartprune.model.rows import Phase, Rows
 from dartprune.runtime.account import Account
-from dartprune.runtime.build import Parts, place
+from dartprune.runtime.build import Parts
 from dartprune.runtime.masks import Renewal
 from dartprune.runtime.pool import SlotPool
 from dartprune.runtime.stepper import Stepper
+from dartprune.scoring import NOISE
 
 NO_CACHE = "use_cache=False would rerun the whole text at every step: pruned decoding needs a cache"
 WHAT_PHASE = (
@@ -43,6 +46,7 @@ class Forwards(Refuses):
         stepper: Stepper,
         account: Account,
         renewal: Renewal,
+        changes: Changes,
     ) -> None:
         self.explicit: Explicit | None = None
         self.paused = False
@@ -56,6 +60,8 @@ class Forwards(Refuses):
         self._stepper = stepper
         self._account = account
         self._renewal = renewal
+        self._changes = changes
+        self._facts = parts.facts
         self._cache: Any = None  # of the forward under way
         self._length = 0
         self._unbound: tuple[int, ...] | None = None
@@ -165,7 +171,10 @@ class Forwards(Refuses):
         self.settle()
         self._pool.sweep()
         if first or explicit is not None:
-            self._check_unmoved()
+            self._check_unchanged()
+        self._stepper.heard = self._changes.heard()
+        if self._stepper.heard is not None:
+            self._account.note(f"{self._stepper.heard} while attached: since then masks stand in for the row kernels")
         lines, length = int(tokens.shape[0]), int(tokens.shape[1])
         known = self._pool.of(cache) if cache is not None else None
         in_loop = known is not None and length == 1 and not first and (explicit is None or explicit[0] is Phase.DECODE)
@@ -187,15 +196,22 @@ class Forwards(Refuses):
             self._check_length(past + length)
             self._ended = None
         slots = [self._pool.live[i] for i in ids]
-        if phase is Phase.PREFILL and past == 0 and tokens.dim() == 2 and self._method.scorer == "random":
+        if NOISE in self._renewal.scorer.inputs:
             for line, slot in enumerate(slots):
-                text = tokens[line].cpu()[rows.line(line)]
-                slot.noise_seed = zlib.crc32(text.numpy().tobytes())
+                if slot.noise_seed is None:  # by the text, so that a batch draws what its sequences draw alone
+                    text = tokens[line].cpu()[rows.line(line)].contiguous()
+                    slot.noise_seed = zlib.crc32(text.view(torch.uint8).numpy().tobytes())
         ended = self._ended if self._ended is not None and len(self._ended) == lines else None
         self._cache, self._length = cache, past
         self._stepper.begin(rows, slots, ended, paused=self.paused)
         if phase is not Phase.PREFILL:
-            self._account.decoded(slots, self._renewal.version, pruned=not self.paused, gathered=self._stepper.gathered)
+            self._account.decoded(
+                slots,
+                self._renewal.version,
+                pruned=not self.paused,
+                gathered=self._stepper.gathered,
+                chosen=self._stepper.heard is None,
+            )
 
     def _lines_of(
         self, cache: Any, known: tuple[int, ...] | None, lines: int, past: int, given: tuple[int, ...] | None
@@ -234,7 +250,7 @@ class Forwards(Refuses):
         if not cached:
             raise ValueError(NO_CACHE)
 
-    def _check_unmoved(self) -> None:
+    def _check_unchanged(self) -> None:
         for layer in self._layers:
             if place(layer.layer) != layer.place:
                 device, dtype = place(layer.layer)
@@ -242,6 +258,16 @@ class Forwards(Refuses):
                     f"the model was moved to {device}, {str(dtype).removeprefix('torch.')} while attached: "
                     "call run.detach(), move it, and attach again"
                 )
+        change = self._changes.found()
+        if change is not None:
+            raise ValueError(f"{change} while attached: call run.detach(), change the model, and attach again")
+        if self._changes.written():
+            if self._method.token is not None:
+                raise ValueError(
+                    "weights of the FFN were written to while attached, so that the token selector knows others: "
+                    "call run.detach() and attach again"
+                )
+            self._facts.forget()
 
     def _check_length(self, tokens: int) -> None:
         config = self._core.config

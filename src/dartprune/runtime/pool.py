@@ -78,7 +78,7 @@ class SlotPool:
 
     def continue_as(self, ids: tuple[int, ...], order: Tensor) -> None:
         """Line b goes on as what line order[b] was: statistics, masks, detector and events follow."""
-        targets = torch.tensor(ids, dtype=torch.int64)
+        targets = torch.tensor(ids, dtype=torch.int64, device="cpu")
         host_order = [int(i) for i in order]  # beam search waits for the device at each step anyway
         if host_order == list(range(len(ids))):
             return
@@ -89,12 +89,12 @@ class SlotPool:
         each = lines // len(ids)
         sources = [i for i in ids for _ in range(each)]
         opened = self.open(lines)
-        self._copy(sources, list(opened), torch.tensor(opened, dtype=torch.int64))
+        self._copy(sources, list(opened), torch.tensor(opened, dtype=torch.int64, device="cpu"))
         return opened
 
     def _copy(self, sources: list[int], targets: list[int], target_rows: Tensor) -> None:
         for holder in self._holders:
-            holder.move(torch.tensor(sources, dtype=torch.int64), target_rows)
+            holder.move(torch.tensor(sources, dtype=torch.int64, device="cpu"), target_rows)
         before = dict(self.live)
         for source, target in zip(sources, targets, strict=True):
             twin = before[source].onto(target)

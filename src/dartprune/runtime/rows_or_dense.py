@@ -73,7 +73,7 @@ class Choice:
 def _dense(layer: LayerRun) -> Dense:
     def work(x: Tensor) -> Tensor:
         a = layer.layer.activations(x)
-        out: Tensor = layer.layer.down(apply_mask(a[:, None], a > 0)[:, 0])
+        out: Tensor = layer.layer.projected(apply_mask(a[:, None], a > 0)[:, 0])
         return out
 
     return work

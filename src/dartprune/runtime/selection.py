@@ -54,7 +54,7 @@ class LayerSelection(SlotTensors):
         Returns:
             how many of `kept` were not kept before, a scalar on the device.
         """
-        before = torch.full((self.neurons,), former is None, device=self.device)
+        before = torch.full((self.neurons,), former is None, dtype=torch.bool, device=self.device)
         if former is not None:
             before[self.index[slot, :former].long()] = True
         k = kept.shape[0]

@@ -96,7 +96,7 @@ class Slot:
     sequence: int
     state: State
     drift: AttentionDrift
-    noise_seed: int = 0
+    noise_seed: int | None = None  # from its first tokens
     position: int = 0  # tokens of this sequence that its cache holds
     prompt_tokens: int = 0
     traced: int = 0

@@ -59,6 +59,7 @@ class Stepper:
         self.pending: Pending | None = None
         self.choice = Choice(layers)
         self.gathered = False  # whether the forward that began last reads rows
+        self.heard: str | None = None  # what reading rows would leave out by now
         self._announce = announce
         self._tally = tally
         self._ring = method.refresh.replay_tokens
@@ -97,7 +98,7 @@ class Stepper:
         self._make_ready(slots)
         # where some lines are dense all weights are read anyway: masks cost nothing more
         self.gathered = all(slot.state is State.PRUNED for slot in slots)
-        self.gathered = self.gathered and all(layer.backend.gathers for layer in self.layers)
+        self.gathered = self.gathered and self.heard is None and all(layer.backend.gathers for layer in self.layers)
         if self.gathered and rows.tokens == 1:
             self.gathered = self.choice.gathers(slots, self.renewal.version)
         return self._planner.decode(rows, slots, ended, gathering=self.gathered)
@@ -188,9 +189,9 @@ class Stepper:
         slots = pending.slots
         block = Rows(Phase.DECODE, pending.rows.slots, stayed)
         ring = block.tail(self._ring, [slot.ring_next for slot in slots]) if self._ring else None
-        learning = torch.tensor([slot.state is State.LEARNING for slot in slots], dtype=torch.float32)
+        learning = torch.tensor([slot.state is State.LEARNING for slot in slots], dtype=torch.float32, device="cpu")
         weight = learning[:, None].expand(-1, stayed)
-        ids = torch.tensor(pending.rows.slots, dtype=torch.int64)
+        ids = torch.tensor(pending.rows.slots, dtype=torch.int64, device="cpu")
         for layer in self.layers:
             assert layer.staged is not None
             device = layer.trace.device
@@ -216,7 +217,9 @@ class Stepper:
         device = self.counters.device
         ids = self._once([slot.id for slot in slots], device)
         pruned = [slot.state is State.PRUNED and not self._paused for slot in slots]
-        alive = torch.ones(len(slots), device=device) if ended is None else (~ended).to(device).float()
+        alive = torch.ones(len(slots), dtype=torch.float32, device=device)
+        if ended is not None:
+            alive = (~ended).to(alive)
         mask = self._once(pruned, device)
         self.counters.pruned.index_add_(0, ids, (alive * mask * tokens).long())
         self.counters.dense.index_add_(0, ids, (alive * ~mask * tokens).long())
