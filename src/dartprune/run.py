@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.method import Method
+from dartprune.model.apart import apart
+from dartprune.model.changes import Changes
 from dartprune.model.families import describe
-from dartprune.model.layer_site import Refuses, claim, release, sites_of
+from dartprune.model.layer_site import Refuses, claim, claimed, release, sites_of
 from dartprune.model.lookup import core_of
 from dartprune.model.model_site import model_site
 from dartprune.model.rows import Phase
@@ -38,40 +40,47 @@ class Run(Refuses):
         """Attach. Raises ValueError or TypeError, with the model untouched, for what cannot be pruned."""
         began = time.perf_counter()
         self.method = method
-        decoder = describe(model)
         self._core = core_of(model)
         if self._core.training:
             raise ValueError("the model is in training mode: call model.eval() before attaching")
         self._attached = False
         self._callbacks: list[Callable[[Event], None]] = []
-        claim(self._core, method.name)
+        claim(self._core, method.name, self)
         try:
-            self._parts = parts = build(method, self._core, decoder, backend, progress)
-            replay = method.refresh.replay_tokens
-            self._account = Account(method, parts)
-            self._renewal = Renewal(method, parts.layers, parts.counters, parts.facts)
-            self._pool = SlotPool(parts.holders, self._new_slot, self._account.close)
-            self._stepper = Stepper(
-                method,
-                parts.layers,
-                parts.counters,
-                Watch(parts.windows, method.refresh.settle_tokens, replay // method.detector.window),
-                self._renewal,
-                self._happened,
-                parts.tally,
-            )
-            self._forwards = Forwards(
-                method, self._core, parts, self._pool, self._stepper, self._account, self._renewal
-            )
-            self._sites = sites_of(self._core, decoder)
-            self._door = model_site(self._core)
-            self._install()
+            with apart():
+                self._attach(model, backend, progress)
         except BaseException:
             if hasattr(self, "_parts"):
                 self._parts.layout.undo()
             release(self._core)
             raise
         self._account.seconds["attaching"] = time.perf_counter() - began
+
+    def _attach(self, model: nn.Module, backend: str, progress: Progress | None) -> None:
+        method = self.method
+        decoder = describe(model)
+        self._parts = parts = build(method, self._core, decoder, backend, progress)
+        replay = method.refresh.replay_tokens
+        self._account = Account(method, parts)
+        self._renewal = Renewal(method, parts.layers, parts.counters, parts.facts)
+        self._pool = SlotPool(parts.holders, self._new_slot, self._account.close)
+        self._stepper = Stepper(
+            method,
+            parts.layers,
+            parts.counters,
+            Watch(parts.windows, method.refresh.settle_tokens, replay // method.detector.window),
+            self._renewal,
+            self._happened,
+            parts.tally,
+        )
+        self._sites = sites_of(self._core, decoder)
+        self._door = model_site(self._core)
+        read = [layer.backend.gathers for layer in parts.layers]
+        changes = Changes(self._core, self._sites, self._door, read)
+        self._forwards = Forwards(
+            method, self._core, parts, self._pool, self._stepper, self._account, self._renewal, changes
+        )
+        self._install()
 
     def _install(self) -> None:
         try:
@@ -85,10 +94,14 @@ class Run(Refuses):
                 self._remove()
 
     def _remove(self) -> None:
-        self._door.remove()
+        kept = self._door.remove()
         for site in self._sites.layers:
-            site.remove()
+            kept += site.remove()
+        for where in kept:
+            self._account.note(f"{where} was patched by somebody else while attached; that was left in place")
         self._parts.layout.undo()
+        for layer in self._parts.layers:
+            layer.weights = "the run is detached"  # no view of ours keeps the memory of the weights
 
     # ---- what the user calls
 
@@ -97,7 +110,7 @@ class Run(Refuses):
         if not self._attached:
             return
         began = time.perf_counter()
-        with self._forwards.lock:
+        with self._forwards.lock, apart():
             self._attached = False
             self._forwards.settle()
             self._stepper.abort()
@@ -107,7 +120,7 @@ class Run(Refuses):
 
     def report(self) -> Report:
         """What happened so far; also after `detach`."""
-        with self._forwards.lock:
+        with self._forwards.lock, apart():
             self._forwards.settle()
             self._pool.sweep()
             self._account.seconds |= self._stepper.seconds
@@ -115,6 +128,15 @@ class Run(Refuses):
             self._account.seconds["tracing"] = sum(state.tracing_seconds for state in states.values())
             self._account.refresh_flops, self._account.replays = self._renewal.flops, self._renewal.replays
             return self._account.report(list(self._pool.live.values()))
+
+    def __repr__(self) -> str:
+        what = f"Run of {self.method.name} on {type(self._core).__name__}"
+        if "_forwards" not in vars(self):
+            return f"<{what}: not attached>"
+        state = ("paused" if self._forwards.paused else "attached") if self._attached else "detached"
+        so_far = self._account.report(list(self._pool.live.values()))
+        decoded = so_far.dense_tokens + so_far.pruned_tokens
+        return f"<{what}: {state}, {decoded} tokens decoded, {so_far.pruned_tokens} of them pruned>"
 
     @contextmanager
     def phase(self, phase: str, slots: Sequence[int] | None = None) -> Iterator[None]:
@@ -193,7 +215,8 @@ class Run(Refuses):
 
     def scores(self, slot: int) -> list[Tensor]:
         """The score of every neuron as a slot's trace stands now, float32 [I] of each layer on the layer's device."""
-        return [self._renewal.scores(layer, [self._pool.live[slot]])[0].clone() for layer in self._parts.layers]
+        with apart():
+            return [self._renewal.scores(layer, [self._pool.live[slot]])[0].clone() for layer in self._parts.layers]
 
     def _new_slot(self, slot: int, sequence: int) -> Slot:
         state = State.LEARNING if self.method.prunes else State.DENSE
@@ -205,3 +228,20 @@ class Run(Refuses):
             told = replace(event, changed=None if changed is None else int(changed))
             for callback in self._callbacks:
                 callback(told)
+
+
+def run_of(model: nn.Module) -> Run | None:
+    """The run that a model is attached to; None where it is free. TypeError for what is no transformers model."""
+    held: Run | None = claimed(core_of(model))
+    return held
+
+
+def detach(model: nn.Module) -> None:
+    """Detach whatever run a model is attached to, also where its handle was lost; nothing happens if there is none.
+
+    Raises:
+        TypeError: no transformers model.
+    """
+    run = run_of(model)
+    if run is not None:
+        run.detach()
