@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT = 64  # tensors that are remembered
+REMEMBERED = 64  # tensors
 
 
-class Once:
+class DeviceValues:
     """Remembers the tensors it made."""
 
     def __init__(self) -> None:
-        self._kept: dict[Any, Tensor] = {}
+        self._tensors: dict[Any, Tensor] = {}
 
     def __call__(self, values: Sequence[int] | Sequence[bool], device: torch.device) -> Tensor:
         """These values, int64 or bool [n], on a device; never to be written to."""
         key = (device, *map(type, values[:1]), *values)
-        if key not in self._kept:
-            if len(self._kept) >= KEPT:
-                self._kept.clear()
+        if key not in self._tensors:
+            if len(self._tensors) >= REMEMBERED:
+                self._tensors.clear()
             dtype = torch.bool if values and isinstance(values[0], bool) else torch.int64
-            self._kept[key] = torch.tensor(values, dtype=dtype, device=device)
-        return self._kept[key]
+            self._tensors[key] = torch.tensor(values, dtype=dtype, device=device)
+        return self._tensors[key]

@@ -1,24 +1,27 @@
-"""Forwards: what each forward of an attached model is, told by the model's doors."""
+"""What each forward of an attached model is: its phase, its lines and their slots, heard at the model's doors."""
 
 from __future__ import annotations
 
 import threading
 import zlib
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dartprune.method import Method
 from dartprune.model.changes import Changes
+from dartprune.model.context import context_length
 from dartprune.model.layer import place
 from dartprune.model.layer_site import Refuses
 from dartprune.model.rows import Phase, Rows
 from dartprune.runtime.account import Account
-from dartprune.runtime.build import Parts
-from dartprune.runtime.masks import Renewal
-from dartprune.runtime.pool import SlotPool
-from dartprune.runtime.stepper import Stepper
+from dartprune.runtime.forward import Forwards
+from dartprune.runtime.layer_hooks import LiveLayer
+from dartprune.runtime.masks import Masks
+from dartprune.runtime.slots import SlotPool
+from dartprune.runtime.weight_facts import WeightFacts
 from dartprune.scoring import NOISE
 
 NO_CACHE = "use_cache=False would rerun the whole text at every step: pruned decoding needs a cache"
@@ -26,10 +29,17 @@ WHAT_PHASE = (
     "this forward needs a phase: wrap it in `with run.phase('prefill'):` for given text or "
     "`with run.phase('decode'):` for new tokens, or use model.generate()"
 )
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 Explicit = tuple[Phase, tuple[int, ...] | None]  # what a forward's tokens are, and its lines' slots where given
 
 
-class Forwards(Refuses):
+def _outside_graphs(method: _Method) -> _Method:
+    """Keep torch.compile out of a method."""
+    disabled: _Method = torch.compiler.disable(method)
+    return disabled
+
+
+class LiveModel(Refuses):
     """Works out the phase and the slots of each forward, has it planned, and has its consequences drawn.
 
     explicit: what the user says of direct calls, None outside of `Run.phase`.  paused: whether pruning is.
@@ -41,12 +51,13 @@ class Forwards(Refuses):
         self,
         method: Method,
         core: Any,
-        parts: Parts,
+        layers: Sequence[LiveLayer],
         pool: SlotPool,
-        stepper: Stepper,
+        forwards: Forwards,
         account: Account,
-        renewal: Renewal,
+        masks: Masks,
         changes: Changes,
+        facts: WeightFacts,
     ) -> None:
         self.explicit: Explicit | None = None
         self.paused = False
@@ -55,21 +66,19 @@ class Forwards(Refuses):
         self.split = 0
         self._method = method
         self._core = core
-        self._layers = parts.layers
+        self._layers = layers
         self._pool = pool
-        self._stepper = stepper
+        self._forwards = forwards
         self._account = account
-        self._renewal = renewal
+        self._masks = masks
         self._changes = changes
-        self._facts = parts.facts
+        self._facts = facts
         self._cache: Any = None  # of the forward under way
         self._length = 0
         self._unbound: tuple[int, ...] | None = None
         self._generating = False
         self._prompt: int | None = None
         self._ended: Tensor | None = None
-        for name in ("begin", "candidates", "finish", "abort"):
-            setattr(self, name, torch.compiler.disable(getattr(self, name)))
 
     # ---- what the model's doors call
 
@@ -92,11 +101,13 @@ class Forwards(Refuses):
         self._begin(cache, tokens, mask, first=first, explicit=None)
         self.armed = True
 
+    @_outside_graphs
     def candidates(self, inputs: dict[str, Any]) -> None:
         """The candidates that came with the prompt are about to be verified."""
         self._begin(inputs["past_key_values"], inputs["input_ids"], None, first=False, explicit=(Phase.VERIFY, None))
         self.armed = True
 
+    @_outside_graphs
     def begin(self, call: dict[str, Any]) -> None:
         """A forward that `generate()` did not announce is about to run."""
         cache = call.get("past_key_values")
@@ -114,6 +125,7 @@ class Forwards(Refuses):
         explicit = self.explicit if self.explicit is not None else (Phase.DECODE, None)
         self._begin(cache, tokens, call.get("attention_mask"), first=False, explicit=explicit)
 
+    @_outside_graphs
     def finish(self, output: Any) -> None:
         """The forward has run."""
         self.armed = False
@@ -126,11 +138,12 @@ class Forwards(Refuses):
             self._cache, self._unbound = cache, None
         self._end_forward()
 
+    @_outside_graphs
     def abort(self) -> None:
         """The forward has failed."""
         self.armed, self.split = False, 0
         self._unbound = None
-        self._stepper.abort()
+        self._forwards.abort()
 
     def generating(self, prompt: Tensor | None) -> None:
         """`generate()` begins."""
@@ -159,10 +172,10 @@ class Forwards(Refuses):
 
     def settle(self) -> None:
         """Count the candidates that stayed, as far as the cache tells by now."""
-        pending = self._stepper.pending
-        if pending is not None:
-            length = int(pending.cache.get_seq_length()) if pending.cache is not None else None
-            self._stepper.resolve(length)
+        waiting = self._forwards.candidates
+        if waiting is not None:
+            length = int(waiting.cache.get_seq_length()) if waiting.cache is not None else None
+            self._forwards.resolve(length)
 
     # ---- one forward
 
@@ -172,9 +185,9 @@ class Forwards(Refuses):
         self._pool.sweep()
         if first or explicit is not None:
             self._check_unchanged()
-        self._stepper.heard = self._changes.heard()
-        if self._stepper.heard is not None:
-            self._account.note(f"{self._stepper.heard} while attached: since then masks stand in for the row kernels")
+        self._forwards.heard = self._changes.heard()
+        if self._forwards.heard is not None:
+            self._account.note(f"{self._forwards.heard} while attached: masks stand in for the row kernels meanwhile")
         lines, length = int(tokens.shape[0]), int(tokens.shape[1])
         known = self._pool.of(cache) if cache is not None else None
         in_loop = known is not None and length == 1 and not first and (explicit is None or explicit[0] is Phase.DECODE)
@@ -196,21 +209,21 @@ class Forwards(Refuses):
             self._check_length(past + length)
             self._ended = None
         slots = [self._pool.live[i] for i in ids]
-        if NOISE in self._renewal.scorer.inputs:
+        if NOISE in self._masks.scorer.inputs:
             for line, slot in enumerate(slots):
                 if slot.noise_seed is None:  # by the text, so that a batch draws what its sequences draw alone
                     text = tokens[line].cpu()[rows.line(line)].contiguous()
                     slot.noise_seed = zlib.crc32(text.view(torch.uint8).numpy().tobytes())
         ended = self._ended if self._ended is not None and len(self._ended) == lines else None
         self._cache, self._length = cache, past
-        self._stepper.begin(rows, slots, ended, paused=self.paused)
+        self._forwards.begin(rows, slots, ended, paused=self.paused)
         if phase is not Phase.PREFILL:
             self._account.decoded(
                 slots,
-                self._renewal.version,
+                self._masks.version,
                 pruned=not self.paused,
-                gathered=self._stepper.gathered,
-                chosen=self._stepper.heard is None,
+                gathered=self._forwards.gathered,
+                chosen=self._forwards.heard is None,
             )
 
     def _lines_of(
@@ -252,8 +265,8 @@ class Forwards(Refuses):
 
     def _check_unchanged(self) -> None:
         for layer in self._layers:
-            if place(layer.layer) != layer.place:
-                device, dtype = place(layer.layer)
+            if place(layer.parts) != layer.place:
+                device, dtype = place(layer.parts)
                 raise ValueError(
                     f"the model was moved to {device}, {str(dtype).removeprefix('torch.')} while attached: "
                     "call run.detach(), move it, and attach again"
@@ -270,17 +283,12 @@ class Forwards(Refuses):
             self._facts.forget()
 
     def _check_length(self, tokens: int) -> None:
-        config = self._core.config
-        most = getattr(
-            config.get_text_config() if hasattr(config, "get_text_config") else config,
-            "max_position_embeddings",
-            None,
-        )
-        if isinstance(most, int) and 0 < most < tokens:
+        most = context_length(self._core)
+        if most is not None and most < tokens:
             raise ValueError(f"the prompt has {tokens} tokens, more than the model's context of {most}: shorten it")
 
     def _end_forward(self) -> None:
-        self._stepper.finish(self._cache, self._length)
+        self._forwards.finish(self._cache, self._length)
         self._length += 1
         if not self._generating:
             self._cache = None
