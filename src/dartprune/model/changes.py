@@ -53,7 +53,7 @@ class Changes:
         return None
 
     def written(self) -> bool:
-        """Whether weights that are read by rows were written to since the last call."""
+        """Whether weights of any FFN were written to, or replaced, since the last call."""
         before, self._version = self._version, self._versions()
         return self._version != before
 
@@ -66,8 +66,13 @@ class Changes:
                 return f"{label} was given hooks or another forward"
         return None
 
-    def _versions(self) -> list[int]:
-        return [weight._version for _, _, weight, _, _ in self._weights if not weight.is_inference()]
+    def _versions(self) -> list[tuple[int, int]]:
+        return [
+            (id(weight), 0 if weight.is_inference() else weight._version)
+            for layer in self._sites.decoder.layers
+            for module in layer.projections.values()
+            for weight in module.parameters()
+        ]
 
 
 Link = tuple[Mapping[str, Any], str, Any, str]
@@ -89,7 +94,7 @@ def _links(core: nn.Module, layers: Sequence[Layer]) -> Iterator[Link]:
         seen.add(module)
         for parent, name in parents.get(module, ()):
             yield parent._modules, name, module, label
-            yield from up_from(parent, f"the model's {names[parent] or 'base'}")
+            yield from up_from(parent, names[parent])
 
     for layer in layers:
         where = f"layer {layer.index}'s"
