@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from dartprune.refresh import Never, Relearn, Release, Replay
     from dartprune.report import Event, Report
-    from dartprune.run import Run
+    from dartprune.run import Run, detach, run_of
     from dartprune.scoring import register_scorer
     from dartprune.selectors.settings import Sketch, TokenGate
 
@@ -58,9 +58,11 @@ _HOME = {
     "Table": "budget",
     "TokenGate": "selectors.settings",
     "Uniform": "budget",
+    "detach": "run",
     "presets": "pruner",
     "register_family": "model.families",
     "register_scorer": "scoring",
+    "run_of": "run",
 }
 _MODULES = ("budget", "drift", "scoring")
 
@@ -91,10 +93,12 @@ __all__ = [
     "TokenGate",
     "Uniform",
     "budget",
+    "detach",
     "drift",
     "presets",
     "register_family",
     "register_scorer",
+    "run_of",
     "scoring",
 ]
 

@@ -58,7 +58,7 @@ def distribute(pressure: Tensor, sparsity: float, min_sparsity: float = 0.1, max
     layers = p.numel()
     total = float(p.sum())
     if layers == 1 or total <= 0 or not math.isfinite(total):
-        return torch.full((layers,), float(sparsity))
+        return torch.full((layers,), float(sparsity), dtype=torch.float32, device="cpu")
     wanted = sparsity * layers
     out = (wanted * p / total).clamp(low, high)
     for _ in range(10 * layers + 100):
@@ -108,11 +108,13 @@ def depth_aware(
     mean = float(s.mean())
     spread = float(s.max() - s.min())
     if not math.isfinite(mean) or spread < ALIKE * mean or spread == 0:
-        readiness = torch.ones(layers, dtype=torch.float64)
+        readiness = torch.ones(layers, dtype=torch.float64, device="cpu")
     else:
         readiness = 1 - (s - s.min()) / (spread + 1e-6 * mean)
-    depth = torch.linspace(0, 1, layers, dtype=torch.float64) if layers > 1 else torch.full((1,), 0.5).double()
-    protection = torch.ones(layers, dtype=torch.float64)
+    depth = torch.full((1,), 0.5, dtype=torch.float64, device="cpu")
+    if layers > 1:
+        depth = torch.linspace(0, 1, layers, dtype=torch.float64, device="cpu")
+    protection = torch.ones(layers, dtype=torch.float64, device="cpu")
     early, late = depth < early_width, depth > 1 - late_width
     if early_width > 0:
         protection = torch.where(early, early_floor + (1 - early_floor) * depth / early_width, protection)
@@ -145,16 +147,17 @@ def rank(contributions: Sequence[Tensor], sparsity: float, max_sparsity: float =
         sure = min(size, math.ceil((1 - max(max_sparsity, sparsity)) * size))
         part[part.topk(sure).indices] = torch.inf
         ranked.append(part)
-    owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(ranked[0].device)
+    many = torch.tensor(sizes, dtype=torch.int64, device="cpu")
+    owners = torch.arange(len(sizes), dtype=torch.int64, device="cpu").repeat_interleave(many).to(ranked[0].device)
     chosen = owners[torch.cat(ranked).topk(kept).indices]
     counts = torch.bincount(chosen, minlength=len(sizes)).cpu()
-    return (1 - counts.double() / torch.tensor(sizes)).float()
+    return (1 - counts.double() / many).float()
 
 
 def uniform(layers: int, sparsity: float) -> Tensor:
     """The same pruned fraction in every layer, float32 [L]; ValueError outside [0, 1)."""
     _check(sparsity)
-    return torch.full((layers,), float(sparsity))
+    return torch.full((layers,), float(sparsity), dtype=torch.float32, device="cpu")
 
 
 def _entries(table: str) -> list[tuple[str, int, int | None, str]]:
@@ -205,7 +208,7 @@ def parse_table(table: str, neurons: Sequence[int]) -> Tensor:
     missing = [layer for layer, value in enumerate(out) if math.isnan(value)]
     if missing:
         raise ValueError(f"the budget table names no share for layer {missing[0]}: add it, or 'all:SHARE' in front")
-    return torch.tensor(out, dtype=torch.float32)
+    return torch.tensor(out, dtype=torch.float32, device="cpu")
 
 
 def keep_counts(pruned: Tensor, neurons: Sequence[int]) -> list[int]:

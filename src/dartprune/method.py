@@ -159,15 +159,19 @@ class Method:
 
 def settings_from(data: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a Method from its dict form; ValueError naming the nearest key for an unknown one."""
-    if data.get("version") != VERSION:
-        raise ValueError(f"pruner version {data.get('version')!r} is not known: this release reads version {VERSION}")
+    if not isinstance(data, Mapping):
+        raise TypeError(f"a pruner is read from a mapping of its settings, got {data!r}")
     known = [item.name for item in fields(Method)]
+    for key in data:
+        if key not in (*known, "version", "preset"):
+            raise unknown("pruner setting", key, known)
+    if data.get("version") != VERSION:
+        given = f"pruner version {data['version']!r} is not known" if "version" in data else "the pruner has no version"
+        raise ValueError(f"{given}: this release reads version {VERSION}; write 'version': {VERSION}")
     out: dict[str, Any] = {}
     for key, value in data.items():
         if key in ("version", "preset"):
             continue
-        if key not in known:
-            raise unknown("pruner setting", key, known)
         if key == "budget":
             value = _part("budget", budget_kinds.get(_kind("budget", value)), value)
         elif key == "refresh":

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.method import Method
-from dartprune.model.families import describe
-from dartprune.model.layer_site import Refuses, claim, release, sites_of
+from dartprune.model.apart import apart
+from dartprune.model.changes import Changes
+from dartprune.model.families import Decoder, describe
+from dartprune.model.layer_site import Refuses, claim, claimed, release, sites_of
 from dartprune.model.lookup import core_of
 from dartprune.model.model_site import model_site
 from dartprune.model.rows import Phase
@@ -40,29 +42,28 @@ class Run(Refuses):
         """Attach. Raises ValueError or TypeError, with the model untouched, for what cannot be pruned."""
         began = time.perf_counter()
         self.method = method
-        decoder = describe(model)
-        self._core = core_of(model)
-        if self._core.training:
-            raise ValueError("the model is in training mode: call model.eval() before attaching")
-        self._attached = False
-        self._callbacks: list[Callable[[Event], None]] = []
-        claim(self._core, method.name)
-        try:
-            self._parts = parts = build(method, self._core, decoder, backend, progress)
+        with apart():
+            decoder = describe(model)
+            self._core = core_of(model)
+            if self._core.training:
+                raise ValueError("the model is in training mode: call model.eval() before attaching")
+            self._attached = False
+            self._callbacks: list[Callable[[Event], None]] = []
+            claim(self._core, method.name, self)
             try:
-                self._connect(parts)
-                self._sites = sites_of(self._core, decoder)
-                self._door = model_site(self._core)
-                self._install()
+                self._parts = parts = build(method, self._core, decoder, backend, progress)
+                try:
+                    self._connect(parts, decoder)
+                    self._install()
+                except BaseException:
+                    parts.layout.undo()
+                    raise
             except BaseException:
-                parts.layout.undo()
+                release(self._core)
                 raise
-        except BaseException:
-            release(self._core)
-            raise
         self._account.seconds["attaching"] = time.perf_counter() - began
 
-    def _connect(self, parts: LiveParts) -> None:
+    def _connect(self, parts: LiveParts, decoder: Decoder) -> None:
         """The loop: forwards, the tokens they gave, the events that follow, the masks that those make."""
         method, refresh = self.method, self.method.refresh
         recent = refresh.replay_tokens // method.detector.window
@@ -72,7 +73,20 @@ class Run(Refuses):
         self._tokens = Tokens(method, parts.counters, Detectors(parts.windows, refresh.settle_tokens, recent))
         self._forwards = Forwards(method, parts.layers, self._tokens, self._events, parts.spending)
         self._pool = SlotPool(parts.holders, self._new_slot, self._account.close)
-        self._live = LiveModel(method, self._core, parts.layers, self._pool, self._forwards, self._account, self._masks)
+        self._sites = sites_of(self._core, decoder)
+        self._door = model_site(self._core)
+        changes = Changes(self._core, self._sites, self._door, [layer.backend.gathers for layer in parts.layers])
+        self._live = LiveModel(
+            method,
+            self._core,
+            parts.layers,
+            self._pool,
+            self._forwards,
+            self._account,
+            self._masks,
+            changes,
+            parts.facts,
+        )
 
     def _install(self) -> None:
         try:
@@ -86,10 +100,14 @@ class Run(Refuses):
                 self._remove()
 
     def _remove(self) -> None:
-        self._door.remove()
+        kept = self._door.remove()
         for site in self._sites.layers:
-            site.remove()
+            kept += site.remove()
+        for where in kept:
+            self._account.note(f"{where} was patched by somebody else while attached; that was left in place")
         self._parts.layout.undo()
+        for layer in self._parts.layers:
+            layer.weights = "the run is detached"  # no view of ours keeps the memory of the weights
 
     # ---- what the user calls
 
@@ -98,7 +116,7 @@ class Run(Refuses):
         if not self._attached:
             return
         began = time.perf_counter()
-        with self._live.lock:
+        with self._live.lock, apart():
             self._attached = False
             self._live.settle()
             self._forwards.abort()
@@ -109,7 +127,7 @@ class Run(Refuses):
 
     def report(self) -> Report:
         """What happened so far; also after `detach`."""
-        with self._live.state:
+        with self._live.state, apart():
             if self._live.lock.acquire(blocking=False):  # else another thread is in the middle of a text
                 try:
                     self._live.settle()
@@ -121,6 +139,15 @@ class Run(Refuses):
             self._account.seconds["tracing"] = sum(state.tracing_seconds for state in states.values())
             self._account.refresh_flops, self._account.replays = self._masks.flops, self._masks.replays
             return self._account.report(list(self._pool.live.values()))
+
+    def __repr__(self) -> str:
+        if "_live" not in vars(self):
+            return f"<Run of {self.method.name}: not attached>"
+        state = ("paused" if self._live.phases.paused else "attached") if self._attached else "detached"
+        so_far = self._account.report(list(self._pool.live.values()))
+        decoded = so_far.dense_tokens + so_far.pruned_tokens
+        what = f"Run of {self.method.name} on {type(self._core).__name__}"
+        return f"<{what}: {state}, {decoded} tokens decoded, {so_far.pruned_tokens} of them pruned>"
 
     @contextmanager
     def phase(self, phase: str, slots: Sequence[int] | None = None) -> Iterator[None]:
@@ -201,7 +228,8 @@ class Run(Refuses):
 
     def scores(self, slot: int) -> list[Tensor]:
         """The score of every neuron as a slot's trace stands now, float32 [I] of each layer on the layer's device."""
-        return [self._masks.scores(layer, [self._pool.live[slot]])[0].clone() for layer in self._parts.layers]
+        with apart():
+            return [self._masks.scores(layer, [self._pool.live[slot]])[0].clone() for layer in self._parts.layers]
 
     def _new_slot(self, slot: int, sequence: int) -> Slot:
         state = State.LEARNING if self.method.prunes else State.DENSE
@@ -212,3 +240,20 @@ class Run(Refuses):
             event = logged.told()
             for callback in self._callbacks:
                 callback(event)
+
+
+def run_of(model: nn.Module) -> Run | None:
+    """The run that a model is attached to; None where it is free. TypeError for what is no transformers model."""
+    held: Run | None = claimed(core_of(model))
+    return held
+
+
+def detach(model: nn.Module) -> None:
+    """Detach whatever run a model is attached to, also where its handle was lost; nothing happens if there is none.
+
+    Raises:
+        TypeError: no transformers model.
+    """
+    run = run_of(model)
+    if run is not None:
+        run.detach()

@@ -173,13 +173,13 @@ class Layers:
         fill((matrix for layer in matrices for matrix in layer), case.hidden**-0.5)
         self.rows = [self.weights(case, layer) for layer in matrices]
         self.down = [weights.down.t().contiguous() for weights in self.rows]  # as a model holds it
-        self.x = torch.randn(case.batch, case.hidden, device=device).to(kind)
-        self.index = [
-            torch.stack([torch.randperm(case.neurons)[: case.kept].sort().values for _ in range(case.batch)])
-            .to(torch.int32)
-            .to(device)
-            for _ in range(count)
-        ]
+        draw = torch.Generator("cpu").manual_seed(0)
+        self.x = torch.randn(case.batch, case.hidden, generator=draw).to(device, kind)
+
+        def kept() -> Tensor:
+            return torch.randperm(case.neurons, generator=draw)[: case.kept].sort().values.to(torch.int32)
+
+        self.index = [torch.stack([kept() for _ in range(case.batch)]).to(device) for _ in range(count)]
         self.count = torch.full((case.batch,), case.kept, dtype=torch.int32, device=device)
         self.slots = torch.arange(case.batch, device=device)
         self.masks = [

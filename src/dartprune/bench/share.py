@@ -70,7 +70,8 @@ def ffn_share(model: Any, tokens: Tensor, count: int) -> float:
 def ffn_alone(model: Any, batch: int) -> Callable[[], float]:
     """Seconds of all FFNs for one token of each sequence, as a CUDA graph (in which no hook runs)."""
     layers = describe(model).layers
-    x = torch.randn(batch, 1, layers[0].hidden, device=model.device).to(model.dtype)
+    draw = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(batch, 1, layers[0].hidden, generator=draw, dtype=torch.float32).to(model.device, model.dtype)
 
     def work() -> None:
         for layer in layers:

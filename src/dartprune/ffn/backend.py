@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,20 @@ class Backend(Protocol):
 
     def bytes_read(self, weights: FFNWeights, kept: Sequence[Tensor]) -> int:
         """Weight bytes that one call reads for sequences that keep these neurons (int32 [k] each)."""
+
+
+Operator = TypeVar("Operator", bound=Callable[..., Any])
+
+
+def exactly(function: Operator) -> Operator:
+    """Decorator of an operator: it computes in the dtypes that it is given, whatever autocast is in force."""
+
+    @functools.wraps(function)
+    def operator(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return operator  # type: ignore[return-value]
 
 
 def activation(name: str, x: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dartprune.ffn.backend import activation, row_bytes, same_shape
+from dartprune.ffn.backend import activation, exactly, row_bytes, same_shape
 from dartprune.ffn.weights import FFNWeights
 
 
 @torch.library.custom_op("dartprune::ffn_reference", mutates_args=())
+@exactly
 def _ffn_reference(
     x: Tensor,
     gate: Tensor | None,
@@ -26,10 +27,11 @@ def _ffn_reference(
     act: str,
 ) -> Tensor:
     out = x.new_empty(x.shape)
+    wide = x.to(up.dtype)
     for slot in slots.unique().tolist():
         rows = (slots == slot).nonzero()[:, 0]
         kept = index[slot, : int(count[slot])].long()
-        part = x[rows]
+        part = wide[rows]
 
         def project(weight: Tensor, bias: Tensor | None, part: Tensor = part, kept: Tensor = kept) -> Tensor:
             return torch.nn.functional.linear(part, weight[kept], None if bias is None else bias[kept])
@@ -37,7 +39,7 @@ def _ffn_reference(
         a = project(up, up_bias)
         a = activation(act, a) if gate is None else activation(act, project(gate, gate_bias)) * a
         y = a @ down[kept]
-        out[rows] = y if down_bias is None else y + down_bias
+        out[rows] = (y if down_bias is None else y + down_bias).to(x.dtype)
     return out
 
 

@@ -44,7 +44,7 @@ class SelectorKernels:
     def _call(self, x: Tensor, weights: FFNWeights, sketch: FFNSketch | None) -> None:
         slots = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         one = torch.ones(1, dtype=torch.int32, device=x.device)
-        importance = torch.ones(1, weights.neurons, device=x.device)
+        importance = torch.ones(1, weights.neurons, dtype=torch.float32, device=x.device)
         if sketch is None:
             self.gated_rows(x, weights, torch.zeros_like(one)[None], one, slots, one, importance=importance)
         else:

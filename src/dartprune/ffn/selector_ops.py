@@ -150,7 +150,7 @@ def chosen_rows(
         # a threshold under 0 takes all that a threshold of 0 takes
         take = torch.minimum(positive, (key >= least.clamp(min=0)[:, None]).sum(dim=1))
     count = take.clamp(max=min(width, neurons))
-    rank = torch.arange(neurons, device=scores.device)
+    rank = torch.arange(neurons, dtype=torch.int64, device=scores.device)
     places = torch.where(rank < count[:, None], order, neurons).sort(dim=1).values
     places = F.pad(places, (0, max(0, width - neurons)), value=neurons)[:, :width]
     return torch.where(places < neurons, places, 0).int(), count.int(), cut

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dartprune.ffn import selector_ops as selector_ops
-from dartprune.ffn.backend import activation
+from dartprune.ffn.backend import activation, exactly
 from dartprune.ffn.selector_ops import FFNSketch, SketchPlanes, TokenRows
 from dartprune.ffn.weights import FFNWeights
 
@@ -80,6 +80,7 @@ def _fresh(rows: TokenRows) -> _Parts:
 
 
 @torch.library.custom_op("dartprune::gated_rows_reference", mutates_args=())
+@exactly
 def _gated(
     x: Tensor,
     gate: Tensor | None,
@@ -108,6 +109,7 @@ def _(x: Tensor, *others: object) -> _Parts:
 
 
 @torch.library.custom_op("dartprune::sketched_rows_reference", mutates_args=())
+@exactly
 def _sketched(
     x: Tensor,
     gate: Tensor | None,
@@ -144,6 +146,7 @@ def _(x: Tensor, *others: object) -> _Parts:
 
 
 @torch.library.custom_op("dartprune::estimated", mutates_args=())
+@exactly
 def _estimated(x: Tensor, planes: Tensor, scale: Tensor, activation_bits: int, outliers: int) -> Tensor:
     rounded = selector_ops.quantise_input(x, activation_bits, outliers)
     return selector_ops.sketch_dots(rounded, SketchPlanes(planes, scale, x.shape[1]))

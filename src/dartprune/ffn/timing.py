@@ -60,9 +60,10 @@ def measure(weights: Sequence[FFNWeights], dense: Sequence[Dense]) -> Timing:
     """
     first, layers = weights[0], len(weights)
     neurons, backend = first.neurons, CpuBackend()
+    draw = torch.Generator("cpu").manual_seed(0)  # the caller's own draws must not depend on ours
 
     def inputs(rows: int) -> Tensor:
-        return torch.randn(rows, first.hidden).to(first.up.dtype)
+        return torch.randn(rows, first.hidden, generator=draw, dtype=torch.float32, device="cpu").to(first.up.dtype)
 
     def whole(rows: int) -> Callable[[], None]:
         x = inputs(rows)
@@ -75,7 +76,8 @@ def measure(weights: Sequence[FFNWeights], dense: Sequence[Dense]) -> Timing:
 
     def rows(index: Tensor) -> Callable[[], None]:
         lines, k = index.shape
-        x, count, slots = inputs(lines), torch.full((lines,), k, dtype=torch.int32), torch.arange(lines)
+        x, slots = inputs(lines), torch.arange(lines, dtype=torch.int64, device="cpu")
+        count = torch.full((lines,), k, dtype=torch.int32, device="cpu")
 
         def work() -> None:
             for layer in weights:
@@ -84,9 +86,11 @@ def measure(weights: Sequence[FFNWeights], dense: Sequence[Dense]) -> Timing:
         return work
 
     # both read every neuron, as batches do where the choice is close: once each, or in half of eight lines
-    draw = torch.Generator().manual_seed(0)
-    once = torch.randperm(neurons, generator=draw)[: neurons // 4 * 4].int().reshape(4, -1)
-    often = torch.stack([torch.randperm(neurons, generator=draw)[: max(1, neurons // 2)].int() for _ in range(8)])
+    def shuffled() -> Tensor:
+        return torch.randperm(neurons, generator=draw, device="cpu").int()
+
+    once = shuffled()[: neurons // 4 * 4].reshape(4, -1)
+    often = torch.stack([shuffled()[: max(1, neurons // 2)] for _ in range(8)])
     works = [*map(whole, BATCHES), rows(once), rows(often)]
     taken: list[list[float]] = [[] for _ in works]
     for run in range(RUNS + 1):

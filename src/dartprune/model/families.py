@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from dartprune.model.calls import bare
 from dartprune.model.layer import Decoder, Layer, activation_name, sizes
 from dartprune.model.lookup import Family, at, core_of, first_of, refuse_by_kind
 from dartprune.model.structure import by_structure
@@ -103,18 +104,32 @@ def describe(model: Any) -> Decoder:
     row = FAMILIES.get(model_type)
     if row is None:
         return by_structure(core, model_type)
-    layers = tuple(_layer(index, module, row) for index, module in enumerate(first_of(core, row.layers)))
+    layers = tuple(_layer(index, bare(module), row) for index, module in enumerate(first_of(core, row.layers)))
+    _check_single(layers)
     return Decoder(model_type, "table", layers, layers[0].hidden)
 
 
+def _check_single(layers: tuple[Layer, ...]) -> None:
+    """ValueError where two layers run the same module: each would need masks and statistics of its own in it."""
+    owner: dict[nn.Module, int] = {}
+    for layer in layers:
+        for part in filter(None, {layer.entry, layer.down, layer.norm, layer.contribution}):
+            first = owner.setdefault(part, layer.index)
+            if first != layer.index:
+                raise ValueError(
+                    f"layers {first} and {layer.index} share one {type(part).__name__} in or around their FFN: "
+                    "they cannot be pruned apart; give each a module of its own, whose weights may be tied"
+                )
+
+
 def _layer(index: int, module: nn.Module, row: Family) -> Layer:
-    entry, up, down = (at(module, path) for path in (row.entry, row.up, row.down))
-    gate = at(module, row.gate) if row.gate else None
-    norm = first_of(module, row.norm) if row.norm else None
+    entry, up, down = (bare(at(module, path)) for path in (row.entry, row.up, row.down))
+    gate = bare(at(module, row.gate)) if row.gate else None
+    norm = bare(first_of(module, row.norm)) if row.norm else None
     if row.norm_if and not getattr(module, row.norm_if):
         norm = None
     holder = module if row.inline else entry
-    act = getattr(holder, row.act) if row.act else first_of(holder, "act_fn|activation_fn|act|activation")
+    act = bare(getattr(holder, row.act) if row.act else first_of(holder, "act_fn|activation_fn|act|activation"))
     hidden, neurons = _shape(down)
     return Layer(
         index=index,
@@ -127,9 +142,9 @@ def _layer(index: int, module: nn.Module, row: Family) -> Layer:
         activation=activation_name(act),
         act=act,
         norm=norm,
-        contribution=at(module, row.contribution) if row.contribution else entry,
+        contribution=bare(at(module, row.contribution)) if row.contribution else entry,
         scale=float(getattr(module, row.scale)) if row.scale else 1.0,
-        attention_output=at(module, row.attention_output),
+        attention_output=bare(at(module, row.attention_output)),
         hidden=hidden,
         neurons=neurons,
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dartprune.model.calls import bare, quietly
 
 
 @dataclass(frozen=True)
@@ -55,27 +57,72 @@ class Layer:
         return self.matrices * self.neurons * self.hidden
 
     @property
+    def projections(self) -> dict[str, nn.Module]:
+        """The FFN's linear layers by name: gate (where it is a module of its own), up and down."""
+        named = {"up projection": self.up, "down projection": self.down}
+        return named if self.gate is None else {"gate projection": self.gate, **named}
+
+    def skipped(self) -> dict[str, Any]:
+        """What is not called where the FFN is computed from rows, by name: modules, or functions."""
+        return {**self.projections, "activation": self.act}
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the projections' weights, whatever they are kept in; biases left out."""
-        modules = [self.up, self.down] if self.gate is None else [self.gate, self.up, self.down]
-        parameters = {id(p): p for module in modules for p in module.parameters() if p.dim() > 1}
-        return sum(p.numel() * p.element_size() for p in parameters.values())
+        tensors = {id(t): t for module in self.projections.values() for t in held(module) if t.dim() > 1}
+        # packed where torch cannot see it (dynamic quantisation): 8 bits each
+        return sum(t.numel() * t.element_size() for t in tensors.values()) or self.weights
 
     def gate_activations(self, x: Tensor) -> Tensor:
         """`act(W_gate x)`, [..., I], of an FFN that has a gate."""
-        if self.gate is not None:
-            return self.act(self.gate(x))
-        return self.act(self.up(x).chunk(2, dim=-1)[0])
+        gate: Tensor = quietly(self.up, x).chunk(2, dim=-1)[0] if self.gate is None else quietly(self.gate, x)
+        return self.activated(gate)
 
     def activations(self, x: Tensor) -> Tensor:
-        """The input of the down projection, [..., I], for FFN inputs [..., H]; runs the modules, whatever they are."""
-        up: Tensor = self.up(x)
+        """The input of the down projection, [..., I], for FFN inputs [..., H]; runs the modules, whatever they are.
+
+        No hook of the user's hears of it, nor changes it: this is no call of the model's.
+        """
+        up: Tensor = quietly(self.up, x)
         if self.fused:
             gate, up = up.chunk(2, dim=-1)
-            return up * self.act(gate)
+            return up * self.activated(gate)
         if self.gate is not None:
-            return self.act(self.gate(x)) * up
-        return self.act(up)
+            return self.activated(quietly(self.gate, x)) * up
+        return self.activated(up)
+
+    def activated(self, a: Tensor) -> Tensor:
+        """The activation of `a`, unheard by hooks."""
+        out: Tensor = quietly(self.act, a)
+        return out
+
+    def projected(self, a: Tensor) -> Tensor:
+        """The down projection of `a` [..., I], bias included, unheard by hooks."""
+        out: Tensor = quietly(self.down, a)
+        return out
+
+
+def held(module: nn.Module) -> Iterator[Tensor]:
+    """All tensors that a module keeps: parameters, then buffers."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def place(layer: Layer) -> tuple[torch.device, torch.dtype]:
+    """Where a layer computes and in which dtype, also where its weights are packed or accelerate keeps them elsewhere.
+
+    Asked are the down projection and then what stands beside it: quantised layers hold integers, or nothing that torch
+    can see.
+    """
+    norm = () if layer.norm is None else (layer.norm,)
+    asked = (layer.down, layer.attention_output, *norm, layer.entry)
+    first = next((tensor for module in asked for tensor in held(module)), None)
+    floats = (t.dtype for module in asked for t in module.parameters() if t.is_floating_point())
+    device = torch.device("cpu") if first is None else first.device
+    hook = getattr(layer.down, "_hf_hook", None)
+    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
+        device = torch.device(hook.execution_device)  # type: ignore[union-attr]
+    return device, next(floats, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -90,10 +137,9 @@ class Decoder:
 
 def sizes(module: Any) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear layer, an adapter around one or a quantised one; None if it is none of these."""
+    module = bare(module)
     while isinstance(getattr(module, "base_layer", None), nn.Module):
-        module = module.base_layer
-    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-        return sizes(module._orig_mod)
+        module = bare(module.base_layer)
     for names in (("in_features", "out_features"), ("nx", "nf"), ("infeatures", "outfeatures")):
         pair = tuple(getattr(module, name, None) for name in names)
         if all(isinstance(size, int) for size in pair):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
+from dartprune.model.apart import apart
 from dartprune.model.layer_site import Forward, Patch, Refuses
 
 
@@ -50,6 +51,13 @@ class ModelHooks(Protocol):
         """Which lines have ended, bool [B]."""
 
 
+# what transformers' own adapter interface changes the model with
+_ADAPTERS = ("load_adapter", "add_adapter", "set_adapter")
+NO_ADAPTER = "adapters cannot be changed while the model is attached: call run.detach() first"
+NO_BATCHING = "continuous batching cannot be pruned: call run.detach() first, or generate() with a batch of texts"
+_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
 class _Recorded(StoppingCriteriaList):  # type: ignore[misc]
     """Stopping criteria that tell the run which lines have ended."""
 
@@ -62,13 +70,17 @@ class _Recorded(StoppingCriteriaList):  # type: ignore[misc]
 
 
 class ModelSite(Refuses):
-    """The wrapped methods of one model; made once per model, installed at each attach."""
+    """The wrapped methods of one model; made once per model, installed at each attach.
+
+    Without hooks they pass everything on.  spent: somebody else may still call them, so they are not installed again.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = weakref.ref(model)
         self.hooks: ModelHooks | None = None
+        self.spent = False
         self._original: dict[str, Callable[..., Any] | None] = {}
-        self._patches: list[Patch] = []
+        self._patches: dict[str, Patch] = {}
         # what happens around a forward is no part of any graph; inside, torch.compile goes on
         self._around = torch.compiler.disable(self._around_forward, recursive=False)
         self._forward = _with_signature(self._make_forward(), model.forward)
@@ -82,17 +94,14 @@ class ModelSite(Refuses):
         model = self.model()
         assert model is not None
         self.hooks = hooks
+        _model_sites[model] = weakref.ref(self)
         wrappers: dict[str, Callable[..., Any]] = {
             "forward": self._forward,
             "generate": self._generate,
             "prepare_inputs_for_generation": self._prepare,
             "_get_stopping_criteria": self._stopping_criteria,
-            "load_adapter": self._no_adapter,
-            "add_adapter": self._no_adapter,
-            "set_adapter": self._no_adapter,
-            "generate_batch": self._no_batching,
-            "init_continuous_batching": self._no_batching,
-            "continuous_batching_context_manager": self._no_batching,
+            **{name: self._refused(name, RuntimeError(NO_ADAPTER)) for name in _ADAPTERS},
+            **{name: self._refused(name, ValueError(NO_BATCHING)) for name in _BATCHING},
         }
         for name, wrapper in wrappers.items():
             if hasattr(model, name):
@@ -102,16 +111,36 @@ class ModelSite(Refuses):
             self._replace(decoder, "forward", self._decoder, "decoder")
 
     def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any], known_as: str) -> None:
-        patch = Patch(owner, name)
-        self._patches.append(patch)
+        self._patches[known_as] = patch = Patch(owner, name)
         self._original[known_as] = patch.install(wrapper)
 
-    def remove(self) -> None:
-        """Put every method back."""
+    @property
+    def in_use(self) -> bool:
+        """Whether a run listens."""
+        return self.hooks is not None
+
+    def lost(self) -> str | None:
+        """The method whose calls do not come here any more, since somebody replaced it; None if all do."""
+        for name, patch in self._patches.items():
+            if not patch.in_force:
+                return f"the model's {name}"
+        return None
+
+    def remove(self) -> list[str]:
+        """Put every method back; returns those that somebody else has patched meanwhile, and still does."""
+        kept: list[str] = []
         while self._patches:
-            self._patches.pop().remove()
-        self._original.clear()
+            name, patch = self._patches.popitem()
+            if patch.remove():
+                self._original.pop(name, None)
+            else:
+                self.spent = True
+                kept.append(f"the model's {name}")
         self.hooks = None
+        model = self.model()
+        if model is not None:
+            _model_sites[model] = self
+        return kept
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         original = self._original[name]
@@ -121,8 +150,8 @@ class ModelSite(Refuses):
     def _make_forward(self) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hooks, original = self.hooks, self._original["forward"]
-            assert hooks is not None and original is not None
-            if torch.compiler.is_compiling() and hooks.armed:
+            assert original is not None
+            if hooks is None or (torch.compiler.is_compiling() and hooks.armed):
                 # generate() compiles the call itself: what follows the forward is done before the next one
                 return original(*args, **kwargs)
             return self._around(args, kwargs)
@@ -134,13 +163,15 @@ class ModelSite(Refuses):
         assert hooks is not None and original is not None
         with hooks.lock:
             if not hooks.armed:
-                hooks.begin(_named(self._forward, args, kwargs))
+                with apart():
+                    hooks.begin(_named(self._forward, args, kwargs))
             hooks.inside = True
             try:
                 if hooks.split:
                     return self._in_two(hooks, original, kwargs)
                 output = original(*args, **kwargs)
-                hooks.finish(output)
+                with apart():
+                    hooks.finish(output)
             except BaseException:
                 hooks.abort()
                 raise
@@ -151,8 +182,8 @@ class ModelSite(Refuses):
     def _make_decoder(self) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hooks, original = self.hooks, self._original["decoder"]
-            assert hooks is not None and original is not None
-            if torch.compiler.is_compiling() or hooks.inside or hooks.armed:
+            assert original is not None
+            if hooks is None or torch.compiler.is_compiling() or hooks.inside or hooks.armed:
                 return original(*args, **kwargs)
             return self._around_decoder(original, args, kwargs)
 
@@ -166,10 +197,12 @@ class ModelSite(Refuses):
         with hooks.lock:
             if not hooks.concerns(call):
                 return original(*args, **kwargs)
-            hooks.begin(call)
+            with apart():
+                hooks.begin(call)
             try:
                 output = original(*args, **kwargs)
-                hooks.finish(output)
+                with apart():
+                    hooks.finish(output)
             except BaseException:
                 hooks.abort()
                 raise
@@ -180,10 +213,12 @@ class ModelSite(Refuses):
         head, tail = _split_inputs(kwargs, hooks.split)
         hooks.split = 0
         first = original(**head)
-        hooks.finish(first)
-        hooks.candidates(tail)
+        with apart():
+            hooks.finish(first)
+            hooks.candidates(tail)
         second = original(**tail)
-        hooks.finish(second)
+        with apart():
+            hooks.finish(second)
         second.logits = torch.cat((first.logits, second.logits), dim=1)
         if second.get("hidden_states") is not None:
             second.hidden_states = tuple(
@@ -194,41 +229,47 @@ class ModelSite(Refuses):
     def _make_generate(self) -> Callable[..., Any]:
         def generate(*args: Any, **kwargs: Any) -> Any:
             hooks = self.hooks
-            assert hooks is not None
+            if hooks is None:
+                return self._call("generate", *args, **kwargs)
             given = next((kwargs[key] for key in ("input_ids", "inputs") if kwargs.get(key) is not None), None)
             if given is None and args:
                 given = args[0]
             with hooks.lock:
-                hooks.generating(given if isinstance(given, Tensor) else None)
+                with apart():
+                    hooks.generating(given if isinstance(given, Tensor) else None)
                 try:
                     return self._call("generate", *args, **kwargs)
                 finally:
-                    hooks.generated()
+                    with apart():
+                        hooks.generated()
 
         return generate
 
     def _make_prepare(self) -> Callable[..., Any]:
         def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
             inputs = self._call("prepare_inputs_for_generation", *args, **kwargs)
-            assert self.hooks is not None
-            self.hooks.prepared(inputs, kwargs)
+            if self.hooks is not None:
+                with apart():
+                    self.hooks.prepared(inputs, kwargs)
             return inputs
 
         return prepare_inputs_for_generation
 
     def _stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
-        criteria = _Recorded(self._call("_get_stopping_criteria", *args, **kwargs))
-        assert self.hooks is not None
-        criteria.hooks = self.hooks
-        return criteria
+        criteria = self._call("_get_stopping_criteria", *args, **kwargs)
+        if self.hooks is None:
+            return criteria
+        recorded = _Recorded(criteria)
+        recorded.hooks = self.hooks
+        return recorded
 
-    def _no_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("adapters cannot be changed while the model is attached: call run.detach() first")
+    def _refused(self, name: str, error: Exception) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if self.hooks is None:
+                return self._call(name, *args, **kwargs)
+            raise error
 
-    def _no_batching(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            "continuous batching cannot be pruned: call run.detach() first, or generate() with a batch of texts"
-        )
+        return refuse
 
 
 def _headless(model: Any) -> nn.Module | None:
@@ -267,13 +308,15 @@ def _with_signature(wrapper: Callable[..., Any], original: Callable[..., Any] | 
     return wrapper
 
 
-_model_sites: weakref.WeakKeyDictionary[nn.Module, ModelSite] = weakref.WeakKeyDictionary()
+# While installed a site refers to its model through the run; the model's own methods then keep it alive.
+_model_sites: weakref.WeakKeyDictionary[nn.Module, ModelSite | weakref.ref[ModelSite]] = weakref.WeakKeyDictionary()
 
 
 def model_site(model: nn.Module) -> ModelSite:
     """The site of a model, the same object at each attach."""
-    site = _model_sites.get(model)
-    if site is None:
+    held = _model_sites.get(model)
+    site = held() if isinstance(held, weakref.ref) else held
+    if site is None or site.spent:
         site = ModelSite(model)
         _model_sites[model] = site
     return site

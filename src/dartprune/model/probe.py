@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.ffn.weights import FFNWeights
+from dartprune.model.calls import quietly
 from dartprune.model.layer import Layer
 
 _ROWS = 256  # unit vectors of one call
@@ -17,7 +18,7 @@ _SIGNS = 64  # random inputs that the size of a layer is estimated from
 @torch.no_grad()
 def probed_bias(module: nn.Module, inputs: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """What a linear layer gives for zero, float32 [outputs]."""
-    out: Tensor = module(torch.zeros(1, inputs, dtype=dtype, device=device))
+    out: Tensor = quietly(module, torch.zeros(1, inputs, dtype=dtype, device=device))
     return out[0].float()
 
 
@@ -40,8 +41,8 @@ def probed_columns(
     for first in range(0, inputs, _ROWS):
         part = slice(first, min(inputs, first + _ROWS))
         unit = torch.zeros(part.stop - first, inputs, dtype=dtype, device=device)
-        unit[torch.arange(part.stop - first), torch.arange(first, part.stop)] = 1
-        yield part, module(unit).float() - bias
+        unit.diagonal(first).fill_(1)
+        yield part, quietly(module, unit).float() - bias
 
 
 @torch.no_grad()
@@ -50,7 +51,7 @@ def down_norms(layer: Layer, weights: FFNWeights | str, device: torch.device, dt
     if not isinstance(weights, str):
         known: Tensor = torch.linalg.vector_norm(weights.down, dim=1, dtype=torch.float32)
         return known
-    norms = torch.empty(layer.neurons, device=device)
+    norms = torch.empty(layer.neurons, dtype=torch.float32, device=device)
     for part, columns in probed_columns(layer.down, layer.neurons, device, dtype):
         norms[part] = torch.linalg.vector_norm(columns, dim=1)
     return norms
@@ -65,13 +66,13 @@ def down_square(layer: Layer, weights: FFNWeights | str, device: torch.device, d
     """
     if not isinstance(weights, str):
         stored = weights.down if weights.down.stride(1) == 1 else weights.down.t()  # as it lies in memory
-        total = torch.zeros((), device=stored.device)
+        total = torch.zeros((), dtype=torch.float32, device=stored.device)
         for block in stored.split(_ROWS):
             values = block.float().reshape(-1)
             total += values @ values  # eight times as quick as a norm that converts as it goes
         return float(total) / layer.neurons
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (_SIGNS, layer.neurons), generator=generator) * 2 - 1
+    generator = torch.Generator("cpu").manual_seed(0)
+    signs = torch.randint(0, 2, (_SIGNS, layer.neurons), generator=generator, dtype=torch.int64, device="cpu") * 2 - 1
     bias = probed_bias(layer.down, layer.neurons, device, dtype)
-    out = layer.down(signs.to(device, dtype)).float() - bias
+    out = layer.projected(signs.to(device, dtype)).float() - bias
     return float(out.square().sum(1).mean()) / layer.neurons

@@ -36,7 +36,7 @@ def forward_proxy(down: Tensor, unembedding: Tensor) -> tuple[Tensor, Tensor]:
     """
     neurons, vocabulary = down.shape[0], unembedding.shape[0]
     step = max(1, BLOCK // neurons)
-    highest = torch.zeros(neurons, device=down.device)
+    highest = torch.zeros(neurons, dtype=torch.float32, device=down.device)
     total = torch.zeros(neurons, device=down.device, dtype=torch.float64)
     rows = down.detach().float()
     for first in range(0, vocabulary, step):

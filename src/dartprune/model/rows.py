@@ -46,11 +46,15 @@ class Rows:
             return slice(0, self.tokens)
         return self.valid[index].nonzero()[:, 0]
 
+    def _columns(self, index: int) -> Tensor:
+        """The columns of a line that count, int64 on the host."""
+        return torch.arange(self.tokens, dtype=torch.int64, device="cpu")[self.line(index)]
+
     def weight(self, skip: Sequence[int]) -> Tensor:
         """float32 [B, T]: 1 for tokens that count, without the first `skip[b]` of line b."""
-        weight = torch.zeros(len(self.slots), self.tokens)
+        weight = torch.zeros(len(self.slots), self.tokens, dtype=torch.float32, device="cpu")
         for b, without in enumerate(skip):
-            columns = torch.arange(self.tokens)[self.line(b)]
+            columns = self._columns(b)
             weight[b, columns[without:]] = 1.0
         return weight
 
@@ -66,13 +70,13 @@ class Rows:
             place `length`.
         """
         most = min(length, self.tokens)
-        rows = torch.zeros(len(self.slots), most, dtype=torch.int64)
-        slots = torch.tensor(self.slots, dtype=torch.int64)[:, None].expand(-1, most)
-        target = torch.full((len(self.slots), most), length, dtype=torch.int64)
+        rows = torch.zeros(len(self.slots), most, dtype=torch.int64, device="cpu")
+        slots = torch.tensor(self.slots, dtype=torch.int64, device="cpu")[:, None].expand(-1, most)
+        target = torch.full((len(self.slots), most), length, dtype=torch.int64, device="cpu")
         for b, place in enumerate(places):
-            columns = torch.arange(self.tokens)[self.line(b)]
+            columns = self._columns(b)
             kept = columns[-most:]
             n, skipped = len(kept), len(columns) - len(kept)
             rows[b, :n] = b * self.tokens + kept
-            target[b, :n] = (place + skipped + torch.arange(n)) % length
+            target[b, :n] = (place + skipped + torch.arange(n, dtype=torch.int64, device="cpu")) % length
         return rows.flatten(), slots.flatten(), target.flatten()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from dartprune.model.calls import bare
 from dartprune.model.layer import Layer, activation_name, sizes
 
 
@@ -81,13 +82,14 @@ def _blocks(root: nn.Module) -> nn.ModuleList:
 
 
 def _ffns(block: nn.Module) -> list[tuple[str, nn.Module, Pattern]]:
-    return [(path, part, pattern) for path, part in block.named_modules() for pattern in _fitting(part)]
+    parts = [(path, part) for path, part in block.named_modules() if bare(part) is part]
+    return [(path, part, pattern) for path, part in parts for pattern in _fitting(part)]
 
 
 def _fitting(holder: nn.Module) -> Iterator[Pattern]:
     """The pattern of the FFN whose projections a module holds, if it holds one."""
     for pattern in PATTERNS:
-        parts = [getattr(holder, name, None) for name in pattern[:3] if name]
+        parts = [bare(getattr(holder, name, None)) for name in pattern[:3] if name]
         shapes = [sizes(part) if isinstance(part, nn.Module) else None for part in parts]
         if shapes[-1] is None:
             continue
@@ -98,23 +100,24 @@ def _fitting(holder: nn.Module) -> Iterator[Pattern]:
 
 
 def _candidate(index: int, block: nn.Module) -> Candidate:
+    block = bare(block)
     where = f"layer {index} ({type(block).__name__}: {short(block)})"
     ffns = _ffns(block)
     if len(ffns) != 1:
         names = " and ".join(repr(path) for path, _, _ in ffns)
         raise Unusual(f"{where} has {f'several FFNs, {names}' if ffns else 'no FFN'}")
     path, holder, pattern = ffns[0]
-    acts = [act for name in ACTIVATIONS if callable(act := getattr(holder, name, None))]
+    acts = [act for name in ACTIVATIONS if callable(act := bare(getattr(holder, name, None)))]
     if len(acts) != 1:
         raise Unusual(f"{where} has {'several activations' if acts else 'no activation'} beside {pattern}")
-    up, down = getattr(holder, pattern.up), getattr(holder, pattern.down)
+    up, down = bare(getattr(holder, pattern.up)), bare(getattr(holder, pattern.down))
     neurons, hidden = sizes(down) or (0, 0)
     attentions = tuple(
         (part, output)
         for place, part in block.named_modules()
-        if ("attn" in place.lower() or "attention" in place.lower()) and not _inside(place, path)
+        if ("attn" in place.lower() or "attention" in place.lower()) and not _inside(place, path) and bare(part) is part
         for name in OUTPUTS
-        if isinstance(output := getattr(part, name, None), nn.Module) and (sizes(output) or (0, 0))[1] == hidden
+        if isinstance(output := bare(getattr(part, name, None)), nn.Module) and (sizes(output) or (0, 0))[1] == hidden
     )
     if not attentions:
         raise Unusual(f"{where} has no attention with an output projection of width {hidden}")
@@ -123,7 +126,7 @@ def _candidate(index: int, block: nn.Module) -> Candidate:
         index=index,
         entry=up if inline else holder,
         inline=inline,
-        gate=getattr(holder, pattern.gate) if pattern.gate else None,
+        gate=bare(getattr(holder, pattern.gate)) if pattern.gate else None,
         up=up,
         down=down,
         fused=pattern.fused,

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dartprune.model.layer import Decoder, Layer
+from dartprune.model.apart import apart
+from dartprune.model.calls import unobserved
+from dartprune.model.layer import Decoder, Layer, held
 from dartprune.model.shape import ACTIVATIONS, OUTPUTS, PATTERNS, Candidate, Unusual, candidates
 
 TOKENS = 6
@@ -104,15 +106,19 @@ def _watched(root: nn.Module, found: Sequence[Candidate], vocabulary: int) -> tu
     if root.training:
         raise Unusual("it is in training mode, where a forward proves nothing: call model.eval() first")
     watcher = Watcher()
-    place = next(root.parameters()).device
+    place = next((tensor.device for tensor in held(root)), torch.device("cpu"))
     for candidate in found:
         hook = getattr(candidate.draft.down, "_hf_hook", None)
-        if next(candidate.draft.down.parameters()).is_meta and hook is None:
+        if any(tensor.is_meta for tensor in held(candidate.draft.down)) and hook is None:
             raise Unusual("its weights are on the meta device, so no forward can prove what its layers do")
-    lines = (torch.arange(2 * TOKENS).view(2, TOKENS) % TOKENS * 7919 + 11) % vocabulary
+    lines = (
+        torch.arange(2 * TOKENS, dtype=torch.int64, device="cpu").view(2, TOKENS) % TOKENS * 7919 + 11
+    ) % vocabulary
     lines[1, -1] = (lines[1, -1] + 5) % vocabulary
     try:
-        with ExitStack() as stack, torch.no_grad():
+        # hooks put on a module after torch.compile are not heard in its graph
+        with ExitStack() as stack, apart(), torch.compiler.set_stance("force_eager"):
+            stack.enter_context(unobserved(root.modules()))
             for candidate in found:
                 for module in candidate.block.modules():
                     handle = module.register_forward_hook(watcher, with_kwargs=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.ffn.weights import FFNWeights
+from dartprune.model.calls import between, watched_globally
 from dartprune.model.layer import Layer
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -32,6 +33,7 @@ def row_weights(layer: Layer) -> FFNWeights | str:
         be read: adapters, quantised, sharded or offloaded weights, modules with hooks or of unknown types.
     """
     try:
+        _only_weights(layer)
         up, up_bias = _projection("up", layer.up)
         down, down_bias = _projection("down", layer.down)
         gate, gate_bias = (None, None) if layer.gate is None else _projection("gate", layer.gate)
@@ -48,6 +50,16 @@ def row_weights(layer: Layer) -> FFNWeights | str:
     return weights
 
 
+def _only_weights(layer: Layer) -> None:
+    """Whether the weights and the activation's name are all that the FFN computes with."""
+    for role, part in layer.skipped().items():
+        why = between(part)
+        if why is not None:
+            raise _Unreadable(f"the {role} {why}")
+    if watched_globally():
+        raise _Unreadable("forward hooks for all modules are in force, which reading rows would leave out")
+
+
 def _projection(role: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight [outputs, inputs] and bias of a linear layer, detached views."""
     name = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -55,8 +67,6 @@ def _projection(role: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise _Unreadable(f"the {role} projection carries an adapter ({name})")
     if name not in _LINEAR:
         raise _Unreadable(f"the {role} projection is a {name}, whose weight may be packed, not a plain linear layer")
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise _Unreadable(f"the {role} projection has forward hooks, which reading its rows would leave out")
     weight = _plain(role, module, "weight")
     bias = None if module.bias is None else _plain(role, module, "bias")
     return weight.t() if _LINEAR[name] else weight, bias

@@ -53,7 +53,7 @@ class Account:
         self._gathers = all(layer.backend.gathers for layer in parts.layers)
         self._layer_bytes = [layer.parts.weight_bytes for layer in parts.layers]
 
-    def decoded(self, slots: Sequence[Slot], masks: int, *, pruned: bool, gathered: bool) -> None:
+    def decoded(self, slots: Sequence[Slot], masks: int, *, pruned: bool, gathered: bool, chosen: bool = True) -> None:
         """A decode forward of these sequences reads its FFN weights.
 
         Args:
@@ -61,10 +61,11 @@ class Account:
             masks: changes whenever a mask does.
             pruned: whether masks are in force.
             gathered: whether rows were read; else the whole FFN was.
+            chosen: whether that was decided by what is faster.
         """
         whole = float(sum(self._layer_bytes))
         self._whole += whole
-        if pruned and self._gathers and all(slot.state is State.PRUNED for slot in slots):
+        if pruned and chosen and self._gathers and all(slot.state is State.PRUNED for slot in slots):
             self._steps[gathered] += 1
         if not gathered:
             self._read += whole
@@ -122,6 +123,11 @@ class Account:
         self._ended.append(
             Ended(slot, *(t[slot.id].clone() for t in (counters.dense, counters.pruned, counters.saved)))
         )
+
+    def note(self, text: str) -> None:
+        """Remember a remark for the report, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def _pays_after(self) -> int | None:
         if self.saving is None or self.saving <= 0:
@@ -185,12 +191,13 @@ def saving_per_token(
     weights = middle.weights
     if not middle.saves_time or isinstance(weights, str):
         return None
-    x = torch.randn(1, weights.hidden, device=weights.up.device).to(weights.up.dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(1, weights.hidden, generator=generator, dtype=torch.float32, device="cpu").to(weights.up)
     k = wanted = max(1, round((1 - sparsity) * weights.neurons))
     if selector is not None:
         rows = (1 - sparsity - middle.fixed_share) * weights.neurons
         k, wanted = selector.split(rows, weights.neurons, gated=middle.parts.gated)
-    index = torch.linspace(0, weights.neurons - 1, k, device=x.device).to(torch.int32)[None]
+    index = torch.linspace(0, weights.neurons - 1, k, dtype=torch.float64, device=x.device).to(torch.int32)[None]
     count = torch.full((1,), k, dtype=torch.int32, device=x.device)
     each = torch.full((1,), wanted, dtype=torch.int32, device=x.device)
     slots = torch.zeros(1, dtype=torch.int64, device=x.device)
@@ -198,7 +205,7 @@ def saving_per_token(
     pruned: list[float] = []
     for _ in range(5):
         began = _now(x.device)
-        middle.parts.down(middle.parts.activations(x))
+        middle.parts.projected(middle.parts.activations(x))
         between = _now(x.device)
         if middle.selector is None:
             middle.backend.ffn(x, weights, index, count, slots)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from dartprune.ffn import Backend, FFNWeights, backend_names, choose
 from dartprune.method import Method
 from dartprune.model.families import Decoder, Layer
+from dartprune.model.layer import place
 from dartprune.model.layout import RowLayout, scattered, shared_weights, storage_owners
 from dartprune.model.weights import row_weights
 from dartprune.names import unknown
@@ -90,7 +90,7 @@ class _Builder:
         self._backend = "masked" if not method.prunes or reads_all else backend
         self._layout = layout
         self._progress = progress
-        self._owners: Counter[int] = storage_owners(core)
+        self._owners = storage_owners(core)
         self._places = {layer.index: place(layer) for layer in decoder.layers}
         self._selectors = SelectorBuilder(method.token, decoder, method.sparsity, self._places)
         self._states: dict[torch.device, DeviceState] = {}
@@ -141,25 +141,13 @@ class _Builder:
             if shared is not None:
                 backend, reason = choose(self._backend, shared, device)
             elif modules:
-                self._layout.apply(modules)
+                self._layout.apply(modules, self._owners)
                 weights = row_weights(layer)
         if not isinstance(weights, str):
             backend.prepare(weights)
         if reason is not None and (note := f"{backend.name} backend: {reason}") not in self.notes:
             self.notes.append(note)
         return backend, weights
-
-
-def place(layer: Layer) -> tuple[torch.device, torch.dtype]:
-    """Where a layer computes and in which dtype, also where accelerate keeps its weights elsewhere."""
-    parameter = next(layer.down.parameters())
-    device = parameter.device
-    hook = getattr(layer.down, "_hf_hook", None)
-    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
-        device = torch.device(hook.execution_device)  # type: ignore[union-attr]
-    dtypes = [p.dtype for p in layer.attention_output.parameters() if p.dtype.is_floating_point]
-    dtype = parameter.dtype if parameter.dtype.is_floating_point else (dtypes or [torch.float32])[0]
-    return device, dtype
 
 
 def _longest_list(method: Method, layer: Layer) -> int:

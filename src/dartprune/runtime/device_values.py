@@ -23,5 +23,6 @@ class DeviceValues:
         if key not in self._tensors:
             if len(self._tensors) >= REMEMBERED:
                 self._tensors.clear()
-            self._tensors[key] = torch.tensor(values, device=device)
+            dtype = torch.bool if values and isinstance(values[0], bool) else torch.int64
+            self._tensors[key] = torch.tensor(values, dtype=dtype, device=device)
         return self._tensors[key]

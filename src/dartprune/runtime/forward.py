@@ -49,6 +49,7 @@ class Forwards:
         self.candidates: Candidates | None = None
         self.rows_or_dense = RowsOrDense(layers)
         self.gathered = False  # whether the forward that began last reads rows
+        self.heard: str | None = None  # what reading rows would leave out by now
         self._tokens = tokens
         self._events = events
         self._spending = spending
@@ -86,7 +87,7 @@ class Forwards:
         # where some lines are dense all weights are read anyway: masks cost nothing more
         if not all(slot.state is State.PRUNED for slot in slots):
             return False
-        if not all(layer.backend.gathers for layer in self.layers):
+        if self.heard is not None or not all(layer.backend.gathers for layer in self.layers):
             return False
         return rows.tokens > 1 or self.rows_or_dense.gathers(slots, self._events.masks.version)
 
@@ -156,9 +157,9 @@ class Forwards:
         slots = waiting.slots
         block = Rows(Phase.DECODE, waiting.rows.slots, stayed)
         ring = block.tail(self._ring, [slot.ring.next for slot in slots]) if self._ring else None
-        learning = torch.tensor([slot.state is State.LEARNING for slot in slots], dtype=torch.float32)
+        learning = torch.tensor([slot.state is State.LEARNING for slot in slots], dtype=torch.float32, device="cpu")
         weight = learning[:, None].expand(-1, stayed)
-        ids = torch.tensor(waiting.rows.slots, dtype=torch.int64)
+        ids = torch.tensor(waiting.rows.slots, dtype=torch.int64, device="cpu")
         for layer in self.layers:
             assert layer.staged is not None
             device = layer.trace.device

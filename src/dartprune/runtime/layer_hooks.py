@@ -71,7 +71,7 @@ class LiveLayer:
         """Keep the residual stream for the impact of this FFN."""
         step = self.state.step
         if step is not None and self._weighs(step):
-            self._y = y
+            self._y = y.detach()
 
     def ffn(self, x: Tensor, original: Callable[[], Tensor]) -> Tensor:
         """An FFN module: pruned by the backend, or the model's own."""
@@ -125,14 +125,14 @@ class LiveLayer:
     def attention(self, out: Tensor) -> None:
         """Keep the last layer's attention output for the detector."""
         if self.state.step is not None:
-            self.state.attention = out
+            self.state.attention = out.detach()
 
     def _made(self, out: Tensor, step: Step, module: object) -> None:
         """Weigh what the FFN adds, or keep its output where a module after it makes something else of it."""
         if self.parts.contribution is module:
             self._impact(out, step)
         elif self._transformed and self._weighs(step):
-            self._raw = out
+            self._raw = out.detach()
 
     @staticmethod
     def _weighs(step: Step) -> bool:
@@ -140,6 +140,7 @@ class LiveLayer:
         return step.impact_weight is not None or step.staging
 
     def _take(self, x: Tensor, step: Step) -> None:
+        x = x.detach()  # what is kept must not keep the graph of gradients alive
         if self.parts.norm is None and self._weighs(step):
             self._y = x
         if step.staging:
@@ -151,7 +152,7 @@ class LiveLayer:
 
     def _gathered(self, x: Tensor, step: Step) -> Tensor:
         assert not isinstance(self.weights, str)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _as_autocast_has_it(x.reshape(-1, x.shape[-1]))
         if self.selector is not None:
             return self.selector.ffn(rows, self.weights, self.selection, step.row_slots).reshape(x.shape)
         out = self.backend.ffn(rows, self.weights, self.selection.index, self.selection.count, step.row_slots)
@@ -175,7 +176,7 @@ class LiveLayer:
         return (lines + added.to(out.dtype)).reshape(out.shape)
 
     def _trace(self, a: Tensor, weight: Tensor, step: Step) -> None:
-        lines = a.reshape(step.slots.shape[0], -1, a.shape[-1])
+        lines = a.detach().reshape(step.slots.shape[0], -1, a.shape[-1])
         if torch.compiler.is_compiling():
             self.trace.add(lines, step.slots, weight, padded=step.padded)
             return
@@ -188,7 +189,7 @@ class LiveLayer:
         raw, self._raw = self._raw, None
         if y is None:
             return
-        lines = step.slots.shape[0]
+        lines, z = step.slots.shape[0], z.detach()
         y, z = y.reshape(lines, -1, y.shape[-1]), z.reshape(lines, -1, z.shape[-1])
         if raw is not None:
             raw = raw.reshape(z.shape)
@@ -201,3 +202,11 @@ class LiveLayer:
         elif step.impact_weight is not None:
             assert step.weight is not None  # what is weighed is traced
             self.trace.add_impact(terms, step.slots, step.impact_weight, step.weight)
+
+
+def _as_autocast_has_it(x: Tensor) -> Tensor:
+    """Inputs as a linear layer would take them here: under autocast in its dtype, which is that of the output then."""
+    kind = x.device.type
+    if x.dtype is torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))

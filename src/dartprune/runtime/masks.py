@@ -70,9 +70,10 @@ class Masks:
         """Renew the statistics from the buffered inputs and choose anew within the budgets in force."""
         self.replays += 1
         length = self.method.refresh.replay_tokens
-        places = torch.stack([(slot.ring.next - length + torch.arange(length)) % length for slot in slots])
+        order = torch.arange(length, dtype=torch.int64, device="cpu")
+        places = torch.stack([(slot.ring.next - length + order) % length for slot in slots])
         # a young sequence has not filled its ring: the oldest places do not count yet
-        weight = torch.stack([(torch.arange(length) >= length - slot.ring.filled).float() for slot in slots])
+        weight = torch.stack([(order >= length - slot.ring.filled).float() for slot in slots])
         ids = self._ids(slots)
         on = {device: (rows, places.to(device), weight.to(device)) for device, rows in ids.items()}
         for layer in self.layers:
@@ -187,16 +188,17 @@ class Masks:
 
     def _noise(self, layer: LiveLayer, slot: Slot) -> Tensor:
         """Uniform random numbers that belong to a sequence and a layer, float32 [I]."""
-        seed = hash((self.method.seed, slot.noise_seed, layer.index)) % (1 << 62)
-        generator = torch.Generator().manual_seed(seed)
-        return torch.rand(layer.neurons, generator=generator).to(layer.trace.device)
+        seed = hash((self.method.seed, slot.noise_seed or 0, layer.index)) % (1 << 62)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        noise = torch.rand(layer.neurons, generator=generator, dtype=torch.float32, device="cpu")
+        return noise.to(layer.trace.device)
 
     def _compensate(self, layer: LiveLayer, slots: Sequence[Slot]) -> None:
         """What the dropped neurons give on average (FLAP, arXiv 2312.11983), for each slot."""
         rows = self._ids(slots)[layer.trace.device]
         mean = layer.trace.tensors()["total"][rows] / layer.trace.tokens[rows].clamp_min(1)[:, None]
         dropped = mean.masked_fill(layer.selection.rows_mask(rows), 0.0)
-        down = layer.parts.down
+        down = layer.parts.projected
         probe = dropped.to(layer.place[1])
         nothing = torch.zeros_like(probe[:1])
         # through the module, so that any kind of layer works; its bias is taken out again

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from dartprune.method import Method
+from dartprune.model.changes import Changes
 from dartprune.model.context import context_length
+from dartprune.model.layer import place
 from dartprune.model.layer_site import Refuses
 from dartprune.model.rows import Phase, Rows
 from dartprune.runtime.account import Account
-from dartprune.runtime.build import place
 from dartprune.runtime.forward import Forwards
 from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.masks import Masks
 from dartprune.runtime.padding import real_tokens
 from dartprune.runtime.phases import Explicit, Phases
 from dartprune.runtime.slots import Slot, SlotPool
+from dartprune.runtime.weight_facts import WeightFacts
 from dartprune.scoring import NOISE
 
 NO_CACHE = "use_cache=False would rerun the whole text at every step: pruned decoding needs a cache"
@@ -69,6 +71,8 @@ class LiveModel(Refuses):
         forwards: Forwards,
         account: Account,
         masks: Masks,
+        changes: Changes,
+        facts: WeightFacts,
     ) -> None:
         self.phases = Phases()
         self.lock = threading.RLock()
@@ -84,6 +88,8 @@ class LiveModel(Refuses):
         self._masks = masks
         self._noisy = NOISE in masks.scorer.inputs
         self._depth = _depth(core)
+        self._changes = changes
+        self._facts = facts
         self._cache: Any = None  # of the forward under way
         self._length = 0  # tokens that it held before
         self._unbound: tuple[int, ...] | None = None
@@ -211,7 +217,12 @@ class LiveModel(Refuses):
             self.settle()
             self._pool.sweep()
             if first or explicit is not None:
-                self._check_unmoved()
+                self._check_unchanged()
+            self._forwards.heard = self._changes.heard()
+            if self._forwards.heard is not None:
+                self._account.note(
+                    f"{self._forwards.heard} while attached: masks stand in for the row kernels meanwhile"
+                )
             lines, length = int(tokens.shape[0]), int(tokens.shape[1])
             tie = self._pool.tie(cache) if cache is not None else None
             in_loop = length == 1 and not first and (explicit is None or explicit[0] is Phase.DECODE)
@@ -227,7 +238,9 @@ class LiveModel(Refuses):
             rows = Rows(phase, ids, length, real_tokens(mask, lines, length, past) if checked else None)
             if phase is Phase.PREFILL:
                 self._generation.begun, self._generation.ended = True, None
-                self._read(rows, slots, tokens, past)
+                self._note_length(slots, past + length)
+            if self._noisy:
+                _seed(rows, slots, tokens)
             ended = self._generation.ended
             self._cache, self._length = cache, past
             paused = self.phases.paused
@@ -235,7 +248,13 @@ class LiveModel(Refuses):
                 rows, slots, ended if ended is not None and len(ended) == lines else None, paused=paused
             )
             if phase is not Phase.PREFILL:
-                self._account.decoded(slots, self._masks.version, pruned=not paused, gathered=self._forwards.gathered)
+                self._account.decoded(
+                    slots,
+                    self._masks.version,
+                    pruned=not paused,
+                    gathered=self._forwards.gathered,
+                    chosen=self._forwards.heard is None,
+                )
 
     def _slots(self, cache: Any, lines: int, past: int, given: tuple[int, ...] | None) -> tuple[int, ...]:
         if given is not None:
@@ -257,16 +276,11 @@ class LiveModel(Refuses):
             self._pool.bind(cache, ids)
         return ids
 
-    def _read(self, rows: Rows, slots: Sequence[Slot], tokens: Tensor, past: int) -> None:
-        """Given text is about to be read."""
+    def _note_length(self, slots: Sequence[Slot], tokens: int) -> None:
         most = context_length(self._core)
-        if most is not None and past + rows.tokens > most:
+        if most is not None and tokens > most:
             for slot in slots:
-                slot.note(f"a text of {past + rows.tokens} tokens is longer than the model's context of {most}")
-        if past == 0 and tokens.dim() == 2 and self._noisy:
-            for line, slot in enumerate(slots):
-                text = tokens[line].cpu()[rows.line(line)]
-                slot.noise_seed = zlib.crc32(text.numpy().tobytes())
+                slot.note(f"a text of {tokens} tokens is longer than the model's context of {most}")
 
     def _end_forward(self) -> None:
         tie = None if self._cache is None else self._pool.tie(self._cache)
@@ -300,7 +314,7 @@ class LiveModel(Refuses):
         if not cached:
             raise ValueError(NO_CACHE)
 
-    def _check_unmoved(self) -> None:
+    def _check_unchanged(self) -> None:
         for layer in self._layers:
             if place(layer.parts) != layer.place:
                 device, dtype = place(layer.parts)
@@ -308,6 +322,24 @@ class LiveModel(Refuses):
                     f"the model was moved to {device}, {str(dtype).removeprefix('torch.')} while attached: "
                     "call run.detach(), move it, and attach again"
                 )
+        change = self._changes.found()
+        if change is not None:
+            raise ValueError(f"{change} while attached: call run.detach(), change the model, and attach again")
+        if self._changes.written():
+            if self._method.token is not None:
+                raise ValueError(
+                    "weights of the FFN were written to while attached, so that the token selector knows others: "
+                    "call run.detach() and attach again"
+                )
+            self._facts.forget()
+
+
+def _seed(rows: Rows, slots: Sequence[Slot], tokens: Tensor) -> None:
+    """Noise belongs to a text, so that a batch draws what its sequences draw alone."""
+    for line, slot in enumerate(slots):
+        if slot.noise_seed is None:
+            text = tokens[line].cpu()[rows.line(line)].contiguous()
+            slot.noise_seed = zlib.crc32(text.view(torch.uint8).numpy().tobytes())
 
 
 def _phase(explicit: Explicit | None, *, first: bool, past: int, tokens: int) -> Phase:

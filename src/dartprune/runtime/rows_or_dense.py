@@ -73,7 +73,7 @@ class RowsOrDense:
 def _dense(layer: LiveLayer) -> Dense:
     def work(x: Tensor) -> Tensor:
         a = layer.parts.activations(x)
-        out: Tensor = layer.parts.down(apply_mask(a[:, None], a > 0)[:, 0])
+        out: Tensor = layer.parts.projected(apply_mask(a[:, None], a > 0)[:, 0])
         return out
 
     return work

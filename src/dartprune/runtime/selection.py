@@ -101,7 +101,7 @@ class LayerSelection(SlotTensors):
         Returns:
             how many of `kept` were not kept before, a scalar on the device.
         """
-        before = torch.full((self.neurons,), former is None, device=self.device)
+        before = torch.full((self.neurons,), former is None, dtype=torch.bool, device=self.device)
         if former is not None:
             before[self.index[slot, :former].long()] = True
         k = kept.shape[0]
@@ -134,7 +134,7 @@ class LayerSelection(SlotTensors):
             return self.mask.index_select(0, slots)
         index = self.index.index_select(0, slots).long()
         count = self.count.index_select(0, slots)[:, None]
-        valid = torch.arange(index.shape[1], device=index.device)[None] < count
+        valid = torch.arange(index.shape[1], dtype=torch.int64, device=index.device)[None] < count
         hits = torch.zeros(len(slots), self.neurons, dtype=torch.int32, device=index.device)
         hits.scatter_add_(1, index, valid.to(torch.int32))
         return (hits > 0) | (count < 0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dartprune.drift import AttentionDrift
+from dartprune.model.apart import apart
 from dartprune.model.caches import follow, unfollow
 from dartprune.report import Event
 from dartprune.runtime.slot_tensors import SlotTensors
@@ -100,7 +101,8 @@ class Slot:
 
     position: tokens that its cache holds.  decoded: decode forwards, padding after the end included: a clock, not a
     count for the report.  inherited: of these, decoded by the sequence it was copied from.  least: tokens that must
-    have been traced before the next mask is made.  dense_left: dense tokens still owed to a relearn.
+    have been traced before the next mask is made.  dense_left: dense tokens still owed to a relearn.  noise_seed: made
+    from its first tokens.
     """
 
     id: int
@@ -110,7 +112,7 @@ class Slot:
     least: int
     masks: MaskCounts = field(default_factory=MaskCounts)
     ring: RingPlace = field(default_factory=RingPlace)
-    noise_seed: int = 0
+    noise_seed: int | None = None
     position: int = 0
     prompt_tokens: int = 0
     traced: int = 0
@@ -219,7 +221,7 @@ class SlotPool:
         return tuple(chosen)
 
     def _copy(self, sources: list[int], targets: list[int]) -> None:
-        rows = torch.tensor(sources, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64)
+        rows = [torch.tensor(ids, dtype=torch.int64, device="cpu") for ids in (sources, targets)]
         for holder in self._holders:
             holder.move(*rows)
         before = dict(self.live)
@@ -294,6 +296,7 @@ class CacheTie:
         self.length = 0
         self._pool = pool
 
+    @apart()
     def reordered(self, order: Tensor) -> None:
         """Beams moved."""
         lines = [int(line) for line in order.flatten()]  # beam search waits for the device at each step anyway
@@ -303,6 +306,7 @@ class CacheTie:
         self._pool.before_move()
         self._pool.continue_as(self.ids, lines)
 
+    @apart()
     def selected(self, lines: list[int]) -> None:
         """Some lines are left."""
         self._pool.before_move()
@@ -312,10 +316,12 @@ class CacheTie:
         """Every line goes on more than once."""
         self.selected([line for line in range(len(self.ids)) for _ in range(times)])
 
+    @apart()
     def cropped(self, tokens: int) -> None:
         """Tokens were taken back."""
         self._pool.taken_back(self.cache(), self.ids, tokens)
 
+    @apart()
     def copied(self, copy: Any) -> None:
         """The copy brings its trace: slots of its own, as these are now."""
         self._pool.before_move()

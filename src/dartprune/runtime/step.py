@@ -128,7 +128,7 @@ class Planner:
             state.step, state.attention = steps[device], None
 
     def _step(self, rows: Rows, slots: Sequence[Slot]) -> Step:
-        ids = torch.tensor(rows.slots, dtype=torch.int64)
+        ids = torch.tensor(rows.slots, dtype=torch.int64, device="cpu")
         ring = rows.tail(self._ring, [slot.ring.next for slot in slots]) if self._ring else None
         return Step(ids, ids.repeat_interleave(rows.tokens), ring=ring, padded=rows.valid is not None)
 

@@ -75,7 +75,9 @@ class Tokens:
         self, ids: Tensor, pruned: Sequence[bool], tokens: int, ended: Tensor | None, spent: Tensor | None
     ) -> None:
         device = self.counters.device
-        alive = torch.ones(len(pruned), device=device) if ended is None else (~ended).to(device).float()
+        alive = torch.ones(len(pruned), dtype=torch.float32, device=device)
+        if ended is not None:
+            alive = (~ended).to(alive)
         mask = self._on_device(pruned, device)
         self.counters.pruned.index_add_(0, ids, (alive * mask * tokens).long())
         self.counters.dense.index_add_(0, ids, (alive * ~mask * tokens).long())

@@ -59,7 +59,7 @@ def _continue_average(old: Tensor, new: Tensor, tokens: Tensor, decay: float) ->
 
 def _blend_sums(old: Tensor, n_old: Tensor, new: Tensor, n_new: Tensor, memory: float, decay: float) -> Tensor:
     # with nothing remembered the buffer alone decides
-    share = torch.where(n_old > 0, memory, 0.0)[:, None]
+    share = ((n_old > 0).float() * memory)[:, None]
     old_mean = old / n_old.clamp_min(1)[:, None]
     new_mean = new / n_new.clamp_min(1)[:, None]
     return (share * old_mean + (1 - share) * new_mean) * (n_old + n_new)[:, None]
@@ -70,7 +70,7 @@ def _blend_peaks(old: Tensor, n_old: Tensor, new: Tensor, n_new: Tensor, memory:
 
 
 def _blend_averages(old: Tensor, n_old: Tensor, new: Tensor, n_new: Tensor, memory: float, decay: float) -> Tensor:
-    share = torch.where(n_old > 0, memory, 0.0)[:, None]
+    share = ((n_old > 0).float() * memory)[:, None]
     whole = (1 - decay**n_new).clamp_min(torch.finfo(torch.float32).tiny)[:, None]
     return share * old + (1 - share) * new / whole
 

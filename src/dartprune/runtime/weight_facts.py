@@ -48,16 +48,23 @@ class WeightFacts:
                     stacklevel=2,
                 )
 
+    def forget(self) -> None:
+        """The weights were written to: everything is worked out anew when asked for."""
+        self._known.clear()
+
     def __call__(self, layer: LiveLayer, name: str) -> Tensor:
         """A fact of one layer: float32 [I], or on the host [] for `down_square`."""
         key = (layer.index, name)
         if key not in self._known and name == DOWN_SQUARE:
-            self._known[key] = torch.tensor(down_square(layer.parts, layer.weights, *layer.place))
+            self._known[key] = torch.tensor(
+                down_square(layer.parts, layer.weights, *layer.place), dtype=torch.float32, device="cpu"
+            )
         if key not in self._known:
-            assert not isinstance(layer.weights, str)
             if name == "down_norm":
                 self._known[key] = down_norms(layer.parts, layer.weights, *layer.place)
             else:
+                if isinstance(layer.weights, str):
+                    raise ValueError(f"{name} is not known: {layer.weights}")
                 highest, mean = cached_forward_proxy(layer.weights.down, self._unembedding())
                 self._known[layer.index, "proxy_max"] = highest.to(layer.trace.device)
                 self._known[layer.index, "proxy_mean"] = mean.to(layer.trace.device)
@@ -67,5 +74,10 @@ class WeightFacts:
         head = self._core.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise ValueError("the model has no output embeddings, which forward-proxy scores need: use 'magnitude'")
-        weight: Tensor = head.weight
+        weight = getattr(head, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise ValueError(
+                f"the output embeddings are a {type(head).__name__} without plain weights, which forward-proxy scores "
+                "need: use 'magnitude'"
+            )
         return weight

@@ -76,12 +76,16 @@ def captured(layer: Layer, parts: Matrices, norms: Tensor, sparsity: float, bits
         sparsity: of the bytes, the sketch's own counted as read.
         bits: of the sketch.
     """
-    some = torch.linspace(0, layer.neurons - 1, min(layer.neurons, _SAMPLED_NEURONS)).long().to(norms.device)
+    some = torch.linspace(
+        0, layer.neurons - 1, min(layer.neurons, _SAMPLED_NEURONS), dtype=torch.float32, device="cpu"
+    ).long()
     kept = round((1 - sparsity - sketch_share(bits, layer)) * len(some))
     if kept < 1:
         return 0.0
     # a norm comes before nearly every FFN: entries of unit size
-    x = torch.randn(_SAMPLED_INPUTS, layer.hidden, generator=torch.Generator().manual_seed(0)).to(norms.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(_SAMPLED_INPUTS, layer.hidden, generator=generator, dtype=torch.float32, device="cpu")
+    some, x = some.to(norms.device), x.to(norms.device)
     planes = rounded(x)
     exact = estimate = norms[some]
     for weight, bias, is_gate in ((parts.gate, parts.gate_bias, True), (parts.up, parts.up_bias, False)):
@@ -89,7 +93,7 @@ def captured(layer: Layer, parts: Matrices, norms: Tensor, sparsity: float, bits
             continue
         rows = weight[some].float()
         shift = 0.0 if bias is None else bias[some].float()
-        acted = layer.act if is_gate or parts.gate is None else (lambda value: value)
+        acted = layer.activated if is_gate or parts.gate is None else (lambda value: value)
         exact = exact * acted(x @ rows.t() + shift)
         estimate = estimate * acted(sketch_dots(planes, build_planes(rows, bits)) + shift)
     energy = exact.square()

@@ -46,7 +46,7 @@ def _ffn_cpu(
     _use_threads(threads)
     rows, hidden = x.shape
     wide = x.detach().float().contiguous()
-    out = torch.empty(rows, hidden, dtype=torch.float32)
+    out = torch.empty(rows, hidden, dtype=torch.float32, device="cpu")
     biased = (gate_bias is not None) + 2 * (up_bias is not None)
     up_words = _array(up)
     weights = (
@@ -66,7 +66,8 @@ def _ffn_cpu(
         if threads == 1:
             kernels.single_alone(*call, out[0].numpy())
         else:
-            kernels.single(*call, threads, torch.empty(threads, hidden).numpy(), out[0].numpy())
+            partial = torch.empty(threads, hidden, dtype=torch.float32, device="cpu").numpy()
+            kernels.single(*call, threads, partial, out[0].numpy())
     else:
         for first in range(0, rows, kernels.MOST_ROWS):
             part = slice(first, min(rows, first + kernels.MOST_ROWS))
@@ -74,7 +75,7 @@ def _ffn_cpu(
             if threads == 1:
                 kernels.several_alone(*call, out[part].numpy())
             else:
-                partial = torch.empty(threads, part.stop - first, hidden).numpy()
+                partial = torch.empty(threads, part.stop - first, hidden, dtype=torch.float32, device="cpu").numpy()
                 kernels.several(*call, threads, partial, out[part].numpy())
     if down_bias is not None:
         out += down_bias.float()
@@ -123,11 +124,11 @@ class CpuBackend:
 
     def _compile(self, weights: FFNWeights) -> None:
         hidden = weights.hidden
-        index = torch.zeros(1, 1, dtype=torch.int32)
-        count = torch.ones(1, dtype=torch.int32)
+        index = torch.zeros(1, 1, dtype=torch.int32, device="cpu")
+        count = torch.ones(1, dtype=torch.int32, device="cpu")
         for rows in (1, 2):
-            x = torch.zeros(rows, hidden, dtype=weights.up.dtype)
-            self.ffn(x, weights, index, count, torch.zeros(rows, dtype=torch.int64))
+            x = torch.zeros(rows, hidden, dtype=weights.up.dtype, device="cpu")
+            self.ffn(x, weights, index, count, torch.zeros(rows, dtype=torch.int64, device="cpu"))
 
     def ffn(self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
         """Compute the pruned FFN of x [N, H]; see `Backend.ffn`."""

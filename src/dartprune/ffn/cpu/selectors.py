@@ -86,7 +86,7 @@ def sketch_integers(x: InputPlanes, sketch: SketchPlanes) -> Tensor:
     """See `sketch.sketch_integers`."""
     from dartprune.ffn.cpu import selector_kernels as kernels
 
-    out = torch.empty(x.planes.shape[0], sketch.neurons, dtype=torch.int32)
+    out = torch.empty(x.planes.shape[0], sketch.neurons, dtype=torch.int32, device="cpu")
     kernels.integers(sketch.planes.numpy(), x.planes.numpy(), x.total.numpy(), out.numpy())
     return out
 

@@ -67,18 +67,19 @@ def measure(weights: FFNWeights) -> None:
         return
     neurons, hidden = up.shape
     width = max(1, round(0.3 * neurons))
-    index = torch.linspace(0, neurons - 1, width, device=up.device).to(torch.int32)[None]
+    index = torch.linspace(0, neurons - 1, width, dtype=torch.float64, device=up.device).to(torch.int32)[None]
     count = torch.full((1,), width, dtype=torch.int32, device=up.device)
     slots = torch.zeros(1, dtype=torch.int64, device=up.device)
-    x = torch.randn(1, hidden, device=up.device).to(up.dtype)
-    acts = torch.zeros(1, width, device=up.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(1, hidden, generator=generator, dtype=torch.float32, device="cpu").to(up)
+    acts = torch.zeros(1, width, dtype=torch.float32, device=up.device)
     matrices = weights.gate, up, weights.gate_bias, weights.up_bias
 
     def up_time(blocks: Blocks) -> float:
         return _time(lambda: kernels.launch_up(x, *matrices, index, count, slots, acts, weights.activation, blocks))
 
     def down_time(choice: tuple[Blocks, int]) -> float:
-        partial = torch.empty(choice[1], 1, hidden, device=up.device)
+        partial = torch.empty(choice[1], 1, hidden, dtype=torch.float32, device=up.device)
         out = torch.empty_like(x)
 
         def run() -> None:

@@ -201,8 +201,8 @@ class SketchLayer(LayerSelector):
         if self.up_bias is not None:
             up = up + self.up_bias
         if self.sketch.gate is None:
-            return self.layer.act(up).abs()
+            return self.layer.activated(up).abs()
         gate = estimated(x, self.sketch.gate, *options)
         if self.gate_bias is not None:
             gate = gate + self.gate_bias
-        return (self.layer.act(gate) * up).abs()
+        return (self.layer.activated(gate) * up).abs()

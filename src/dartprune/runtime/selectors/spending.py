@@ -34,7 +34,7 @@ class Spending:
         taken = [count.to(device) for count, _ in parts if count is not None]
         if len(taken) < len(parts):
             return None
-        return (self._shares @ torch.stack(taken).float()).view(lines, -1)
+        return (self._shares[:, None] * torch.stack(taken).float()).sum(0).view(lines, -1)
 
     @property
     def held(self) -> int:

@@ -1,0 +1,89 @@
+"""Direct calls without `torch.no_grad()`: nothing that a run keeps holds the graph of gradients."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from dartprune import Clock, Dart, Detector, Relearn, Replay, presets
+from dartprune.refresh import Clock as ClockRefresh
+from test_matrix import tokens
+from tiny import FAMILIES
+
+EAGER = Detector(window=4, patience=1, min_drop=0.0, delta=0.0)
+PRUNERS = {
+    "replay": Dart(sparsity=0.5, detector=EAGER, refresh=Replay(tokens=8, settle=16)),
+    "relearn": Dart(sparsity=0.5, detector=EAGER, refresh=Relearn(tokens=3)),
+    "clock": Clock(sparsity=0.5, start=2, refresh=ClockRefresh(every=3, dense=2)),
+    "average": Dart(sparsity=0.5, scorer="average", impact="residual"),
+    "gate": presets.get("gated-dart")(sparsity=0.5),
+    "sketch": presets.get("sketch-dart")(sparsity=0.5),
+    "exact": presets.get("per-token")(sparsity=0.5),
+}
+
+
+def kept(run):
+    """Every tensor that a run keeps from one forward to the next."""
+    for holder in run._parts.holders:
+        yield from holder.tensors().values()
+    for layer in run.layers:
+        yield from (part for part in vars(layer).values() if isinstance(part, torch.Tensor))
+        if layer.state.attention is not None:
+            yield layer.state.attention
+        if layer.selector is not None:
+            yield from (part for part in vars(layer.selector).values() if isinstance(part, torch.Tensor))
+    for slot in run._pool.live.values():
+        yield from slot.detection.recent
+        drift = slot.detection.drift
+        yield from (part for part in (drift._sum, drift._partial, *drift._means) if part is not None)
+
+
+@pytest.mark.parametrize("backend", ["masked", "reference", "cpu"])
+@pytest.mark.parametrize("name", PRUNERS)
+def test_statistics_hold_no_graph(name, backend):
+    model = FAMILIES["gemma2"]()
+    with PRUNERS[name](model, backend=backend) as run:
+        for seed in range(2):
+            with run.phase("prefill"):
+                cache = model(input_ids=tokens(model, seed=seed), use_cache=True).past_key_values
+            with run.phase("decode"):
+                for t in range(10):
+                    model(input_ids=tokens(model, length=10, seed=7)[:, t : t + 1], past_key_values=cache)
+            found = list(kept(run))
+            assert len(found) > 10
+            assert not any(tensor.requires_grad or tensor.grad_fn is not None for tensor in found)
+
+
+def test_activations_of_past_texts_are_freed():
+    model = FAMILIES["llama"]()
+    seen = []
+    handle = model.model.layers[1].self_attn.o_proj.register_forward_hook(
+        lambda module, args, out: seen.append(weakref.ref(out))
+    )
+    with Dart(sparsity=0.5)(model) as run:
+        for seed in range(4):
+            with run.phase("prefill"):
+                model(input_ids=tokens(model, seed=seed), use_cache=True)
+        gc.collect()
+        assert len(seen) == 4
+        assert not any(ref() is not None for ref in seen)
+    handle.remove()
+
+
+def test_the_prompts_own_gradients_are_those_of_the_plain_model():
+    model = FAMILIES["llama"]()
+    ids = tokens(model)
+
+    def grads(call):
+        model.zero_grad()
+        call().logits.float().logsumexp(-1).sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    want = grads(lambda: model(input_ids=ids, use_cache=True))
+    with Dart(sparsity=0.5)(model, backend="masked") as run, run.phase("prefill"):
+        got = grads(lambda: model(input_ids=ids, use_cache=True))
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
