@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from dartprune.model.calls import bare
-from dartprune.model.layer import Decoder, Layer, activation_name, sizes
+from dartprune.model.layer import Decoder, Layer, activation_name, check_single, sizes
 from dartprune.model.lookup import Family, at, core_of, first_of, refuse_by_kind
 from dartprune.model.structure import by_structure
 
@@ -105,21 +105,8 @@ def describe(model: Any) -> Decoder:
     if row is None:
         return by_structure(core, model_type)
     layers = tuple(_layer(index, bare(module), row) for index, module in enumerate(first_of(core, row.layers)))
-    _check_single(layers)
+    check_single(layers)
     return Decoder(model_type, "table", layers, layers[0].hidden)
-
-
-def _check_single(layers: tuple[Layer, ...]) -> None:
-    """ValueError where two layers run the same module: each would need masks and statistics of its own in it."""
-    owner: dict[nn.Module, int] = {}
-    for layer in layers:
-        for part in filter(None, {layer.entry, layer.down, layer.norm, layer.contribution}):
-            first = owner.setdefault(part, layer.index)
-            if first != layer.index:
-                raise ValueError(
-                    f"layers {first} and {layer.index} share one {type(part).__name__} in or around their FFN: "
-                    "they cannot be pruned apart; give each a module of its own, whose weights may be tied"
-                )
 
 
 def _layer(index: int, module: nn.Module, row: Family) -> Layer:

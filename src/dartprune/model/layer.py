@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,19 @@ class Layer:
         """The down projection of `a` [..., I], bias included, unheard by hooks."""
         out: Tensor = quietly(self.down, a)
         return out
+
+
+def check_single(layers: Iterable[Layer]) -> None:
+    """ValueError where two layers run the same module: each would need masks and statistics of its own in it."""
+    owner: dict[nn.Module, int] = {}
+    for layer in layers:
+        for part in filter(None, dict.fromkeys((layer.entry, layer.down, layer.norm, layer.contribution))):
+            first = owner.setdefault(part, layer.index)
+            if first != layer.index:
+                raise ValueError(
+                    f"layers {first} and {layer.index} share one {type(part).__name__} in or around their FFN: "
+                    "they cannot be pruned apart; give each a module of its own, whose weights may be tied"
+                )
 
 
 def held(module: nn.Module) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dartprune.model.apart import apart
 from dartprune.model.calls import unobserved
-from dartprune.model.layer import Decoder, Layer, held
+from dartprune.model.layer import Decoder, Layer, check_single, held
 from dartprune.model.shape import ACTIVATIONS, OUTPUTS, PATTERNS, Candidate, Unusual, candidates
 
 TOKENS = 6
@@ -34,6 +34,7 @@ def by_structure(model: Any, family: str) -> Decoder:
     root = model.get_decoder()
     try:
         found = candidates(root)
+        check_single(candidate.draft for candidate in found)
         known = _proved.get(model)
         if known is not None and known[0] == found:
             return known[1]

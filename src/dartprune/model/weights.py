@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.ffn.weights import FFNWeights
-from dartprune.model.calls import between, watched_globally
+from dartprune.model.calls import between, replaced, watched_globally
 from dartprune.model.layer import Layer
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -52,6 +52,8 @@ def row_weights(layer: Layer) -> FFNWeights | str:
 
 def _only_weights(layer: Layer) -> None:
     """Whether the weights and the activation's name are all that the FFN computes with."""
+    if not layer.inline and replaced(layer.entry):
+        raise _Unreadable("the FFN has a forward of its own on the instance, which reading its rows would leave out")
     for role, part in layer.skipped().items():
         why = between(part)
         if why is not None:

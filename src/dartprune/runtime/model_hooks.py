@@ -17,6 +17,7 @@ from dartprune.model.context import context_length
 from dartprune.model.layer import place
 from dartprune.model.layer_site import Refuses
 from dartprune.model.rows import Phase, Rows
+from dartprune.model.weights import row_weights
 from dartprune.runtime.account import Account
 from dartprune.runtime.forward import Forwards
 from dartprune.runtime.layer_hooks import LiveLayer
@@ -331,6 +332,9 @@ class LiveModel(Refuses):
                     "weights of the FFN were written to while attached, so that the token selector knows others: "
                     "call run.detach() and attach again"
                 )
+            for layer in self._layers:
+                if not layer.backend.gathers:
+                    layer.weights = row_weights(layer.parts)
             self._facts.forget()
 
 
