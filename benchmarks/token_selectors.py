@@ -21,7 +21,8 @@ import torch
 from dartprune import Dart, Dense, DepthAware, GatedDart, PerToken, Sketch, SketchDart, TokenGate, Uniform
 from dartprune.evaluation.forced import forced_losses, token_losses
 from dartprune.evaluation.texts import batch, pieces, read_texts, streams
-from dartprune.ffn.selector_ops import build_sketch, chosen_mask, chosen_rows, sketch_scores
+from dartprune.ffn.selector_ops import chosen_mask, chosen_rows
+from dartprune.ffn.sketch import build_sketch, sketch_scores
 from dartprune.loading import load
 from dartprune.model.families import describe
 from dartprune.model.weights import row_weights

@@ -7,11 +7,12 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dartprune.cli import options as o
+from dartprune.names import comma_list
 
 if TYPE_CHECKING:
     from dartprune.bench.models import Subject
@@ -43,19 +44,9 @@ Prompt = Annotated[int, typer.Option("--prompt", help="Tokens of each prompt.")]
 TurnsOption = Annotated[int, typer.Option("--turns", help="How often all arms are measured in turn.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Write the results, with machine and command, to this file.")]
 
-N = TypeVar("N", int, float)
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], N]) -> list[N]:
-    """The numbers of a list separated by commas; ValueError naming the option otherwise."""
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} {text}: write numbers separated by commas") from None
-
 
 def _methods(names: str, sparsity: float) -> dict[str, Pruner]:
-    made = {name.strip(): o.make_pruner(name.strip(), sparsity) for name in names.split(",")}
+    made = {name: o.make_pruner(name, sparsity) for name in comma_list(names)}
     return {name if pruner.prunes else f"{name}, attached": pruner for name, pruner in made.items()}
 
 
@@ -83,12 +74,12 @@ def _measure(
     work: Callable[[Callable[[str], None]], Result], as_json: bool, plot: Path | None, out: Path | None
 ) -> None:
     """Measure with a line of progress, then print, draw and write."""
-    from rich.console import Console
-
     from dartprune.bench.table import remarks, tables
+    from dartprune.reporting.progress import bar
+    from dartprune.reporting.tables import say, show
 
-    with Console(stderr=True).status("starting") as status:
-        result = work(lambda text: status.update(text))
+    with bar("starting", silent=as_json) as progress:
+        result = work(progress.tell)
     command = shlex.join(["dartprune", *sys.argv[1:]])
     if plot is not None:
         from dartprune.bench.picture import save_result
@@ -99,11 +90,8 @@ def _measure(
     if as_json:
         o.print_json(result.to_dict(command))
         return
-    console = Console()
-    for table in tables(result):
-        console.print(table)
-    for line in remarks(result):
-        console.print(line, markup=False, highlight=False)
+    show(*tables(result))
+    say(*remarks(result))
     for name, path in (("picture", plot), ("results", out)):
         if path is not None:
             typer.echo(f"{name}: {path}")
@@ -136,11 +124,11 @@ def kernel(
 
     cases = [
         Case(h, n, kind, s, b, not plain, activation)
-        for h in _numbers("--hidden", hidden, int)
-        for n in _numbers("--neurons", neurons, int)
-        for kind in dtype.split(",")
-        for b in _numbers("--batch", batch, int)
-        for s in _numbers("--sparsity", sparsity, float)
+        for h in o.numbers("--hidden", hidden, int)
+        for n in o.numbers("--neurons", neurons, int)
+        for kind in comma_list(dtype)
+        for b in o.numbers("--batch", batch, int)
+        for s in o.numbers("--sparsity", sparsity, float)
     ]
     _measure(
         lambda progress: measure(
@@ -251,7 +239,7 @@ def trace(
     _check(plot, out, turns, backend)
     from dartprune.bench.trace import check, measure
 
-    lengths, pruner = _numbers("--prompt", prompts, int), o.make_pruner(method, sparsity)
+    lengths, pruner = o.numbers("--prompt", prompts, int), o.make_pruner(method, sparsity)
     check(pruner, lengths, batch)
     subject = _subject(model, shape, dtype, layers, device)
     _measure(

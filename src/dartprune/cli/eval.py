@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
-from dartprune.cli.parts import numbers, show, words
+from dartprune.names import comma_list
+from dartprune.reporting.tables import say, show_cells
 
 if TYPE_CHECKING:
     from dartprune.evaluation.benchmarks.recipe import Recipe
@@ -76,8 +77,8 @@ def evaluate(
         _list_recipes(as_json)
         return
     asked = _asked(suite, tasks, perplexity, summaries, recipe, more or [], shots).but(
-        methods=tuple(words(method)) if method is not None else None,
-        sparsities=numbers("--sparsity", sparsity) if sparsity is not None else None,
+        methods=tuple(comma_list(method)) if method is not None else None,
+        sparsities=o.numbers("--sparsity", sparsity, float) if sparsity is not None else None,
         limit=limit,
         batch=batch_size,
         window=window,
@@ -104,8 +105,12 @@ def evaluate(
     if as_json:
         o.print_json(measured.to_dict())
         return
-    lines = [*measured.notes, *(f"written: {path}" for path in written)]
-    show(measured.tables(), before=asked.title, after=lines)
+    if asked.title:
+        say(asked.title)
+    show_cells(measured.tables())
+    say(*measured.notes)
+    for path in written:
+        typer.echo(f"written: {path}")
 
 
 def _asked(
@@ -133,7 +138,7 @@ def _asked(
     if suite is not None:
         what = {**read_suite(suite), **dict.fromkeys(more)}
         return Recipe("tasks", what if shots is None else dict.fromkeys(what, shots))
-    return Recipe(named[0], dict.fromkeys([*words(given[named[0]]), *more], shots))
+    return Recipe(named[0], dict.fromkeys([*comma_list(given[named[0]] or ""), *more], shots))
 
 
 def _list_recipes(as_json: bool) -> None:

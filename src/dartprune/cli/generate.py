@@ -143,32 +143,29 @@ def _as_data(arms: list[Pruner], results: list[Result], compare: bool) -> dict[s
 
 
 def _show(results: list[Result], compare: bool, live: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from dartprune.reporting.tables import grid, say, show
 
-    console = Console()
     if not compare:
         if not live:
-            console.print(results[0].text, markup=False, highlight=False)
-        console.print(o.report_table(results[0].report, ""))
+            say(results[0].text)
+        show(o.report_table(results[0].report))
         return
     for result in results:
-        console.rule(f"{result.report.method}", align="left")
-        console.print(result.text, markup=False, highlight=False)
-    table = Table(title="side by side", title_justify="left")
-    for column in ("arm", "realised sparsity", "FFN bytes saved", "events", "tokens/s (median of 3)", "of dense"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+        say(f"--- {result.report.method}", style="green")
+        say(result.text)
+    columns = ("arm", "realised sparsity", "FFN bytes saved", "events", "tokens/s (median of 3)", "of dense")
     dense = results[0].tokens_per_second
-    for result in results:
-        report = result.report
-        table.add_row(
-            report.method,
-            f"{report.realised_sparsity:.3f}",
-            f"{report.bytes_saved:.3f}",
-            str(len(report.events)),
+    rows = [
+        (
+            result.report.method,
+            f"{result.report.realised_sparsity:.3f}",
+            f"{result.report.bytes_saved:.3f}",
+            str(len(result.report.events)),
             f"{result.tokens_per_second:.1f}",
             f"{result.tokens_per_second / dense:.2f}",
         )
-    console.print(table)
+        for result in results
+    ]
+    show(grid(columns, rows, title="side by side"))
     if not all(result.report.saves_time for result in results[1:]):
-        console.print(f"the {results[-1].report.backend} backend saves no time: it computes all neurons")
+        say(f"the {results[-1].report.backend} backend saves no time: it computes all neurons")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
-from dartprune.cli.parts import numbers, show, words
+from dartprune.names import comma_list
+from dartprune.reporting.tables import say, show_cells
 
 if TYPE_CHECKING:
     from dartprune.evaluation.benchmarks.recipe import Recipe
@@ -49,8 +50,8 @@ def layers(
     """Prune one layer at a time, groups, and all but one; compare with sensitivity; see which neurons are kept."""
     from dartprune.evaluation.benchmarks.recipe import Recipe
 
-    keeps = numbers("--keep", keep)
-    names = words(texts) if texts is not None else [INSIDE]
+    keeps = o.numbers("--keep", keep, float)
+    names = comma_list(texts) if texts is not None else [INSIDE]
     recipe = Recipe(
         "layers",
         dict.fromkeys(names),
@@ -101,7 +102,10 @@ def carry_out(
     if as_json:
         o.print_json({"model": model or DEMO, "settings": settings, **found.to_dict()})
         return
-    show(layer_pictures.tables(found), after=[*_along(found), *(f"written: {path}" for path in written)])
+    show_cells(layer_pictures.tables(found))
+    say(*_along(found))
+    for path in written:
+        typer.echo(f"written: {path}")
 
 
 def _study(

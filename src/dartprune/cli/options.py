@@ -7,15 +7,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+from dartprune.names import comma_list
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from dartprune.pruner import Pruner
     from dartprune.report import Report
+
+N = TypeVar("N", int, float)
 
 Model = Annotated[
     str | None,
@@ -45,6 +49,14 @@ def make_pruner(method: str, sparsity: float) -> Pruner:
     return cls(sparsity=sparsity if cls.prunes else 0.0)
 
 
+def numbers(option: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
+    """The numbers of a list with commas between them; ValueError naming the option otherwise."""
+    try:
+        return tuple(kind(part) for part in comma_list(text))
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: write numbers with commas between them") from None
+
+
 def check_plot(path: Path | None) -> None:
     """ValueError before any work if a picture could not be written there."""
     if path is None:
@@ -58,12 +70,10 @@ def check_plot(path: Path | None) -> None:
 @contextmanager
 def attaching(silent: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar for what a token selector makes ready, layer by layer; gives the callback for `progress=`."""
-    from rich.console import Console
-    from rich.progress import Progress
+    from dartprune.reporting.progress import bar
 
-    with Progress(console=Console(stderr=True), transient=True, disable=silent) as bar:
-        task = bar.add_task("sketching layers", visible=False)
-        yield lambda done, of: bar.update(task, completed=done, total=of, visible=done < of)
+    with bar("sketching layers", 0, silent=silent) as work:
+        yield lambda done, of: work.reach(done, total=of)
 
 
 def quiet() -> None:
@@ -79,12 +89,9 @@ def print_json(data: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(data) + "\n")
 
 
-def report_table(report: Report, title: str) -> Table:
+def report_table(report: Report) -> Table:
     """A report as a table for people."""
-    from rich.table import Table
+    from dartprune.reporting.tables import facts
 
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
-    for line in str(report).splitlines():
-        name, _, value = line.partition("  ")
-        table.add_row(name, value.strip(), style="yellow" if line.startswith("note:") else None)
-    return table
+    lines = (line.partition("  ") for line in str(report).splitlines())
+    return facts((name, value.strip()) for name, _, value in lines)

@@ -81,6 +81,7 @@ def study(
     """Follow texts that change their topic through a pruned model, and ask when a release of the masks still helps."""
     from dartprune.evaluation.study.arms import parse_arms
     from dartprune.evaluation.study.settings import Settings
+    from dartprune.names import comma_list
 
     settings = Settings(
         mode=mode,
@@ -89,8 +90,8 @@ def study(
         before=before,
         after=after,
         window=window,
-        layers=_names(layers),
-        spaces=_names(spaces),
+        layers=tuple(comma_list(layers)),
+        spaces=tuple(comma_list(spaces)),
         top=top,
         early=early,
         horizon=horizon,
@@ -131,10 +132,6 @@ def study(
         o.print_json(to_data(results, found) | {"files": [str(path) for path in paths]})
     else:
         _show(found, paths)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _check_mode(
@@ -195,20 +192,14 @@ def _run(
     name: str,
     silent: bool,
 ) -> Results:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from dartprune.evaluation.study.run import run_study
+    from dartprune.reporting.progress import bar
 
-    with Progress(console=Console(stderr=True), transient=True, disable=silent) as progress:
-        task = progress.add_task("reading texts", total=settings.steps)
-
-        def told(label: str, steps: int) -> None:
-            progress.update(task, description=label, completed=steps)
-
+    with bar("reading texts", settings.steps, silent=silent) as work:
         return run_study(
             model, tokenizer, texts, arms, settings,
-            folder=out, batch=batch, backend=backend, name=name, told=told,
+            folder=out, batch=batch, backend=backend, name=name,
+            told=lambda text, steps: work.reach(steps, text=text),
         )  # fmt: skip
 
 
@@ -268,15 +259,11 @@ def _conclude(
 
 
 def _show(found: Findings, paths: list[Path]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from dartprune.reporting.tables import grid, say, show
 
-    console = Console()
-    arms = Table(title="loss over dense in nats; cosine with dense vectors", title_justify="left")
-    for column in ("arm", "texts", "sparsity", "loss before", "after", "cosine before", "after", "events", "delay"):
-        arms.add_column(column, justify="left" if column in ("arm", "texts") else "right")
-    for row in found.arms:
-        arms.add_row(
+    columns = ("arm", "texts", "sparsity", "loss before", "after", "cosine before", "after", "events", "delay")
+    arms = [
+        (
             row.arm,
             "change" if row.kind == "change" else "one topic",
             f"{row.realised_sparsity:.2f}",
@@ -287,21 +274,15 @@ def _show(found: Findings, paths: list[Path]) -> None:
             f"{row.events_before + row.events_after:.1f}",
             "" if row.delay is None else f"{row.delay:g}",
         )
-    console.print(arms)
+        for row in found.arms
+    ]
+    show(grid(columns, arms, title="loss over dense in nats; cosine with dense vectors", words=("texts",)))
     if found.recovery:
-        releases = Table(title="releases of the prompt's mask", title_justify="left")
-        for column in ("released at", "loss regained", "cosine regained", "left at the end", "verdict"):
-            releases.add_column(column, justify="left" if column == "verdict" else "right")
-        for release in found.recovery:
-            releases.add_row(
-                str(release.release),
-                str(release.regained),
-                str(release.similarity_regained),
-                str(release.lost),
-                release.verdict,
-            )
-        console.print(releases)
-    for claim in found.claims:
-        console.print(f"{claim.answer}: {claim.claim}: {claim.figures}", markup=False, highlight=False)
-    console.print(found.verdict, markup=False, highlight=False)
-    console.print(f"report: {paths[0]}", markup=False, soft_wrap=True)
+        heads = ("released at", "loss regained", "cosine regained", "left at the end", "verdict")
+        releases = [
+            (str(row.release), str(row.regained), str(row.similarity_regained), str(row.lost), row.verdict)
+            for row in found.recovery
+        ]
+        show(grid(heads, releases, title="releases of the prompt's mask", words=("verdict",)))
+    say(*(f"{claim.answer}: {claim.claim}: {claim.figures}" for claim in found.claims), found.verdict)
+    typer.echo(f"report: {paths[0]}")
