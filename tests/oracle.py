@@ -100,7 +100,7 @@ def rule_of(pruner: Any, run: Any) -> Rule | None:
         if isinstance(selector, Exact):
             scores = a.abs() * norms
         elif isinstance(selector, Sketch):
-            scores = _sketched(run._parts.layers[layer.index].token.sketch, layer, x) * norms
+            scores = _sketched(run.layers[layer.index].selector.sketch, layer, x) * norms
         elif layer.gated:
             gate, _ = _gate_and_up(layer, x)
             rows = _gate_and_up(layer, torch.eye(layer.hidden))[1] - _gate_and_up(layer, torch.zeros(layer.hidden))[1]

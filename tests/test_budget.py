@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dartprune.budget import (
+    BudgetFacts,
     DepthAware,
     Global,
     Table,
@@ -103,7 +104,7 @@ def test_sensitive_and_outer_layers_are_spared():
 def test_alike_sensitivities_count_as_equal():
     noise = 1 + 0.004 * torch.rand(12)
     assert torch.allclose(depth_aware(noise, 0.5), depth_aware(torch.ones(12), 0.5))
-    flat = DepthAware(depth_protection=False)(noise, torch.ones(12), 0.5, [100] * 12)
+    flat = DepthAware(depth_protection=False).pruned(BudgetFacts(noise, torch.ones(12), [100] * 12), 0.5)
     assert torch.allclose(flat, torch.full((12,), 0.5))
 
 
@@ -121,13 +122,13 @@ def test_residue_goes_to_layers_without_pressure_when_the_others_are_full():
 
 def test_kinds():
     angle, change = torch.tensor([0.5, 1.0, 0.2]), torch.tensor([0.1, 3.0, 1.0])
-    both = DepthAware()(angle, change, 0.5, [10] * 3)
+    both = DepthAware().pruned(BudgetFacts(angle, change, [10] * 3), 0.5)
     assert torch.allclose(both, depth_aware(angle * change, 0.5, min_sparsity=0.0))
     paper = DepthAware(min_sparsity=0.1)
-    assert torch.allclose(paper(angle, change, 0.5, [10] * 3), depth_aware(angle * change, 0.5))
+    assert torch.allclose(paper.pruned(BudgetFacts(angle, change, [10] * 3), 0.5), depth_aware(angle * change, 0.5))
     angle_alone = DepthAware(magnitude_factor=False, min_sparsity=0.1)
-    assert torch.allclose(angle_alone(angle, change, 0.5, [10] * 3), depth_aware(angle, 0.5))
-    assert torch.equal(Uniform()(angle, change, 0.5, [10] * 3), torch.full((3,), 0.5))
+    assert torch.allclose(angle_alone.pruned(BudgetFacts(angle, change, [10] * 3), 0.5), depth_aware(angle, 0.5))
+    assert torch.equal(Uniform().pruned(BudgetFacts(angle, change, [10] * 3), 0.5), torch.full((3,), 0.5))
     assert keep_counts(torch.tensor([0.3, 0.9, 0.0]), [10, 11, 12]) == [7, 1, 12]
 
 
@@ -135,7 +136,7 @@ def test_tables():
     neurons = [100, 200, 100, 100]
     table = parse_table("all:0.5, 1-2:0.25, 3:40", neurons)
     assert torch.allclose(table, torch.tensor([0.5, 0.75, 0.75, 0.6]))
-    assert torch.allclose(Table("all:1.0")(table, table, 0.7, neurons), torch.zeros(4))
+    assert torch.allclose(Table("all:1.0").pruned(BudgetFacts(table, table, neurons), 0.7), torch.zeros(4))
 
 
 @pytest.mark.parametrize(
@@ -344,13 +345,15 @@ def test_budgets_are_known_by_their_kind():
 
 def test_without_depth_protection_only_sensitivity_counts():
     angle = torch.linspace(1, 2, 9)
-    pruned = DepthAware(depth_protection=False)(angle, torch.ones(9), 0.4, [10] * 9)
+    pruned = DepthAware(depth_protection=False).pruned(BudgetFacts(angle, torch.ones(9), [10] * 9), 0.4)
     assert (pruned[:-1] >= pruned[1:]).all() and pruned[0] > pruned[-1]
 
 
 def test_spread_draws_the_layers_together():
     angle, change, neurons = torch.tensor([0.9, 0.2, 0.3, 0.6]), torch.ones(4), [100] * 4
-    paper, half, flat = (DepthAware(spread=spread)(angle, change, 0.6, neurons) for spread in (1.0, 0.5, 0.0))
+    paper, half, flat = (
+        DepthAware(spread=spread).pruned(BudgetFacts(angle, change, neurons), 0.6) for spread in (1.0, 0.5, 0.0)
+    )
     torch.testing.assert_close(half, (paper + 0.6) / 2)
     torch.testing.assert_close(flat, torch.full((4,), 0.6))
     assert float(paper.std()) > 0.05
@@ -373,8 +376,13 @@ def test_one_ranking_keeps_the_highest_of_all_layers(seed):
 
 def test_a_layer_keeps_its_share_in_any_case():
     parts = [torch.ones(100), torch.full((100,), 9.0), torch.full((50,), 5.0)]
+    none, sizes = torch.zeros(3), [100, 100, 50]
     assert keep_counts(rank(parts, 0.5), [100, 100, 50]) == [0, 100, 25]
-    assert keep_counts(Global(max_sparsity=0.9).rank(parts, 0.5), [100, 100, 50]) == [10, 100, 15]
+    assert keep_counts(Global(max_sparsity=0.9).pruned(BudgetFacts(none, none, sizes, parts), 0.5), [100, 100, 50]) == [
+        10,
+        100,
+        15,
+    ]
     assert keep_counts(rank(parts, 0.5, max_sparsity=0.2), [100, 100, 50]) == [50, 50, 25]  # the bound is widened
     parts[0][7] = torch.nan
     assert keep_counts(rank(parts, 0.5), [100, 100, 50]) == [1, 100, 24]  # what is wrong must show

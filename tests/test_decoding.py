@@ -218,17 +218,17 @@ def test_rejected_candidates_leave_no_trace(llama):
         new = tokens(llama, lines=1, length=12, seed=9)
         with run.phase("decode"):
             llama(input_ids=new[:, :6], past_key_values=cache)
-        ring = run._parts.layers[1].ring.codes.clone()
-        stepper, forwards = run._stepper, run._forwards
+        ring = run.layers[1].ring.codes.clone()
+        forwards, live = run._forwards, run._live
         # a verify forward, as assisted decoding makes it
-        forwards._begin(cache, new[:, 6:11], None, first=False, explicit=None)
-        forwards.armed = True
+        live._begin(cache, new[:, 6:11], None, first=False, explicit=None)
+        live.armed = True
         llama(input_ids=new[:, 6:11], past_key_values=cache)
-        assert stepper.pending is not None
+        assert forwards.candidates is not None
         cache.crop(-5)
         report = run.report()
         assert report.pruned_tokens == 6
-        assert torch.equal(ring, run._parts.layers[1].ring.codes)
+        assert torch.equal(ring, run.layers[1].ring.codes)
 
 
 def test_a_second_turn_renews_the_masks(llama):

@@ -178,7 +178,7 @@ def test_float16_activations_above_256_do_not_overflow():
     with Static(sparsity=0.5)(model) as run, torch.no_grad():
         with run.phase("prefill"):
             cache = model(input_ids=tokens(model), use_cache=True).past_key_values
-        energy = run._parts.layers[0].trace.tensors()["energy"]
+        energy = run.layers[0].trace.tensors()["energy"]
         assert max(seen) > 256, "the test's activations are too small to show anything"
         assert energy.max() > 65504 and torch.isfinite(energy).all()
         with run.phase("decode"):
@@ -255,4 +255,4 @@ def test_sequences_that_ended_hold_no_vectors():
             model.generate(tokens(model, length=40), max_new_tokens=4)
         ended = run._account._ended
         assert len(ended) == 6 and len(run.report().sequences) == 6
-        assert all(row.slot.drift.reference_tokens == 0 and not row.slot.recent for row in ended)
+        assert all(row.slot.detection.drift.reference_tokens == 0 and not row.slot.detection.recent for row in ended)

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from dartprune.scoring import keep_above_mean, keep_top, register_scorer, scorer, scorer_names
+from dartprune.runtime.selection import keep_above_mean, keep_top
+from dartprune.scoring import register_scorer, scorer, scorer_names
 
 
 def test_every_scorer_against_a_loop():

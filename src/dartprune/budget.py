@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -212,8 +213,45 @@ def keep_counts(pruned: Tensor, neurons: Sequence[int]) -> list[int]:
     return [round((1 - float(p)) * n) for p, n in zip(pruned.tolist(), neurons, strict=True)]
 
 
-B = TypeVar("B", bound=type[Any])
-budget_kinds: Registry[type[Any]] = Registry("budget")
+@dataclass(frozen=True)
+class BudgetFacts:
+    """What a budget may look at: the trace of one sequence.
+
+    angle, change: float32 [L], the mean impact terms of each layer.  neurons: of each layer.
+    contributions: of each layer float32 [I], on one device: what each neuron adds to the residual stream, of the
+    stream's square there; empty unless the budget's `inputs` name `NEURON_LEVEL`.
+    """
+
+    angle: Tensor
+    change: Tensor
+    neurons: Sequence[int]
+    contributions: Sequence[Tensor] = ()
+
+
+NEURON_LEVEL = ("energy", DOWN_SQUARE)
+
+
+@dataclass(frozen=True)
+class Budget(ABC):
+    """Base of all budgets: a frozen dataclass, made known by `register_budget`.
+
+    kind: its registered name.  inputs: facts that its contributions are made from, see `BudgetFacts`.
+    """
+
+    kind: ClassVar[str] = ""
+    inputs: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def pruned(self, facts: BudgetFacts, sparsity: float) -> Tensor:
+        """Share of its neurons that each layer leaves out, float32 [L] on the host, with mean `sparsity`."""
+
+    def most_kept(self, sparsity: float) -> float:
+        """The greatest share of its neurons that a layer may keep, so that no list is held longer than that."""
+        return 1.0
+
+
+B = TypeVar("B", bound=type[Budget])
+budget_kinds: Registry[type[Budget]] = Registry("budget")
 
 
 def register_budget(cls: B) -> B:
@@ -224,7 +262,7 @@ def register_budget(cls: B) -> B:
 
 @register_budget
 @dataclass(frozen=True)
-class DepthAware:
+class DepthAware(Budget):
     """The paper's budget; `depth_protection` and `magnitude_factor` switch two of its parts off for studies.
 
     min_sparsity: the paper's is 0.1; a layer that must not be touched may be left whole here (docs/choices.md).
@@ -232,7 +270,6 @@ class DepthAware:
     """
 
     kind: ClassVar[str] = "depth-aware"
-    inputs: ClassVar[tuple[str, ...]] = ()
     early_width: float = 0.3
     late_width: float = 0.15
     early_floor: float = 0.25
@@ -261,10 +298,10 @@ class DepthAware:
                 f"DepthAware: min_sparsity {self.min_sparsity!r} is above max_sparsity {self.max_sparsity!r}"
             )
 
-    def __call__(self, angle: Tensor, change: Tensor, sparsity: float, neurons: Sequence[int]) -> Tensor:
+    def pruned(self, facts: BudgetFacts, sparsity: float) -> Tensor:
         """Pruned fractions [L] from the mean impact terms [L] of each layer."""
         pruned = depth_aware(
-            sensitivity(angle, change) if self.magnitude_factor else angle,
+            sensitivity(facts.angle, facts.change) if self.magnitude_factor else facts.angle,
             sparsity,
             early_width=self.early_width if self.depth_protection else 0.0,
             late_width=self.late_width if self.depth_protection else 0.0,
@@ -275,10 +312,14 @@ class DepthAware:
         )
         return pruned if self.spread == 1 else sparsity + self.spread * (pruned - sparsity)
 
+    def most_kept(self, sparsity: float) -> float:
+        """What the lower bound leaves."""
+        return 1 - min(self.min_sparsity, sparsity)
+
 
 @register_budget
 @dataclass(frozen=True)
-class Global:
+class Global(Budget):
     """One ranking of all layers' neurons by what they add to the residual stream, of its size there.
 
     A neuron's contribution is `E_i mean_j |W_down[:, j]|^2 / |y|^2`, y the residual stream before the FFN, its square
@@ -287,7 +328,7 @@ class Global:
     """
 
     kind: ClassVar[str] = "global"
-    inputs: ClassVar[tuple[str, ...]] = ("energy", DOWN_SQUARE)
+    inputs: ClassVar[tuple[str, ...]] = NEURON_LEVEL
     max_sparsity: float = 0.98
 
     def __post_init__(self) -> None:
@@ -295,31 +336,29 @@ class Global:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"Global: max_sparsity must lie in [0, 1], got {value!r}")
 
-    def rank(self, contributions: Sequence[Tensor], sparsity: float) -> Tensor:
+    def pruned(self, facts: BudgetFacts, sparsity: float) -> Tensor:
         """Pruned fractions [L] from each layer's contributions [I]."""
-        return rank(contributions, sparsity, self.max_sparsity)
+        return rank(facts.contributions, sparsity, self.max_sparsity)
 
 
 @register_budget
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Budget):
     """The same share in every layer."""
 
     kind: ClassVar[str] = "uniform"
-    inputs: ClassVar[tuple[str, ...]] = ()
 
-    def __call__(self, angle: Tensor, change: Tensor, sparsity: float, neurons: Sequence[int]) -> Tensor:
+    def pruned(self, facts: BudgetFacts, sparsity: float) -> Tensor:
         """Pruned fractions [L], all `sparsity`."""
-        return uniform(len(neurons), sparsity)
+        return uniform(len(facts.neurons), sparsity)
 
 
 @register_budget
 @dataclass(frozen=True)
-class Table:
+class Table(Budget):
     """What each layer keeps, given by hand; the sparsity of the pruner is not looked at."""
 
     kind: ClassVar[str] = "table"
-    inputs: ClassVar[tuple[str, ...]] = ()
     keep: str = "all:1.0"
 
     def __post_init__(self) -> None:
@@ -327,6 +366,6 @@ class Table:
             raise TypeError(f"Table: keep must be text such as '0:0.9,1-3:0.82,all:0.3', got {self.keep!r}")
         _entries(self.keep)
 
-    def __call__(self, angle: Tensor, change: Tensor, sparsity: float, neurons: Sequence[int]) -> Tensor:
+    def pruned(self, facts: BudgetFacts, sparsity: float) -> Tensor:
         """Pruned fractions [L] from the table, see `parse_table`."""
-        return parse_table(self.keep, neurons)
+        return parse_table(self.keep, facts.neurons)

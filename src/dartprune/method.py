@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from dartprune.budget import DepthAware, budget_kinds
+from dartprune.budget import Budget, DepthAware, budget_kinds
 from dartprune.drift import AttentionDrift
 from dartprune.names import unknown
 from dartprune.refresh import Never, Refresh, refresh_kinds
@@ -74,7 +74,7 @@ class Method:
 
     sparsity: float = 0.7
     scorer: str = "magnitude"
-    budget: Any = field(default_factory=DepthAware)
+    budget: Budget = field(default_factory=DepthAware)
     selection: str = "topk"
     refresh: Refresh = field(default_factory=Never)
     detector: Detector = field(default_factory=Detector)
@@ -108,8 +108,8 @@ class Method:
             raise TypeError(f"{owner}: refresh must be a Refresh such as Replay() or Never(), got {self.refresh!r}")
         if not isinstance(self.detector, Detector):
             raise TypeError(f"{owner}: detector must be a Detector, got {self.detector!r}")
-        if type(self.budget) not in [budget_kinds.get(name) for name in budget_kinds.names()]:
-            raise TypeError(f"{owner}: budget must be a registered budget such as DepthAware(), got {self.budget!r}")
+        if not isinstance(self.budget, Budget):
+            raise TypeError(f"{owner}: budget must be a Budget such as DepthAware() or Uniform(), got {self.budget!r}")
         self._check_token(owner)
         replay = self.refresh.replay_tokens
         if self.refresh.detects and replay % self.detector.window:
@@ -134,7 +134,7 @@ class Method:
     def inputs(self) -> tuple[str, ...]:
         """What must be known of the context and the weights to make its masks, by the names of `dartprune.scoring`."""
         names = scorer(self.scorer).inputs if self.token is None or self.token.context else ()
-        names += tuple(name for name in getattr(self.budget, "inputs", ()) if name not in names)
+        names += tuple(name for name in self.budget.inputs if name not in names)
         if self.compensate == "mean":
             names = (*names, "total")
         return names if self.token is None else (*names, *self.token.statistics)

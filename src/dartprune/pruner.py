@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from dartprune.budget import DepthAware, Global, Uniform
+from dartprune.budget import Budget, DepthAware, Global, Uniform
 from dartprune.method import Method, settings_from
 from dartprune.names import Registry
 from dartprune.refresh import Clock as ClockRefresh
@@ -84,7 +84,7 @@ class Dart(Pruner):
     `budget=DepthAware()`, `refresh=Relearn()` and `compensate=None` are the paper's; docs/choices.md compares them.
     """
 
-    budget: Any = field(default_factory=Global)
+    budget: Budget = field(default_factory=Global)
     refresh: Refresh = field(default_factory=Replay)
     compensate: str | None = "mean"
 
@@ -94,7 +94,7 @@ class Dart(Pruner):
 class Static(Pruner):
     """DART's mask of the prompt for ever."""
 
-    budget: Any = field(default_factory=Global)
+    budget: Budget = field(default_factory=Global)
     refresh: Refresh = field(default_factory=Never)
 
 
@@ -104,7 +104,7 @@ class Griffin(Pruner):
     """GRIFFIN (arXiv 2404.01365): token-normalised score, the same budget in every layer, never refreshed."""
 
     scorer: str = "token-normalised"
-    budget: Any = field(default_factory=Uniform)
+    budget: Budget = field(default_factory=Uniform)
 
 
 @register_preset("clock")
@@ -113,7 +113,7 @@ class Clock(Pruner):
     """BWAP: maximum of the normalised activations; 8 dense tokens, then 16 pruned and 4 dense in turn."""
 
     scorer: str = "peak"
-    budget: Any = field(default_factory=Uniform)
+    budget: Budget = field(default_factory=Uniform)
     refresh: Refresh = field(default_factory=ClockRefresh)
     start: int = 8
 
@@ -124,7 +124,7 @@ class Random(Pruner):
     """Neurons drawn once per sequence from a seed: the floor that every score must beat."""
 
     scorer: str = "random"
-    budget: Any = field(default_factory=Uniform)
+    budget: Budget = field(default_factory=Uniform)
 
 
 @register_preset("per-token")
@@ -132,7 +132,7 @@ class Random(Pruner):
 class PerToken(Pruner):
     """Each token its own best neurons, known because all are computed: the ceiling of every selector (WINA, TEAL)."""
 
-    budget: Any = field(default_factory=Uniform)
+    budget: Budget = field(default_factory=Uniform)
     token: TokenSelector | None = field(default_factory=Exact)
 
 
@@ -144,7 +144,7 @@ class GatedDart(Dart):
     Even the layers that matter least must name candidates, so the layers differ less than DART's.
     """
 
-    budget: Any = field(default_factory=lambda: DepthAware(spread=0.3))
+    budget: Budget = field(default_factory=lambda: DepthAware(spread=0.3))
     token: TokenSelector | None = field(default_factory=TokenGate)
     compensate: str | None = None  # each token drops others
 
@@ -154,7 +154,7 @@ class GatedDart(Dart):
 class SketchDart(Pruner):
     """Each token its own neurons, found by a low-bit sketch of the weights: no context, so no drift can hurt it."""
 
-    budget: Any = field(default_factory=Uniform)
+    budget: Budget = field(default_factory=Uniform)
     token: TokenSelector | None = field(default_factory=Sketch)
 
 
@@ -165,7 +165,7 @@ class Dense(Pruner):
 
     prunes = False
     sparsity: float = 0.0
-    budget: Any = field(default_factory=Uniform)
+    budget: Budget = field(default_factory=Uniform)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,13 +18,16 @@ from dartprune.model.model_site import model_site
 from dartprune.model.rows import Phase
 from dartprune.report import Event, Report
 from dartprune.runtime.account import Account
-from dartprune.runtime.build import build
-from dartprune.runtime.masks import Renewal
-from dartprune.runtime.model_hooks import Forwards
-from dartprune.runtime.pool import SlotPool
-from dartprune.runtime.slots import Slot, State
-from dartprune.runtime.stepper import Stepper
-from dartprune.runtime.windows import Watch
+from dartprune.runtime.build import LiveParts, build
+from dartprune.runtime.events import Events
+from dartprune.runtime.forward import Forwards
+from dartprune.runtime.layer_hooks import LiveLayer
+from dartprune.runtime.masks import Masks
+from dartprune.runtime.model_hooks import LiveModel
+from dartprune.runtime.slots import Detection, LoggedEvent, Slot, SlotPool, State
+from dartprune.runtime.tokens import Tokens
+from dartprune.runtime.trace import MeanImpact
+from dartprune.runtime.windows import Detectors
 from dartprune.selectors.sketches import Progress
 
 
@@ -47,38 +49,37 @@ class Run(Refuses):
         claim(self._core, method.name)
         try:
             self._parts = parts = build(method, self._core, decoder, backend, progress)
-            replay = method.refresh.replay_tokens
-            self._account = Account(method, parts)
-            self._renewal = Renewal(method, parts.layers, parts.counters, parts.facts)
-            self._pool = SlotPool(parts.holders, self._new_slot, self._account.close)
-            self._stepper = Stepper(
-                method,
-                parts.layers,
-                parts.counters,
-                Watch(parts.windows, method.refresh.settle_tokens, replay // method.detector.window),
-                self._renewal,
-                self._happened,
-                parts.tally,
-            )
-            self._forwards = Forwards(
-                method, self._core, parts, self._pool, self._stepper, self._account, self._renewal
-            )
-            self._sites = sites_of(self._core, decoder)
-            self._door = model_site(self._core)
-            self._install()
+            try:
+                self._connect(parts)
+                self._sites = sites_of(self._core, decoder)
+                self._door = model_site(self._core)
+                self._install()
+            except BaseException:
+                parts.layout.undo()
+                raise
         except BaseException:
-            if hasattr(self, "_parts"):
-                self._parts.layout.undo()
             release(self._core)
             raise
         self._account.seconds["attaching"] = time.perf_counter() - began
+
+    def _connect(self, parts: LiveParts) -> None:
+        """The loop: forwards, the tokens they gave, the events that follow, the masks that those make."""
+        method, refresh = self.method, self.method.refresh
+        recent = refresh.replay_tokens // method.detector.window
+        self._account = Account(method, parts)
+        self._masks = Masks(method, parts.layers, parts.counters, parts.facts)
+        self._events = Events(method, self._masks, self._announce)
+        self._tokens = Tokens(method, parts.counters, Detectors(parts.windows, refresh.settle_tokens, recent))
+        self._forwards = Forwards(method, parts.layers, self._tokens, self._events, parts.spending)
+        self._pool = SlotPool(parts.holders, self._new_slot, self._account.close)
+        self._live = LiveModel(method, self._core, parts.layers, self._pool, self._forwards, self._account, self._masks)
 
     def _install(self) -> None:
         try:
             if self.method.prunes:
                 for site, layer in zip(self._sites.layers, self._parts.layers, strict=True):
                     site.install(layer)
-            self._door.install(self._forwards)
+            self._door.install(self._live)
             self._attached = True
         finally:
             if not self._attached:
@@ -97,23 +98,23 @@ class Run(Refuses):
         if not self._attached:
             return
         began = time.perf_counter()
-        with self._forwards.lock:
+        with self._live.lock:
             self._attached = False
-            self._forwards.settle()
-            self._stepper.abort()
+            self._live.settle()
+            self._forwards.abort()
             self._remove()
             release(self._core)
         self._account.seconds["detaching"] = time.perf_counter() - began
 
     def report(self) -> Report:
         """What happened so far; also after `detach`."""
-        with self._forwards.lock:
-            self._forwards.settle()
+        with self._live.lock:
+            self._live.settle()
             self._pool.sweep()
-            self._account.seconds |= self._stepper.seconds
+            self._account.seconds |= {"detecting": self._tokens.seconds, "refreshing": self._events.seconds}
             states = {id(layer.state): layer.state for layer in self._parts.layers}
             self._account.seconds["tracing"] = sum(state.tracing_seconds for state in states.values())
-            self._account.refresh_flops, self._account.replays = self._renewal.flops, self._renewal.replays
+            self._account.refresh_flops, self._account.replays = self._masks.flops, self._masks.replays
             return self._account.report(list(self._pool.live.values()))
 
     @contextmanager
@@ -130,12 +131,12 @@ class Run(Refuses):
         """
         if phase not in ("prefill", "decode"):
             raise ValueError(f"unknown phase {phase!r}: write 'prefill' or 'decode'")
-        before = self._forwards.explicit
-        self._forwards.explicit = (Phase(phase), tuple(slots) if slots is not None else None)
+        before = self._live.explicit
+        self._live.explicit = (Phase(phase), tuple(slots) if slots is not None else None)
         try:
             yield
         finally:
-            self._forwards.explicit = before
+            self._live.explicit = before
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Any:
@@ -157,11 +158,16 @@ class Run(Refuses):
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Pause pruning: inside, the model is the plain one; decoded tokens of known sequences count as dense."""
-        before, self._forwards.paused = self._forwards.paused, True
+        before, self._live.paused = self._live.paused, True
         try:
             yield
         finally:
-            self._forwards.paused = before
+            self._live.paused = before
+
+    @property
+    def layers(self) -> list[LiveLayer]:
+        """What the run holds of each layer, for extensions and tests: trace, selection, ring, backend, selector."""
+        return self._parts.layers
 
     def on_event(self, callback: Callable[[Event], None]) -> None:
         """Call `callback` with each Event as it happens (this reads the event's figures from the device)."""
@@ -179,7 +185,7 @@ class Run(Refuses):
 
         With a token selector these are the candidates, among which each token finds its own.
         """
-        keep = self._pool.live[slot].keep
+        keep = self._pool.live[slot].masks.keep
         if keep is None:
             return [None] * len(self._parts.layers)
         return [
@@ -188,20 +194,19 @@ class Run(Refuses):
 
     def impact(self, slot: int) -> list[tuple[float, float]]:
         """Mean impact terms of each layer's FFN on a slot's traced tokens: `1 - cos(y, z)` and `|z - y| / |y|`."""
-        rows = [layer.trace.impact[slot].tolist() for layer in self._parts.layers]
-        return [(angle / max(count, 1.0), change / max(count, 1.0)) for angle, change, count, _, _ in rows]
+        means = [MeanImpact.of(layer.trace.impact[slot]) for layer in self._parts.layers]
+        return [(float(mean.angle), float(mean.change)) for mean in means]
 
     def scores(self, slot: int) -> list[Tensor]:
         """The score of every neuron as a slot's trace stands now, float32 [I] of each layer on the layer's device."""
-        return [self._renewal.scores(layer, [self._pool.live[slot]])[0].clone() for layer in self._parts.layers]
+        return [self._masks.scores(layer, [self._pool.live[slot]])[0].clone() for layer in self._parts.layers]
 
     def _new_slot(self, slot: int, sequence: int) -> Slot:
         state = State.LEARNING if self.method.prunes else State.DENSE
-        return Slot(slot, sequence, state, self.method.detector.build(), least=self.method.min_traced)
+        return Slot(slot, sequence, state, Detection(self.method.detector.build()), self.method.min_traced)
 
-    def _happened(self, slot: Slot, event: Event, changed: Tensor | None) -> None:
-        slot.events.append((event, changed))
+    def _announce(self, logged: LoggedEvent) -> None:
         if self._callbacks:
-            told = replace(event, changed=None if changed is None else int(changed))
+            event = logged.told()
             for callback in self._callbacks:
-                callback(told)
+                callback(event)

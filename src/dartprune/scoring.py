@@ -7,12 +7,9 @@ A scorer is a pure function whose parameter names say what it needs; see `STATIS
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from dartprune.names import Registry
@@ -125,40 +122,3 @@ def product(energy: Tensor, proxy_max: Tensor, proxy_mean: Tensor) -> Tensor:
 def random(noise: Tensor) -> Tensor:
     """Uniform random numbers, drawn once per sequence."""
     return noise
-
-
-def keep_top(scores: Tensor, k: int) -> Tensor:
-    """The k neurons with the highest scores, ties to the lower neuron.
-
-    Args:
-        scores: [..., I].
-        k: how many, 0 to I.
-
-    Returns:
-        int32 [..., k], ascending.
-
-    Raises:
-        ValueError: k outside 0 to I.
-    """
-    neurons = scores.shape[-1]
-    if not 0 <= k <= neurons:
-        raise ValueError(f"cannot keep {k} of {neurons} neurons")
-    if scores.device.type == "cpu" and 0 < k < neurons:
-        # no sort: the k-th score, all above it, and the first of those that equal it; four times faster at I = 14336
-        cut = torch.topk(scores, k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        above, equal = scores > cut, scores == cut
-        taken = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
-        kept = taken.nonzero()[:, -1].to(torch.int32)
-        shape = (*scores.shape[:-1], k)
-        if kept.numel() == math.prod(shape):  # not so where a score is NaN: the sort has an order for that too
-            return kept.view(shape)
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return order[..., :k].sort(dim=-1).values.to(torch.int32)
-
-
-def keep_above_mean(scores: Tensor) -> Tensor:
-    """The neurons whose score [I] is at least the mean, int32 ascending (waits for the device)."""
-    # the mean of equal scores may be rounded above all of them, and none would be kept
-    chosen: Any = (scores >= torch.minimum(scores.mean(), scores.max())).nonzero()
-    kept: Tensor = chosen[:, 0].to(torch.int32)
-    return kept

@@ -47,7 +47,7 @@ def test_replay_operations_are_counted():
             cache = model(input_ids=tokens(model), use_cache=True).past_key_values
         with run.phase("decode"):
             model(input_ids=tokens(model)[:, :1], past_key_values=cache)
-        run._renewal.replay([run._pool.live[0]])
+        run._masks.replay([run._pool.live[0]])
         assert run.report().refresh_flops == replay_flops(Shape.of(model), pruner)
 
 

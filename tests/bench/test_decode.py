@@ -131,7 +131,7 @@ class Recorded:
             result.logits.copy_(work().logits)
             fixed.copy_(self.inputs.pop())  # a graph fills the same memory
             if self.run is not None:
-                for layer in self.run._parts.layers:
+                for layer in self.run.layers:
                     layer.state.attention = None
 
         return replay, result

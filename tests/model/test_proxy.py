@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import dartprune.model.proxy as proxy
-from dartprune.model.proxy import cache_folder, cached_forward_proxy, forward_proxy, forward_proxy_flops
+from dartprune.cache import cache_folder
+from dartprune.model.proxy import cached_forward_proxy, forward_proxy, forward_proxy_flops
 
 
 @pytest.fixture

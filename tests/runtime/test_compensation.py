@@ -73,8 +73,8 @@ def test_it_is_renewed_by_a_replay():
             for token in tokens(model, length=30, seed=3).T:
                 model(input_ids=token[:, None], past_key_values=cache)
                 if before is None:
-                    before = [layer.selection.compensation.clone() for layer in run._parts.layers]
+                    before = [layer.selection.compensation.clone() for layer in run.layers]
         assert run.report().events
-        after = [layer.selection.compensation for layer in run._parts.layers]
+        after = [layer.selection.compensation for layer in run.layers]
         assert all(a.any() and not torch.equal(a, b) for a, b in zip(after[1:], before[1:], strict=True))
         assert not after[0].any(), "the most sensitive layer is left whole"

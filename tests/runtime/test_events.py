@@ -127,11 +127,11 @@ def test_replayed_masks_come_from_the_last_tokens(llama):
     ids, new = tokens(llama, lines=1, length=24), tokens(llama, lines=1, length=8, seed=4)
     inputs = {}
     with torch.no_grad(), pruner(llama, backend="masked") as run:
-        layers = run._parts.layers
+        layers = run.layers
         with run.phase("prefill"):
             cache = llama(input_ids=ids, use_cache=True).past_key_values
         handles = [
-            layer.layer.down.register_forward_pre_hook(
+            layer.parts.down.register_forward_pre_hook(
                 lambda module, args, i=i: inputs.setdefault(i, []).append(args[0].detach().clone())
             )
             for i, layer in enumerate(layers)
@@ -178,7 +178,7 @@ def test_one_sequence_of_a_batch_can_relearn_alone(llama, monkeypatch):
         with run.phase("prefill"):
             cache = llama(input_ids=ids, use_cache=True).past_key_values
         slots = run.slots_of(cache)
-        run._pool.live[slots[1]].drift.doomed = True
+        run._pool.live[slots[1]].detection.drift.doomed = True
         with run.phase("decode"):
             for t in range(8):
                 llama(input_ids=new[:, t : t + 1], past_key_values=cache)

@@ -88,8 +88,8 @@ def test_decided_anew_only_when_masks_change(measured):
     calls = measured(ROWS)
     with EAGER(model, backend="cpu") as run:
         compared = []
-        compare = run._stepper.choice._compare
-        run._stepper.choice._compare = lambda slots: compared.append(len(slots)) or compare(slots)
+        compare = run._forwards.rows_or_dense._compare
+        run._forwards.rows_or_dense._compare = lambda slots: compared.append(len(slots)) or compare(slots)
         decode(model, model, run, tokens(model), tokens(model, length=24, seed=3))
         changes = {event.decoded for event in run.report().events}
     assert changes and len(compared) == 1 + len(changes)

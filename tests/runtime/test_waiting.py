@@ -65,7 +65,7 @@ def fires_at(monkeypatch):
 
 def test_the_counter_counts():
     with Waits() as waits:
-        dartprune.scoring.keep_above_mean(torch.rand(5))
+        dartprune.runtime.selection.keep_above_mean(torch.rand(5))
         torch.rand(3).tolist()  # not the package's
     assert waits.seen == ["nonzero"]
 
@@ -80,7 +80,7 @@ def per_step(model, pruner, backend, steps, lines=1, mask=None):
         with run.phase("decode"):
             for t in range(steps):
                 if mask is not None:  # the second line is over at the tenth token
-                    run._forwards.stopped(torch.tensor([False, t > 9]))
+                    run._live.stopped(torch.tensor([False, t > 9]))
                 with Waits() as waits:
                     model(new[:, t : t + 1], past_key_values=cache)
                 seen.append(waits.seen)

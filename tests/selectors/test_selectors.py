@@ -126,7 +126,7 @@ def test_bytes_saved_are_those_of_the_union(llama, pruner):
             llama.generate(ids.repeat(lines, 1), **options)
             report = run.report()
             saved[lines] = report.bytes_saved
-            replays = run._renewal.replays
+            replays = run._masks.replays
         assert report.realised_sparsity == pytest.approx(0.5, abs=0.02)
     # three equal lines choose the same neurons, so that nothing more is read
     assert saved[1] == pytest.approx(saved[3], abs=1e-6)
@@ -139,15 +139,15 @@ def test_bytes_saved_are_those_of_the_union(llama, pruner):
 @pytest.mark.parametrize("pruner", [GATE, SKETCH], ids=["gate", "sketch"])
 def test_where_each_row_reads_its_own_neurons_all_of_them_count(llama, pruner, monkeypatch):
     own = replace(kernels_of(ReferenceBackend()), reads_union=False)
-    monkeypatch.setattr("dartprune.runtime.selectors.build.token_kernels", lambda backend: own)
+    monkeypatch.setattr("dartprune.runtime.selectors.build.kernels_of", lambda backend: own)
     read, fixed = [], 0.0
     for lines in (1, 3):
         with replace(pruner, refresh=Never())(llama, backend="reference") as run:
             llama.generate(tokens(llama, lines=1, length=20).repeat(lines, 1), max_new_tokens=6, min_new_tokens=6)
             read.append(1 - run.report().bytes_saved)
-            layers = run._parts.layers
+            layers = run.layers
             if pruner is SKETCH:
-                fixed = sum(la.token.held for la in layers) / sum(la.layer.weight_bytes for la in layers)
+                fixed = sum(la.selector.held for la in layers) / sum(la.parts.weight_bytes for la in layers)
     # three equal lines: everything three times, but for the sketch
     assert read[1] - fixed == pytest.approx(3 * (read[0] - fixed), rel=1e-4)
 

@@ -35,7 +35,7 @@ def test_saved_and_loaded(family, tmp_path):
     for _ in range(2):
         with pruner(model) as run:
             assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), want)
-            assert all(layer.token.sketch.up.bits == 2 for layer in run._parts.layers)
+            assert all(layer.selector.sketch.up.bits == 2 for layer in run.layers)
 
 
 def test_files_that_do_not_fit(llama, tmp_path):
@@ -72,7 +72,7 @@ def test_the_bits_depend_on_what_is_left(llama):
     chosen = []
     for sparsity in (0.1, 0.75):
         run = SketchDart(sparsity=sparsity, token=Sketch(bits="auto")).attach(llama)
-        chosen.append(run._parts.layers[0].token.sketch.up.bits)
+        chosen.append(run.layers[0].selector.sketch.up.bits)
         run.detach()
     assert chosen[0] > chosen[1]
 
@@ -82,8 +82,8 @@ def test_the_share_is_what_the_bytes_say(family):
     model = FAMILIES[family]()
     for bits in (1, 3):
         run = SketchDart(sparsity=0.2, token=Sketch(bits=bits)).attach(model)
-        for layer in run._parts.layers:
-            assert layer.token.fixed_share(0) == pytest.approx(sketch_share(bits, layer.layer))
+        for layer in run.layers:
+            assert layer.selector.fixed_share(0) == pytest.approx(sketch_share(bits, layer.parts))
         run.detach()
 
 

@@ -105,8 +105,7 @@ def memory_per_sequence(shape: Shape, method: Method, *, masks: bool = False) ->
     statistics = sum(name in STATISTICS for name in method.inputs)
     total = 4 * layers * neurons * statistics
     total += layers * (5 * 4 + 4)  # impact sums and token count
-    smallest = getattr(method.budget, "min_sparsity", None)
-    width = neurons if smallest is None else round((1 - min(smallest, method.sparsity)) * neurons)
+    width = round(method.budget.most_kept(method.sparsity) * neurons)
     if method.selection == "threshold":
         width = neurons
     total += layers * (4 * width + 4)

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dartprune.cache import cache_folder
+
 BLOCK = 1 << 24  # entries of G that are held at one time
 
 
@@ -42,11 +44,6 @@ def forward_proxy(down: Tensor, unembedding: Tensor) -> tuple[Tensor, Tensor]:
         highest = torch.maximum(highest, block.amax(1))
         total += block.sum(1, dtype=torch.float64)
     return highest, (total / vocabulary).float()
-
-
-def cache_folder() -> Path:
-    """Where worked-out proxies are kept: `DARTPRUNE_CACHE`, else `~/.cache/dartprune`."""
-    return Path(os.environ.get("DARTPRUNE_CACHE") or Path.home() / ".cache" / "dartprune")
 
 
 def cached_forward_proxy(down: Tensor, unembedding: Tensor, folder: Path | None = None) -> tuple[Tensor, Tensor]:

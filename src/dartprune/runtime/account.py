@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dartprune.method import Method
 from dartprune.report import LayerReport, Report, SequenceReport
-from dartprune.runtime.build import Parts
-from dartprune.runtime.layer_hooks import LayerRun
+from dartprune.runtime.build import LiveParts
+from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.slots import Slot, State
 from dartprune.selectors.settings import TokenSelector
 
@@ -32,7 +32,7 @@ class Ended:
 class Account:
     """Bytes read, seconds spent, sequences ended."""
 
-    def __init__(self, method: Method, parts: Parts) -> None:
+    def __init__(self, method: Method, parts: LiveParts) -> None:
         self.method = method
         self.parts = parts
         self.seconds = {
@@ -51,7 +51,7 @@ class Account:
         self._ended: list[Ended] = []
         self._known: tuple[tuple[int, tuple[int, ...]], int] | None = None
         self._gathers = all(layer.backend.gathers for layer in parts.layers)
-        self._layer_bytes = [layer.layer.weight_bytes for layer in parts.layers]
+        self._layer_bytes = [layer.parts.weight_bytes for layer in parts.layers]
 
     def decoded(self, slots: Sequence[Slot], masks: int, *, pruned: bool, gathered: bool) -> None:
         """A decode forward of these sequences reads its FFN weights.
@@ -78,36 +78,33 @@ class Account:
         """Weight bytes that a pruned step of these sequences reads; the same until a mask changes."""
         total = 0
         for number, (layer, size) in enumerate(zip(self.parts.layers, self._layer_bytes, strict=True)):
-            if layer.token is not None:
-                total += layer.token.fixed_bytes(self._candidates(number, layer, slots))
+            if layer.selector is not None:
+                total += layer.selector.fixed_bytes(self._candidates(number, layer, slots))
             elif layer.backend.gathers and not isinstance(layer.weights, str):
-                kept = [layer.selection.kept(slot.id, slot.keep[number]) for slot in slots if slot.keep is not None]
-                total += layer.backend.bytes_read(layer.weights, kept)
+                total += layer.backend.bytes_read(layer.weights, _lists(number, layer, slots))
             else:
                 total += size
         return total
 
-    def _candidates(self, number: int, layer: LayerRun, slots: Sequence[Slot]) -> int:
+    def _candidates(self, number: int, layer: LiveLayer, slots: Sequence[Slot]) -> int:
         """Candidates that are read for these sequences: their union, or each sequence's own."""
-        assert layer.token is not None
-        if not layer.token.reads_union:
-            return sum(slot.keep[number] for slot in slots if slot.keep is not None)
+        assert layer.selector is not None
+        lists = _lists(number, layer, slots)
+        if not layer.selector.reads_union:
+            return sum(len(neurons) for neurons in lists)
         if len(slots) == 1 or layer.selection.everything:
-            keep = slots[0].keep
-            assert keep is not None
-            return keep[number]
-        kept = [layer.selection.kept(slot.id, slot.keep[number]) for slot in slots if slot.keep is not None]
-        return int(torch.cat(kept).unique().numel())
+            return len(lists[0])
+        return int(torch.cat(lists).unique().numel())
 
     def _bytes_saved(self) -> float:
         """Share of the FFN's weight bytes that was left unread; every replay reads gate and up of all layers."""
         if not self._whole or not self._gathers:
             return 0.0
         once = sum(
-            size * (2 / 3 if layer.layer.gated else 1 / 2)
+            size * (2 / 3 if layer.parts.gated else 1 / 2)
             for layer, size in zip(self.parts.layers, self._layer_bytes, strict=True)
         )
-        chosen = self.parts.tally.bytes_read if self.parts.tally is not None else 0.0
+        chosen = self.parts.spending.bytes_read if self.parts.spending is not None else 0.0
         return 1 - (self._read + chosen + self.replays * once) / self._whole
 
     def _chosen(self) -> list[str]:
@@ -121,7 +118,7 @@ class Account:
         """Keep what a sequence did, before its slot is used again."""
         counters = self.parts.counters
         # the report needs counts and events; the detector's vectors would pile up where many sequences end
-        slot.drift, slot.recent = self.method.detector.build(), []
+        slot.detection.drift, slot.detection.recent = self.method.detector.build(), []
         self._ended.append(
             Ended(slot, *(t[slot.id].clone() for t in (counters.dense, counters.pruned, counters.saved)))
         )
@@ -143,7 +140,7 @@ class Account:
         dense = sum(s.dense_tokens for s in sequences)
         pruned = sum(s.pruned_tokens for s in sequences)
         saved = sum(s.realised_sparsity * (s.dense_tokens + s.pruned_tokens) for s in sequences)
-        shared = self.parts.tally.held if self.parts.tally is not None else 0
+        shared = self.parts.spending.held if self.parts.spending is not None else 0
         held = sum(holder.bytes_per_slot() for holder in self.parts.holders)
         held += self.method.detector.build().bytes_held(hidden=self.parts.windows.vectors.shape[-1])
         backends = list(dict.fromkeys(layer.backend.name for layer in self.parts.layers))
@@ -170,9 +167,15 @@ class Account:
         )
 
 
+def _lists(number: int, layer: LiveLayer, slots: Sequence[Slot]) -> list[Tensor]:
+    """The neurons that the masks of these pruned sequences keep in a layer, int32 [k] each."""
+    counts = [slot.masks.keep[number] for slot in slots if slot.masks.keep is not None]
+    return [layer.selection.kept(slot.id, count) for slot, count in zip(slots, counts, strict=True)]
+
+
 @torch.no_grad()
 def saving_per_token(
-    layers: Sequence[LayerRun], sparsity: float, selector: TokenSelector | None = None
+    layers: Sequence[LiveLayer], sparsity: float, selector: TokenSelector | None = None
 ) -> float | None:
     """Seconds that one sequence's token is spared, measured in the middle layer; None where no time is saved.
 
@@ -186,7 +189,7 @@ def saving_per_token(
     k = wanted = max(1, round((1 - sparsity) * weights.neurons))
     if selector is not None:
         rows = (1 - sparsity - middle.fixed_share) * weights.neurons
-        k, wanted = selector.split(rows, weights.neurons, gated=middle.layer.gated)
+        k, wanted = selector.split(rows, weights.neurons, gated=middle.parts.gated)
     index = torch.linspace(0, weights.neurons - 1, k, device=x.device).to(torch.int32)[None]
     count = torch.full((1,), k, dtype=torch.int32, device=x.device)
     each = torch.full((1,), wanted, dtype=torch.int32, device=x.device)
@@ -195,12 +198,12 @@ def saving_per_token(
     pruned: list[float] = []
     for _ in range(5):
         began = _now(x.device)
-        middle.layer.down(middle.layer.activations(x))
+        middle.parts.down(middle.parts.activations(x))
         between = _now(x.device)
-        if middle.token is None:
+        if middle.selector is None:
             middle.backend.ffn(x, weights, index, count, slots)
         else:
-            middle.token.compute(x, weights, index, count, slots, each)
+            middle.selector.compute(x, weights, index, count, slots, each)
         pruned.append(_now(x.device) - between)
         dense.append(between - began)
     return (statistics.median(dense) - statistics.median(pruned)) * len(layers)
@@ -216,9 +219,9 @@ def _now(device: torch.device) -> float:
 def _sequence(row: Ended) -> SequenceReport:
     slot, dense, pruned = row.slot, int(row.dense), int(row.pruned)
     events = [
-        replace(event, sequence=slot.sequence, changed=None if changed is None else int(changed))
-        for event, changed in slot.events
-        if event.decoded <= dense + pruned  # a finished line of a batch goes on as padding
+        replace(logged.told(), sequence=slot.sequence)
+        for logged in slot.events
+        if logged.event.decoded <= dense + pruned  # a finished line of a batch goes on as padding
     ]
     return SequenceReport(
         sequence=slot.sequence,
@@ -228,18 +231,18 @@ def _sequence(row: Ended) -> SequenceReport:
         pruned_tokens=pruned,
         realised_sparsity=float(row.saved) / (dense + pruned) if dense + pruned else 0.0,
         events=events,
-        keep=_copy(slot.keep if slot.chosen is None else slot.chosen),
-        similarities=[item for item in slot.similarities if item[0] <= dense + pruned],
+        keep=_copy(slot.masks.keep if slot.masks.per_token is None else slot.masks.per_token),
+        similarities=[item for item in slot.detection.similarities if item[0] <= dense + pruned],
         notes=list(slot.notes),
-        candidates=_copy(None if slot.chosen is None else slot.keep),
+        candidates=_copy(None if slot.masks.per_token is None else slot.masks.keep),
     )
 
 
-def _layers(layers: Sequence[LayerRun], sequences: Sequence[SequenceReport]) -> list[LayerReport]:
+def _layers(layers: Sequence[LiveLayer], sequences: Sequence[SequenceReport]) -> list[LayerReport]:
     keeps = [s.keep for s in sequences if s.keep is not None]
     candidates = [s.candidates for s in sequences if s.candidates is not None]
     return [
-        LayerReport(layer.layer.index, layer.layer.neurons, _mean(keeps, number), _mean(candidates, number))
+        LayerReport(layer.index, layer.neurons, _mean(keeps, number), _mean(candidates, number))
         for number, layer in enumerate(layers)
     ]
 

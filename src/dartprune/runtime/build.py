@@ -1,144 +1,153 @@
-"""Builds the live parts of a run for one model: layers, counters, windows."""
+"""Builds what is live while a pruner is attached: layers, counters, windows, selectors."""
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dartprune.budget import DOWN_SQUARE
 from dartprune.ffn import Backend, FFNWeights, backend_names, choose
 from dartprune.method import Method
 from dartprune.model.families import Decoder, Layer
 from dartprune.model.layout import RowLayout, scattered, shared_weights, storage_owners
-from dartprune.model.probe import down_norms, down_square
-from dartprune.model.proxy import cached_forward_proxy, forward_proxy_flops
 from dartprune.model.weights import row_weights
 from dartprune.names import unknown
-from dartprune.runtime.layer_hooks import DeviceState, LayerRun
+from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.ring import LayerRing
 from dartprune.runtime.rows_or_dense import has_choice
 from dartprune.runtime.selection import LayerSelection
-from dartprune.runtime.selectors.build import TokenBuilder
-from dartprune.runtime.selectors.tally import Tally
-from dartprune.runtime.slots import Counters, SlotTensors
+from dartprune.runtime.selectors.build import SelectorBuilder
+from dartprune.runtime.selectors.spending import Spending
+from dartprune.runtime.slot_tensors import Counters, SlotTensors
+from dartprune.runtime.step import DeviceState
 from dartprune.runtime.trace import STATISTICS, LayerTrace
+from dartprune.runtime.weight_facts import WeightFacts
 from dartprune.runtime.windows import Windows
-from dartprune.scoring import WEIGHT_FACTS
 from dartprune.selectors.sketches import Progress
 
 
 @dataclass
-class Parts:
+class LiveParts:
     """What a run is made of; `holders` is everything with a row per slot."""
 
-    layers: list[LayerRun]
+    layers: list[LiveLayer]
     counters: Counters
     windows: Windows
     holders: list[SlotTensors]
-    facts: Callable[[LayerRun, str], Tensor]
+    facts: WeightFacts
     notes: list[str]
     layout: RowLayout
-    tally: Tally | None
+    spending: Spending | None
 
 
-def build(method: Method, core: nn.Module, decoder: Decoder, backend: str, progress: Progress | None = None) -> Parts:
-    """Everything that holds state for this method on this model.
+def build(
+    method: Method, core: nn.Module, decoder: Decoder, backend: str, progress: Progress | None = None
+) -> LiveParts:
+    """Everything that holds state for this method on this model; on an error its weights lie as they did.
 
     Raises:
         ValueError: a named backend, scorer or token selector cannot work with these weights.
     """
+    if backend not in ("auto", *backend_names()):
+        raise unknown("backend", backend, ("auto", *backend_names()))
     layout = RowLayout()
     try:
-        return _build(method, core, decoder, backend, layout, progress)
+        builder = _Builder(method, core, decoder, backend, layout, progress)
+        layers = [builder.layer(layer) for layer in decoder.layers]
+        facts = WeightFacts(core, layers, method.inputs)
     except BaseException:
         layout.undo()
         raise
-
-
-def _build(
-    method: Method, core: nn.Module, decoder: Decoder, backend: str, layout: RowLayout, progress: Progress | None
-) -> Parts:
-    needed, selector = method.inputs, method.token
-    statistics = tuple(name for name in needed if name in STATISTICS)
-    if backend not in ("auto", *backend_names()):
-        raise unknown("backend", backend, ("auto", *backend_names()))
-    if not method.prunes or (selector is not None and selector.ceiling):
-        backend = "masked"
-    tokens = TokenBuilder(selector, decoder, method.sparsity, {layer.index: place(layer) for layer in decoder.layers})
-    states: dict[torch.device, DeviceState] = {}
-    layers: list[LayerRun] = []
-    notes: list[str] = []
-    owners = storage_owners(core)
-    for layer in decoder.layers:
-        device, dtype = place(layer)
-        chosen, weights, fallback = _lay_out(layer, device, backend, owners, layout)
-        if fallback is not None and f"{chosen.name} backend: {fallback}" not in notes:
-            notes.append(f"{chosen.name} backend: {fallback}")
-        state = states.setdefault(device, DeviceState())
-        everything = selector is not None and not selector.context
-        length = method.refresh.replay_tokens
-        layers.append(
-            LayerRun(
-                layer,
-                state,
-                LayerTrace(statistics, layer.neurons, method.decay, device),
-                LayerSelection(
-                    layer.neurons,
-                    0 if everything else _widest(method, layer),
-                    device,
-                    masks=(not chosen.gathers and not everything) or (selector is None and has_choice(chosen, weights)),
-                    compensation=layer.hidden if method.compensate == "mean" else None,
-                    everything=everything,
-                ),
-                LayerRing(length, layer.hidden, dtype, device) if length else None,
-                chosen,
-                weights,
-                (device, dtype),
-                residual=method.impact == "residual",
-                token=tokens.of(layer, weights, chosen, progress),
-            )
-        )
-    last = layers[-1]
-    counters = Counters(last.trace.device)
-    windows = Windows(method.detector.window, decoder.hidden, last.trace.device)
+    counters = Counters(layers[-1].trace.device)
+    windows = Windows(method.detector.window, decoder.hidden, counters.device)
     holders: list[SlotTensors] = [counters]
     if method.refresh.detects:
         holders.append(windows)
-    for run in layers:
-        holders += [part for part in (run.trace, run.selection, run.ring, run.token) if part is not None]
-    facts = Facts(core)
-    if any(name in WEIGHT_FACTS for name in needed):
-        facts.check(layers, needed)
-    if DOWN_SQUARE in needed:
-        for run in layers:
-            facts(run, DOWN_SQUARE)  # here, so that no text has to wait for it
-    chosen_by = [run.token for run in layers if run.token is not None]
-    tally = Tally(chosen_by, counters.device) if chosen_by else None
-    return Parts(layers, counters, windows, holders, facts, notes, layout, tally)
+    for live in layers:
+        holders += [part for part in (live.trace, live.selection, live.ring, live.selector) if part is not None]
+    selectors = [live.selector for live in layers if live.selector is not None]
+    spending = Spending(selectors, counters.device) if selectors else None
+    return LiveParts(layers, counters, windows, holders, facts, builder.notes, layout, spending)
 
 
-def _lay_out(
-    layer: Layer, device: torch.device, backend: str, owners: Counter[int], layout: RowLayout
-) -> tuple[Backend, FFNWeights | str, str | None]:
-    """The backend of a layer, its weights as that backend wants them, and why a faster one was not taken."""
-    weights = row_weights(layer)
-    chosen, fallback = choose(backend, weights, device)
-    if chosen.wants_rows:
-        modules = scattered(layer)
-        reason = shared_weights(owners, modules)
-        if reason is not None:
-            chosen, fallback = choose(backend, reason, device)
-        elif modules:
-            layout.apply(modules)
-            weights = row_weights(layer)
-    if not isinstance(weights, str):
-        chosen.prepare(weights)
-    return chosen, weights, fallback
+class _Builder:
+    """Makes one layer after another."""
+
+    def __init__(
+        self,
+        method: Method,
+        core: nn.Module,
+        decoder: Decoder,
+        backend: str,
+        layout: RowLayout,
+        progress: Progress | None,
+    ) -> None:
+        self.notes: list[str] = []
+        self._method = method
+        reads_all = method.token is not None and method.token.ceiling
+        self._backend = "masked" if not method.prunes or reads_all else backend
+        self._layout = layout
+        self._progress = progress
+        self._owners: Counter[int] = storage_owners(core)
+        self._places = {layer.index: place(layer) for layer in decoder.layers}
+        self._selectors = SelectorBuilder(method.token, decoder, method.sparsity, self._places)
+        self._states: dict[torch.device, DeviceState] = {}
+
+    def layer(self, layer: Layer) -> LiveLayer:
+        """A layer with all it holds."""
+        method = self._method
+        device, dtype = self._places[layer.index]
+        backend, weights = self._laid_out(layer, device)
+        ring = method.refresh.replay_tokens
+        return LiveLayer(
+            layer,
+            self._states.setdefault(device, DeviceState()),
+            LayerTrace(
+                tuple(name for name in method.inputs if name in STATISTICS), layer.neurons, method.decay, device
+            ),
+            self._selection(layer, device, backend, weights),
+            LayerRing(ring, layer.hidden, dtype, device) if ring else None,
+            backend,
+            weights,
+            (device, dtype),
+            residual=method.impact == "residual",
+            selector=self._selectors.of(layer, weights, backend, self._progress),
+        )
+
+    def _selection(
+        self, layer: Layer, device: torch.device, backend: Backend, weights: FFNWeights | str
+    ) -> LayerSelection:
+        method = self._method
+        everything = method.token is not None and not method.token.context
+        may_run_dense = method.token is None and has_choice(backend, weights)
+        return LayerSelection(
+            layer.neurons,
+            0 if everything else _longest_list(method, layer),
+            device,
+            masks=(not backend.gathers and not everything) or may_run_dense,
+            compensation=layer.hidden if method.compensate == "mean" else None,
+            everything=everything,
+        )
+
+    def _laid_out(self, layer: Layer, device: torch.device) -> tuple[Backend, FFNWeights | str]:
+        """The backend of a layer and its weights as that backend wants them; why no faster one was taken is noted."""
+        weights = row_weights(layer)
+        backend, reason = choose(self._backend, weights, device)
+        if backend.wants_rows:
+            modules = scattered(layer)
+            shared = shared_weights(self._owners, modules)
+            if shared is not None:
+                backend, reason = choose(self._backend, shared, device)
+            elif modules:
+                self._layout.apply(modules)
+                weights = row_weights(layer)
+        if not isinstance(weights, str):
+            backend.prepare(weights)
+        if reason is not None and (note := f"{backend.name} backend: {reason}") not in self.notes:
+            self.notes.append(note)
+        return backend, weights
 
 
 def place(layer: Layer) -> tuple[torch.device, torch.dtype]:
@@ -153,61 +162,9 @@ def place(layer: Layer) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
-def _widest(method: Method, layer: Layer) -> int:
+def _longest_list(method: Method, layer: Layer) -> int:
     """The most neurons a layer's list may hold under the budget."""
-    smallest = getattr(method.budget, "min_sparsity", None)
-    if smallest is None or method.selection == "threshold":
-        return layer.neurons
-    rows = (1 - min(float(smallest), method.sparsity)) * layer.neurons
+    share = 1.0 if method.selection == "threshold" else method.budget.most_kept(method.sparsity)
     if method.token is not None:
-        return method.token.split(rows, layer.neurons, gated=layer.gated)[0]
-    return min(layer.neurons, round(rows))
-
-
-class Facts:
-    """What scorers and budgets need to know of the weights; worked out when first asked for."""
-
-    def __init__(self, core: nn.Module) -> None:
-        self._core = core
-        self._known: dict[tuple[int, str], Tensor] = {}
-
-    def check(self, layers: list[LayerRun], needed: tuple[str, ...]) -> None:
-        """ValueError where the weights cannot be read; a warning where the work is long."""
-        for layer in layers:
-            if isinstance(layer.weights, str):
-                raise ValueError(
-                    f"a scorer that reads the down projection cannot be used here: {layer.weights}; use 'magnitude'"
-                )
-        if any(name.startswith("proxy") for name in needed):
-            flops = sum(
-                forward_proxy_flops(layer.layer.neurons, layer.layer.hidden, self._unembedding().shape[0])
-                for layer in layers
-            )
-            if flops > 1e13:
-                warnings.warn(
-                    f"the forward proxy of this model takes {flops:.1e} floating point operations once: "
-                    "hours on a CPU, minutes on a GPU; the result is cached on disk",
-                    stacklevel=2,
-                )
-
-    def __call__(self, layer: LayerRun, name: str) -> Tensor:
-        """A fact of one layer: float32 [I], or on the host [] for `down_square`."""
-        key = (layer.layer.index, name)
-        if key not in self._known and name == DOWN_SQUARE:
-            self._known[key] = torch.tensor(down_square(layer.layer, layer.weights, *layer.place))
-        if key not in self._known:
-            assert not isinstance(layer.weights, str)
-            if name == "down_norm":
-                self._known[key] = down_norms(layer.layer, layer.weights, *layer.place)
-            else:
-                highest, mean = cached_forward_proxy(layer.weights.down, self._unembedding())
-                self._known[layer.layer.index, "proxy_max"] = highest.to(layer.trace.device)
-                self._known[layer.layer.index, "proxy_mean"] = mean.to(layer.trace.device)
-        return self._known[key]
-
-    def _unembedding(self) -> Tensor:
-        head = self._core.get_output_embeddings()  # type: ignore[operator]
-        if head is None:
-            raise ValueError("the model has no output embeddings, which forward-proxy scores need: use 'magnitude'")
-        weight: Tensor = head.weight
-        return weight
+        return method.token.split(share * layer.neurons, layer.neurons, gated=layer.gated)[0]
+    return min(layer.neurons, round(share * layer.neurons))

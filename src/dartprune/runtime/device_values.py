@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT = 64  # tensors that are remembered
+REMEMBERED = 64  # tensors
 
 
-class Once:
+class DeviceValues:
     """Remembers the tensors it made."""
 
     def __init__(self) -> None:
-        self._kept: dict[Any, Tensor] = {}
+        self._tensors: dict[Any, Tensor] = {}
 
     def __call__(self, values: Sequence[int] | Sequence[bool], device: torch.device) -> Tensor:
         """These values, int64 or bool [n], on a device; never to be written to."""
         key = (device, *map(type, values[:1]), *values)
-        if key not in self._kept:
-            if len(self._kept) >= KEPT:
-                self._kept.clear()
-            self._kept[key] = torch.tensor(values, device=device)
-        return self._kept[key]
+        if key not in self._tensors:
+            if len(self._tensors) >= REMEMBERED:
+                self._tensors.clear()
+            self._tensors[key] = torch.tensor(values, device=device)
+        return self._tensors[key]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,42 +13,17 @@ from dartprune.ffn.masked import apply_mask
 from dartprune.model.families import Layer
 from dartprune.runtime.ring import LayerRing
 from dartprune.runtime.selection import LayerSelection
-from dartprune.runtime.selectors.layer import LayerToken
+from dartprune.runtime.selectors.layer_selector import LayerSelector
+from dartprune.runtime.step import DeviceState, Step
 from dartprune.runtime.trace import LayerTrace, impact_terms
 
 
-@dataclass
-class Step:
-    """One forward as the layers see it: B lines of T tokens; all tensors lie on the layer's device.
+class LiveLayer:
+    """One layer while attached: hears the calls of its `LayerSite`.
 
-    slots: int64 [B].  row_slots: int64 [B * T].  weight, impact_weight: float32 [B, T] of 0 and 1, or None: not traced.
-    ring: rows, slots and places for `LayerRing.write`, or None.  gathering: the backend computes the FFN from index
-    lists.  masking: neurons are zeroed inside the model's own FFN.  staging: inputs are kept until it is known which
-    tokens survive.  padded: some tokens are padding, whose values mean nothing.
+    index, neurons, size: number of the layer, of its neurons and of its FFN's weights.  place: device and dtype in
+    which it computes.  weights: as the backend wants them, or why their rows cannot be read.
     """
-
-    slots: Tensor
-    row_slots: Tensor
-    weight: Tensor | None = None
-    impact_weight: Tensor | None = None
-    ring: tuple[Tensor, Tensor, Tensor] | None = None
-    gathering: bool = False
-    masking: bool = False
-    staging: bool = False
-    padded: bool = False
-
-
-class DeviceState:
-    """What the layers of one device share: the step of the forward under way, and what it leaves behind."""
-
-    def __init__(self) -> None:
-        self.step: Step | None = None
-        self.attention: Tensor | None = None
-        self.tracing_seconds = 0.0
-
-
-class LayerRun:
-    """The run's side of one layer; receives the calls of its `Site`."""
 
     def __init__(
         self,
@@ -63,9 +37,10 @@ class LayerRun:
         place: tuple[torch.device, torch.dtype],
         *,
         residual: bool,
-        token: LayerToken | None = None,
+        selector: LayerSelector | None = None,
     ) -> None:
-        self.layer = layer
+        self.parts = layer
+        self.index, self.neurons, self.size = layer.index, layer.neurons, layer.weights
         self.state = state
         self.trace = trace
         self.selection = selection
@@ -74,7 +49,7 @@ class LayerRun:
         self.weights = weights
         self.place = place
         self.residual = residual
-        self.token = token
+        self.selector = selector
         self.staged: Tensor | None = None
         self.staged_impact: Tensor | None = None
         self._y: Tensor | None = None
@@ -85,12 +60,12 @@ class LayerRun:
     @property
     def saves_time(self) -> bool:
         """Whether neurons that a token does not use are left unread here."""
-        return self.backend.saves_time and (self.token is None or self.token.saves_time)
+        return self.backend.saves_time and (self.selector is None or self.selector.saves_time)
 
     @property
     def fixed_share(self) -> float:
         """Share of the layer's weight bytes that a token selector reads beside the weights."""
-        return 0.0 if self.token is None else self.token.fixed_share(0)
+        return 0.0 if self.selector is None else self.selector.fixed_share(0)
 
     def norm(self, y: Tensor) -> None:
         """Keep the residual stream for the impact of this FFN."""
@@ -105,7 +80,7 @@ class LayerRun:
             return original()
         self._take(x, step)
         out = self._gathered(x, step) if step.gathering else original()
-        self._made(out, step, self.layer.entry)
+        self._made(out, step, self.parts.entry)
         return out
 
     def first(self, x: Tensor, original: Callable[[], Tensor]) -> Tensor:
@@ -126,7 +101,7 @@ class LayerRun:
         if step is None:
             return original(a)
         if step.gathering:
-            if self.layer.inline:
+            if self.parts.inline:
                 x, self._x = self._x, None
                 assert x is not None
                 return self._gathered(x, step)
@@ -138,7 +113,7 @@ class LayerRun:
         out = original(a)
         if step.masking:
             out = self._compensated(out, step)
-        self._made(out, step, self.layer.down)
+        self._made(out, step, self.parts.down)
         return out
 
     def contribution(self, z: Tensor) -> None:
@@ -154,7 +129,7 @@ class LayerRun:
 
     def _made(self, out: Tensor, step: Step, module: object) -> None:
         """Weigh what the FFN adds, or keep its output where a module after it makes something else of it."""
-        if self.layer.contribution is module:
+        if self.parts.contribution is module:
             self._impact(out, step)
         elif self._transformed and self._weighs(step):
             self._raw = out
@@ -165,11 +140,11 @@ class LayerRun:
         return step.impact_weight is not None or step.staging
 
     def _take(self, x: Tensor, step: Step) -> None:
-        if self.layer.norm is None and self._weighs(step):
+        if self.parts.norm is None and self._weighs(step):
             self._y = x
         if step.staging:
             self.staged = x.reshape(step.slots.shape[0], -1, x.shape[-1])
-        if step.masking and self.token is not None:
+        if step.masking and self.selector is not None:
             self._x = x
         if step.ring is not None and self.ring is not None:
             self.ring.write(x.reshape(-1, x.shape[-1]), *step.ring)
@@ -177,19 +152,19 @@ class LayerRun:
     def _gathered(self, x: Tensor, step: Step) -> Tensor:
         assert not isinstance(self.weights, str)
         rows = x.reshape(-1, x.shape[-1])
-        if self.token is not None:
-            return self.token.ffn(rows, self.weights, self.selection, step.row_slots).reshape(x.shape)
+        if self.selector is not None:
+            return self.selector.ffn(rows, self.weights, self.selection, step.row_slots).reshape(x.shape)
         out = self.backend.ffn(rows, self.weights, self.selection.index, self.selection.count, step.row_slots)
         return self._compensated(out.reshape(x.shape), step)
 
     def _masked(self, a: Tensor, step: Step) -> Tensor:
-        if self.token is None:
+        if self.selector is None:
             lines = a.reshape(step.slots.shape[0], -1, a.shape[-1])
             return apply_mask(lines, self.selection.rows_mask(step.slots)).reshape(a.shape)
         x, self._x = self._x, None
         assert x is not None
         rows = a.reshape(-1, a.shape[-1])
-        mask = self.token.mask(rows, x.reshape(-1, x.shape[-1]), self.selection, step.row_slots)
+        mask = self.selector.mask(rows, x.reshape(-1, x.shape[-1]), self.selection, step.row_slots)
         return rows.masked_fill(~mask, 0).reshape(a.shape)
 
     def _compensated(self, out: Tensor, step: Step) -> Tensor:
@@ -217,9 +192,9 @@ class LayerRun:
         y, z = y.reshape(lines, -1, y.shape[-1]), z.reshape(lines, -1, z.shape[-1])
         if raw is not None:
             raw = raw.reshape(z.shape)
-        if self.layer.scale != 1.0:
+        if self.parts.scale != 1.0:
             raw = z if raw is None else raw
-            z = z * self.layer.scale
+            z = z * self.parts.scale
         terms = impact_terms(y, z, residual=self.residual, raw=raw)
         if step.staging:
             self.staged_impact = terms

@@ -1,73 +1,122 @@
-"""Makes masks: from the trace at the start, from replayed inputs at an event (DART section 3.5)."""
+"""Makes masks: the first ones from the trace, new ones at an event from replayed inputs (DART sections 3.3 and 3.5)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dartprune.budget import DOWN_SQUARE, Global, keep_counts
+from dartprune.budget import DOWN_SQUARE, NEURON_LEVEL, BudgetFacts, keep_counts
 from dartprune.method import Method
-from dartprune.runtime.device_values import Once
-from dartprune.runtime.layer_hooks import LayerRun
-from dartprune.runtime.slots import Counters, Slot
-from dartprune.scoring import LAYER, NOISE, WEIGHT_FACTS, keep_above_mean, keep_top, scorer
+from dartprune.runtime.device_values import DeviceValues
+from dartprune.runtime.layer_hooks import LiveLayer
+from dartprune.runtime.selection import choose
+from dartprune.runtime.slot_tensors import Counters
+from dartprune.runtime.slots import MaskCounts, Slot
+from dartprune.runtime.trace import MeanImpact
+from dartprune.runtime.weight_facts import WeightFacts
+from dartprune.scoring import LAYER, NOISE, WEIGHT_FACTS, scorer
 
 
-class Renewal:
+class Masks:
     """Builds and replays the masks of some slots, all layers at one token boundary."""
 
-    def __init__(
-        self,
-        method: Method,
-        layers: Sequence[LayerRun],
-        counters: Counters,
-        facts: Callable[[LayerRun, str], Tensor],
-    ) -> None:
+    def __init__(self, method: Method, layers: Sequence[LiveLayer], counters: Counters, facts: WeightFacts) -> None:
         """Set up.
 
         Args:
             method: what to do.
             layers: all layers.
             counters: where the share of the FFN that a slot leaves out is kept.
-            facts: gives a layer's `down_norm`, `proxy_max` or `proxy_mean`, float32 [I], or `down_square` [].
+            facts: of the weights, for scorers and budgets.
+
+        Raises:
+            ValueError: a token selector alone reads more than the sparsity allows.
         """
         self.method = method
         self.layers = layers
         self.counters = counters
         self.scorer = scorer(method.scorer)
-        self.tokens = [layer.token for layer in layers if layer.token is not None]
-        self.target = method.sparsity + _overhead(layers)
+        self.selectors = [layer.selector for layer in layers if layer.selector is not None]
+        self._size = sum(layer.size for layer in layers)
+        overhead = sum(layer.fixed_share * layer.size for layer in layers) / self._size
+        self.target = method.sparsity + overhead  # what a selector reads beside the weights is left out of them
         if self.target >= 1:
             raise ValueError(
                 f"{method.name}: sparsity {method.sparsity:g} cannot be reached: the sketch alone reads "
-                f"{_overhead(layers):.3f} of the FFN's bytes; use fewer bits or a lower sparsity"
+                f"{overhead:.3f} of the FFN's bytes; use fewer bits or a lower sparsity"
             )
         self.flops = 0
         self.replays = 0
         self.version = 0  # counts changes of any mask
         self._facts = facts
-        self._once = Once()
+        self._on_device = DeviceValues()
+
+    # ---- the ways to a mask
 
     def build(self, slots: Sequence[Slot]) -> list[Tensor]:
         """New budgets and masks from the traces; returns the number of newly kept neurons of each slot."""
-        ids = self._ids(slots)
-        sums_of = [layer.trace.impact.index_select(0, ids[layer.trace.device]) for layer in self.layers]
-        # the budget is made on the host: one transfer for all layers
-        impact = torch.stack([part.to(self.counters.device) for part in sums_of], dim=1).cpu().double()
-        neurons = [layer.layer.neurons for layer in self.layers]
-        for slot, sums in zip(slots, impact, strict=True):
-            means = (sums[:, :2] / sums[:, 2:3].clamp_min(1)).float()
-            if isinstance(self.method.budget, Global):
-                stream = (sums[:, 3] / sums[:, 4].clamp_min(1)).exp()
-                pruned = self.method.budget.rank(self._contributions(slot, stream), self.target)
-            else:
-                pruned = self.method.budget(means[:, 0], means[:, 1], self.target, neurons)
-            slot.former, slot.keep = slot.keep or slot.former, keep_counts(pruned, neurons)
+        for slot, facts in zip(slots, self._budget_facts(slots), strict=True):
+            pruned = self.method.budget.pruned(facts, self.target)
+            slot.masks.former = slot.masks.keep or slot.masks.former
+            slot.masks.keep = keep_counts(pruned, facts.neurons)
             self._split(slot, pruned)
-        return self._select(slots)
+        return self._choose(slots)
+
+    def replay(self, slots: Sequence[Slot]) -> list[Tensor]:
+        """Renew the statistics from the buffered inputs and choose anew within the budgets in force."""
+        self.replays += 1
+        length = self.method.refresh.replay_tokens
+        places = torch.stack([(slot.ring.next - length + torch.arange(length)) % length for slot in slots])
+        # a young sequence has not filled its ring: the oldest places do not count yet
+        weight = torch.stack([(torch.arange(length) >= length - slot.ring.filled).float() for slot in slots])
+        ids = self._ids(slots)
+        on = {device: (rows, places.to(device), weight.to(device)) for device, rows in ids.items()}
+        for layer in self.layers:
+            assert layer.ring is not None
+            rows, where, counted = on[layer.ring.device]
+            a = layer.parts.activations(layer.ring.read(rows, where))
+            layer.trace.blend(a, rows, counted, self.method.refresh.replay_memory)
+            self.flops += 2 * (layer.parts.matrices - 1) * layer.neurons * layer.parts.hidden * length * len(slots)
+        for slot in slots:
+            slot.masks.former = list(slot.masks.keep) if slot.masks.keep is not None else None
+        return self._choose(slots)
+
+    def drop(self, slots: Sequence[Slot]) -> None:
+        """Every neuron again, in every layer."""
+        self.version += 1
+        rows = [slot.id for slot in slots]
+        for layer in self.layers:
+            layer.selection.open(rows)
+        for slot in slots:
+            self.counters.share[slot.id] = 0.0
+            slot.masks = MaskCounts(former=slot.masks.keep)
+
+    def forget(self, slots: Sequence[Slot]) -> None:
+        """Start the traces of these slots from nothing."""
+        rows = [slot.id for slot in slots]
+        for layer in self.layers:
+            layer.trace.clear(rows)
+
+    # ---- budget
+
+    def _budget_facts(self, slots: Sequence[Slot]) -> list[BudgetFacts]:
+        """What the budget may look at, of each slot."""
+        ids = self._ids(slots)
+        sums = [layer.trace.impact.index_select(0, ids[layer.trace.device]) for layer in self.layers]
+        # the budget is made on the host: one transfer for all layers
+        impact = torch.stack([part.to(self.counters.device) for part in sums], dim=1).cpu().double()
+        neurons = [layer.neurons for layer in self.layers]
+        found = []
+        for slot, mean in zip(slots, map(MeanImpact.of, impact), strict=True):
+            facts = BudgetFacts(mean.angle.float(), mean.change.float(), neurons)
+            if set(NEURON_LEVEL) <= set(self.method.budget.inputs):
+                facts = replace(facts, contributions=self._contributions(slot, mean.stream))
+            found.append(facts)
+        return found
 
     def _contributions(self, slot: Slot, stream: Tensor) -> list[Tensor]:
         """What each neuron adds to the residual stream of a slot, of the stream's square [L] there."""
@@ -79,129 +128,88 @@ class Renewal:
 
     def _split(self, slot: Slot, pruned: Tensor) -> None:
         """With a token selector, what the budget leaves is candidates and neurons for each token."""
-        selector = self.method.token
-        if selector is None:
+        settings = self.method.token
+        if settings is None:
             return
         pairs = [
-            selector.split((1 - float(p)) * layer.layer.neurons, layer.layer.neurons, gated=layer.layer.gated)
+            settings.split((1 - float(p)) * layer.neurons, layer.neurons, gated=layer.parts.gated)
             for p, layer in zip(pruned.tolist(), self.layers, strict=True)
         ]
-        slot.keep, slot.chosen = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        for token, count in zip(self.tokens, slot.chosen, strict=True):
-            token.wanted[slot.id] = count
+        slot.masks.keep, slot.masks.per_token = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        for selector, count in zip(self.selectors, slot.masks.per_token, strict=True):
+            selector.wanted[slot.id] = count
 
-    def replay(self, slots: Sequence[Slot]) -> list[Tensor]:
-        """Renew the statistics from the buffered inputs and choose anew within the budgets in force."""
-        self.replays += 1
-        length = self.method.refresh.replay_tokens
-        places = torch.stack([(slot.ring_next - length + torch.arange(length)) % length for slot in slots])
-        # a young sequence has not filled its ring: the oldest places do not count yet
-        weight = torch.stack([(torch.arange(length) >= length - slot.ring_fill).float() for slot in slots])
-        ids = self._ids(slots)
-        on = {device: (rows, places.to(device), weight.to(device)) for device, rows in ids.items()}
-        for layer in self.layers:
-            assert layer.ring is not None
-            rows, where, counted = on[layer.ring.device]
-            a = layer.layer.activations(layer.ring.read(rows, where))
-            layer.trace.blend(a, rows, counted, self.method.refresh.replay_memory)
-            matrices = 2 if layer.layer.gated else 1
-            self.flops += 2 * matrices * layer.layer.neurons * layer.layer.hidden * length * len(slots)
-        for slot in slots:
-            slot.former = list(slot.keep) if slot.keep is not None else None
-        return self._select(slots)
+    # ---- score and selection
 
-    def drop(self, slots: Sequence[Slot]) -> None:
-        """Every neuron again, in every layer."""
-        self.version += 1
-        rows = [slot.id for slot in slots]
-        for layer in self.layers:
-            layer.selection.open(rows)
-        for slot in slots:
-            self.counters.share[slot.id] = 0.0
-            slot.former, slot.keep, slot.chosen = slot.keep, None, None
-
-    def forget(self, slots: Sequence[Slot]) -> None:
-        """Start the traces of these slots from nothing."""
-        rows = [slot.id for slot in slots]
-        for layer in self.layers:
-            layer.trace.clear(rows)
-
-    def _select(self, slots: Sequence[Slot]) -> list[Tensor]:
+    def _choose(self, slots: Sequence[Slot]) -> list[Tensor]:
+        """Write what the scores name into every layer's selection; the newly kept neurons of each slot."""
         self.version += 1
         changed = [torch.zeros((), dtype=torch.int64, device=self.counters.device) for _ in slots]
         left_out = [0.0] * len(slots)
-        whole = float(sum(layer.layer.weights for layer in self.layers))
         for number, layer in enumerate(self.layers):
             if layer.selection.everything:
                 layer.selection.write_all([slot.id for slot in slots])
             else:
                 self._write(number, layer, slots, changed)
             for i, slot in enumerate(slots):
-                left_out[i] += layer.layer.weights * (1 - self._fixed_share(number, layer, slot))
+                left_out[i] += layer.size * (1 - self._fixed_share(number, layer, slot))
         for slot, left in zip(slots, left_out, strict=True):
-            self.counters.share[slot.id] = left / whole
+            self.counters.share[slot.id] = left / self._size
         return changed
 
-    def _ids(self, slots: Sequence[Slot]) -> dict[torch.device, Tensor]:
-        """The ids of these slots on each device, copied there once for all layers."""
-        ids = [slot.id for slot in slots]
-        return {device: self._once(ids, device) for device in {layer.trace.device for layer in self.layers}}
-
-    def _fixed_share(self, number: int, layer: LayerRun, slot: Slot) -> float:
-        """Share of a layer's weights that every token of a slot uses, whatever it chooses for itself."""
-        assert slot.keep is not None
-        if layer.token is not None:
-            return layer.token.fixed_share(slot.keep[number])
-        return slot.keep[number] / layer.layer.neurons
-
-    def _write(self, number: int, layer: LayerRun, slots: Sequence[Slot], changed: list[Tensor]) -> None:
+    def _write(self, number: int, layer: LiveLayer, slots: Sequence[Slot], changed: list[Tensor]) -> None:
         """New lists of one layer; the newly kept neurons are added to `changed`."""
         scores = self.scores(layer, slots)
         for i, slot in enumerate(slots):
-            assert slot.keep is not None
-            if self.method.selection == "threshold":
-                kept = keep_above_mean(scores[i])
-                slot.keep[number] = kept.shape[0]
-            else:
-                kept = keep_top(scores[i], slot.keep[number])
-            changed[i] = changed[i] + layer.selection.write(
-                slot.id, kept, None if slot.former is None else slot.former[number]
-            ).to(self.counters.device)
+            masks = slot.masks
+            assert masks.keep is not None
+            neurons = choose(scores[i], masks.keep[number], self.method.selection)
+            masks.keep[number] = neurons.shape[0]
+            former = None if masks.former is None else masks.former[number]
+            changed[i] = changed[i] + layer.selection.write(slot.id, neurons, former).to(self.counters.device)
         if layer.selection.has_compensation:
             self._compensate(layer, slots)
 
-    def scores(self, layer: LayerRun, slots: Sequence[Slot]) -> Tensor:
+    def scores(self, layer: LiveLayer, slots: Sequence[Slot]) -> Tensor:
         """The scorer's scores of a layer's neurons for these slots, float32 [slots, I]."""
         rows = self._ids(slots)[layer.trace.device]
         inputs: dict[str, Any] = {}
         for name in self.scorer.inputs:
             if name == NOISE:
-                inputs[name] = torch.stack([self._draw(layer, slot) for slot in slots])
+                inputs[name] = torch.stack([self._noise(layer, slot) for slot in slots])
             elif name == LAYER:
-                inputs[name] = layer.layer.index
+                inputs[name] = layer.index
             elif name in WEIGHT_FACTS:
                 inputs[name] = self._facts(layer, name)
             else:
                 inputs[name] = layer.trace.tensors()[name].index_select(0, rows)
         return self.scorer.function(**inputs).to(layer.trace.device).expand(len(slots), -1)
 
-    def _draw(self, layer: LayerRun, slot: Slot) -> Tensor:
-        seed = hash((self.method.seed, slot.noise_seed, layer.layer.index)) % (1 << 62)
+    def _noise(self, layer: LiveLayer, slot: Slot) -> Tensor:
+        """Uniform random numbers that belong to a sequence and a layer, float32 [I]."""
+        seed = hash((self.method.seed, slot.noise_seed, layer.index)) % (1 << 62)
         generator = torch.Generator().manual_seed(seed)
-        return torch.rand(layer.layer.neurons, generator=generator).to(layer.trace.device)
+        return torch.rand(layer.neurons, generator=generator).to(layer.trace.device)
 
-    def _compensate(self, layer: LayerRun, slots: Sequence[Slot]) -> None:
+    def _compensate(self, layer: LiveLayer, slots: Sequence[Slot]) -> None:
+        """What the dropped neurons give on average (FLAP, arXiv 2312.11983), for each slot."""
         rows = self._ids(slots)[layer.trace.device]
         mean = layer.trace.tensors()["total"][rows] / layer.trace.tokens[rows].clamp_min(1)[:, None]
         dropped = mean.masked_fill(layer.selection.rows_mask(rows), 0.0)
-        down = layer.layer.down
-        probe = dropped.to(next(down.parameters()).dtype)
+        down = layer.parts.down
+        probe = dropped.to(layer.place[1])
         nothing = torch.zeros_like(probe[:1])
         # through the module, so that any kind of layer works; its bias is taken out again
         layer.selection.compensation[rows] = (down(probe) - down(nothing)).float()
 
+    def _ids(self, slots: Sequence[Slot]) -> dict[torch.device, Tensor]:
+        """The ids of these slots on each device, copied there once for all layers."""
+        ids = [slot.id for slot in slots]
+        return {device: self._on_device(ids, device) for device in {layer.trace.device for layer in self.layers}}
 
-def _overhead(layers: Sequence[LayerRun]) -> float:
-    """Share of all FFN weights that a token selector reads beside them, so that the budget must leave it out too."""
-    whole = sum(layer.layer.weights for layer in layers)
-    return sum(layer.fixed_share * layer.layer.weights for layer in layers) / whole
+    def _fixed_share(self, number: int, layer: LiveLayer, slot: Slot) -> float:
+        """Share of a layer's weights that every token of a slot uses, whatever it chooses for itself."""
+        assert slot.masks.keep is not None
+        if layer.selector is not None:
+            return layer.selector.fixed_share(slot.masks.keep[number])
+        return slot.masks.keep[number] / layer.neurons

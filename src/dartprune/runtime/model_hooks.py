@@ -1,32 +1,42 @@
-"""Forwards: what each forward of an attached model is, told by the model's doors."""
+"""What each forward of an attached model is: its phase, its lines and their slots, heard at the model's doors."""
 
 from __future__ import annotations
 
 import threading
 import zlib
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dartprune.method import Method
+from dartprune.model.context import context_length
 from dartprune.model.layer_site import Refuses
 from dartprune.model.rows import Phase, Rows
 from dartprune.runtime.account import Account
-from dartprune.runtime.build import Parts, place
-from dartprune.runtime.masks import Renewal
-from dartprune.runtime.pool import SlotPool
-from dartprune.runtime.stepper import Stepper
+from dartprune.runtime.build import place
+from dartprune.runtime.forward import Forwards
+from dartprune.runtime.layer_hooks import LiveLayer
+from dartprune.runtime.masks import Masks
+from dartprune.runtime.slots import SlotPool
 
 NO_CACHE = "use_cache=False would rerun the whole text at every step: pruned decoding needs a cache"
 WHAT_PHASE = (
     "this forward needs a phase: wrap it in `with run.phase('prefill'):` for given text or "
     "`with run.phase('decode'):` for new tokens, or use model.generate()"
 )
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 Explicit = tuple[Phase, tuple[int, ...] | None]  # what a forward's tokens are, and its lines' slots where given
 
 
-class Forwards(Refuses):
+def _outside_graphs(method: _Method) -> _Method:
+    """Keep torch.compile out of a method."""
+    disabled: _Method = torch.compiler.disable(method)
+    return disabled
+
+
+class LiveModel(Refuses):
     """Works out the phase and the slots of each forward, has it planned, and has its consequences drawn.
 
     explicit: what the user says of direct calls, None outside of `Run.phase`.  paused: whether pruning is.
@@ -38,11 +48,11 @@ class Forwards(Refuses):
         self,
         method: Method,
         core: Any,
-        parts: Parts,
+        layers: Sequence[LiveLayer],
         pool: SlotPool,
-        stepper: Stepper,
+        forwards: Forwards,
         account: Account,
-        renewal: Renewal,
+        masks: Masks,
     ) -> None:
         self.explicit: Explicit | None = None
         self.paused = False
@@ -51,19 +61,17 @@ class Forwards(Refuses):
         self.split = 0
         self._method = method
         self._core = core
-        self._layers = parts.layers
+        self._layers = layers
         self._pool = pool
-        self._stepper = stepper
+        self._forwards = forwards
         self._account = account
-        self._renewal = renewal
+        self._masks = masks
         self._cache: Any = None  # of the forward under way
         self._length = 0
         self._unbound: tuple[int, ...] | None = None
         self._generating = False
         self._prompt: int | None = None
         self._ended: Tensor | None = None
-        for name in ("begin", "candidates", "finish", "abort"):
-            setattr(self, name, torch.compiler.disable(getattr(self, name)))
 
     # ---- what the model's doors call
 
@@ -86,11 +94,13 @@ class Forwards(Refuses):
         self._begin(cache, tokens, mask, first=first, explicit=None)
         self.armed = True
 
+    @_outside_graphs
     def candidates(self, inputs: dict[str, Any]) -> None:
         """The candidates that came with the prompt are about to be verified."""
         self._begin(inputs["past_key_values"], inputs["input_ids"], None, first=False, explicit=(Phase.VERIFY, None))
         self.armed = True
 
+    @_outside_graphs
     def begin(self, call: dict[str, Any]) -> None:
         """A forward that `generate()` did not announce is about to run."""
         cache = call.get("past_key_values")
@@ -108,6 +118,7 @@ class Forwards(Refuses):
         explicit = self.explicit if self.explicit is not None else (Phase.DECODE, None)
         self._begin(cache, tokens, call.get("attention_mask"), first=False, explicit=explicit)
 
+    @_outside_graphs
     def finish(self, output: Any) -> None:
         """The forward has run."""
         self.armed = False
@@ -120,11 +131,12 @@ class Forwards(Refuses):
             self._cache, self._unbound = cache, None
         self._end_forward()
 
+    @_outside_graphs
     def abort(self) -> None:
         """The forward has failed."""
         self.armed, self.split = False, 0
         self._unbound = None
-        self._stepper.abort()
+        self._forwards.abort()
 
     def generating(self, prompt: Tensor | None) -> None:
         """`generate()` begins."""
@@ -153,10 +165,10 @@ class Forwards(Refuses):
 
     def settle(self) -> None:
         """Count the candidates that stayed, as far as the cache tells by now."""
-        pending = self._stepper.pending
-        if pending is not None:
-            length = int(pending.cache.get_seq_length()) if pending.cache is not None else None
-            self._stepper.resolve(length)
+        waiting = self._forwards.candidates
+        if waiting is not None:
+            length = int(waiting.cache.get_seq_length()) if waiting.cache is not None else None
+            self._forwards.resolve(length)
 
     # ---- one forward
 
@@ -193,9 +205,9 @@ class Forwards(Refuses):
                 slot.noise_seed = zlib.crc32(text.numpy().tobytes())
         ended = self._ended if self._ended is not None and len(self._ended) == lines else None
         self._cache, self._length = cache, past
-        self._stepper.begin(rows, slots, ended, paused=self.paused)
+        self._forwards.begin(rows, slots, ended, paused=self.paused)
         if phase is not Phase.PREFILL:
-            self._account.decoded(slots, self._renewal.version, pruned=not self.paused, gathered=self._stepper.gathered)
+            self._account.decoded(slots, self._masks.version, pruned=not self.paused, gathered=self._forwards.gathered)
 
     def _lines_of(
         self, cache: Any, known: tuple[int, ...] | None, lines: int, past: int, given: tuple[int, ...] | None
@@ -236,25 +248,20 @@ class Forwards(Refuses):
 
     def _check_unmoved(self) -> None:
         for layer in self._layers:
-            if place(layer.layer) != layer.place:
-                device, dtype = place(layer.layer)
+            if place(layer.parts) != layer.place:
+                device, dtype = place(layer.parts)
                 raise ValueError(
                     f"the model was moved to {device}, {str(dtype).removeprefix('torch.')} while attached: "
                     "call run.detach(), move it, and attach again"
                 )
 
     def _check_length(self, tokens: int) -> None:
-        config = self._core.config
-        most = getattr(
-            config.get_text_config() if hasattr(config, "get_text_config") else config,
-            "max_position_embeddings",
-            None,
-        )
-        if isinstance(most, int) and 0 < most < tokens:
+        most = context_length(self._core)
+        if most is not None and most < tokens:
             raise ValueError(f"the prompt has {tokens} tokens, more than the model's context of {most}: shorten it")
 
     def _end_forward(self) -> None:
-        self._stepper.finish(self._cache, self._length)
+        self._forwards.finish(self._cache, self._length)
         self._length += 1
         if not self._generating:
             self._cache = None

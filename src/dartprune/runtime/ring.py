@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dartprune.runtime.slots import SlotTensors
+from dartprune.runtime.slot_tensors import SlotTensors
 
 EIGHT = torch.float8_e4m3fn  # three bits of mantissa: masks made from it differ by a neuron in hundreds
 LARGEST = torch.finfo(EIGHT).max

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dartprune.cache import cache_folder
 from dartprune.ffn.backend import Backend, row_bytes
 from dartprune.ffn.masked import apply_mask
 from dartprune.ffn.timing import Dense, Timing, kept_timing
 from dartprune.ffn.weights import FFNWeights
-from dartprune.model.proxy import cache_folder
-from dartprune.runtime.layer_hooks import LayerRun
+from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.slots import Slot
 
 SMALL = 1 << 22  # weight bytes of a layer under which the row kernel always serves: the caches hold it either way
@@ -26,13 +26,13 @@ def has_choice(backend: Backend, weights: FFNWeights | str) -> bool:
     return backend.name == "cpu" and not isinstance(weights, str) and _bytes(weights) >= SMALL
 
 
-class Choice:
+class RowsOrDense:
     """Decides for each set of sequences and masks; a decision reads the masks once and holds until they change."""
 
-    def __init__(self, layers: Sequence[LayerRun]) -> None:
+    def __init__(self, layers: Sequence[LiveLayer]) -> None:
         self.layers = list(layers)
         # a token selector computes by rows of its own
-        self._open = all(layer.token is None and has_choice(layer.backend, layer.weights) for layer in layers)
+        self._open = all(layer.selector is None and has_choice(layer.backend, layer.weights) for layer in layers)
         self._timing: dict[tuple[int, int, int], Timing] = {}
         self._known: tuple[tuple[int, tuple[int, ...]], bool] | None = None
 
@@ -60,7 +60,7 @@ class Choice:
             dense += timing.dense_seconds(len(slots))
         return kernel < dense
 
-    def _timing_of(self, layer: LayerRun) -> Timing:
+    def _timing_of(self, layer: LiveLayer) -> Timing:
         key = _shape(layer)
         if key not in self._timing:
             alike = [other for other in self.layers if _shape(other) == key]
@@ -70,21 +70,21 @@ class Choice:
         return self._timing[key]
 
 
-def _dense(layer: LayerRun) -> Dense:
+def _dense(layer: LiveLayer) -> Dense:
     def work(x: Tensor) -> Tensor:
-        a = layer.layer.activations(x)
-        out: Tensor = layer.layer.down(apply_mask(a[:, None], a > 0)[:, 0])
+        a = layer.parts.activations(x)
+        out: Tensor = layer.parts.down(apply_mask(a[:, None], a > 0)[:, 0])
         return out
 
     return work
 
 
-def _rows(layer: LayerRun) -> FFNWeights:
+def _rows(layer: LiveLayer) -> FFNWeights:
     assert not isinstance(layer.weights, str)
     return layer.weights
 
 
-def _shape(layer: LayerRun) -> tuple[int, int, int]:
+def _shape(layer: LiveLayer) -> tuple[int, int, int]:
     weights = _rows(layer)
     return weights.matrices, weights.neurons, weights.hidden
 

@@ -1,15 +1,62 @@
-"""Which neurons are kept: index lists per layer and slot, written in place at fixed addresses (DART section 3.3)."""
+"""Which neurons are kept: chosen by their scores, held as index lists per layer and slot (DART section 3.3)."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dartprune.runtime.slots import SlotTensors
+from dartprune.runtime.slot_tensors import SlotTensors
+
+
+def keep_top(scores: Tensor, k: int) -> Tensor:
+    """The k neurons with the highest scores, ties to the lower neuron.
+
+    Args:
+        scores: [..., I].
+        k: how many, 0 to I.
+
+    Returns:
+        int32 [..., k], ascending.
+
+    Raises:
+        ValueError: k outside 0 to I.
+    """
+    neurons = scores.shape[-1]
+    if not 0 <= k <= neurons:
+        raise ValueError(f"cannot keep {k} of {neurons} neurons")
+    if scores.device.type == "cpu" and 0 < k < neurons:
+        # no sort: the k-th score, all above it, and the first of those that equal it; four times faster at I = 14336
+        cut = torch.topk(scores, k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        above, equal = scores > cut, scores == cut
+        taken = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+        kept = taken.nonzero()[:, -1].to(torch.int32)
+        shape = (*scores.shape[:-1], k)
+        if kept.numel() == math.prod(shape):  # not so where a score is NaN: the sort has an order for that too
+            return kept.view(shape)
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :k].sort(dim=-1).values.to(torch.int32)
+
+
+def keep_above_mean(scores: Tensor) -> Tensor:
+    """The neurons whose score [I] is at least the mean, int32 ascending (waits for the device)."""
+    # the mean of equal scores may be rounded above all of them, and none would be kept
+    chosen: Any = (scores >= torch.minimum(scores.mean(), scores.max())).nonzero()
+    kept: Tensor = chosen[:, 0].to(torch.int32)
+    return kept
+
+
+def choose(scores: Tensor, count: int, selection: str) -> Tensor:
+    """The neurons that a mask keeps, int32 ascending: of scores [I] the highest `count`, or all above the mean."""
+    return keep_above_mean(scores) if selection == "threshold" else keep_top(scores, count)
 
 
 class LayerSelection(SlotTensors):
-    """Kept neurons of one layer: index int32 [slots, W], count int32 [slots]; entries past count are neuron 0.
+    """Kept neurons of one layer: index int32 [slots, W], count int32 [slots], written in place at fixed addresses.
+
+    Entries past count are neuron 0.
 
     With `masks`, also a bool mask [slots, I] for backends that zero instead of gather. A slot without a selection has
     every neuron: count -1 and a mask of ones. With `compensation`, a vector [slots, H] that is added to the FFN's

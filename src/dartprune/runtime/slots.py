@@ -1,16 +1,20 @@
-"""Slots: one per live sequence. Tensors whose first axis is the slot, and what the host knows of each sequence."""
+"""Slots: one per live sequence; what the host knows of each, and which are live."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dartprune.drift import AttentionDrift
 from dartprune.report import Event
+from dartprune.runtime.slot_tensors import SlotTensors
 
 
 class State(Enum):
@@ -22,118 +26,196 @@ class State(Enum):
     DENSE = "dense"  # the Dense preset: never traced, never pruned
 
 
-class SlotTensors:
-    """Tensors with one row per slot, at fixed addresses until the number of slots grows."""
+@dataclass
+class MaskCounts:
+    """How many neurons the masks of one sequence keep, and how old they are.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._fills: dict[str, float] = {}
+    keep: of each layer, None while it is dense.  per_token: of these, how many each token uses, with a token selector.
+    former: `keep` before the last change.  age: decode forwards since the masks were made.  stale: new text was traced,
+    so that they must be made anew before the next token.
+    """
 
-    def _allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0.0) -> None:
-        self._fills[name] = fill
-        # a tensor born in inference mode could not be written outside of it
-        with torch.inference_mode(False):
-            setattr(self, name, torch.full((0, *shape), fill, dtype=dtype, device=self.device))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, each [slots, ...]."""
-        return {name: getattr(self, name) for name in self._fills}
-
-    def grow(self, capacity: int) -> None:
-        """Make room for `capacity` slots; what is there stays."""
-        for name, tensor in self.tensors().items():
-            if tensor.shape[0] < capacity:
-                with torch.inference_mode(False):
-                    larger = torch.full(
-                        (capacity, *tensor.shape[1:]),
-                        self._fills[name],
-                        dtype=tensor.dtype,
-                        device=tensor.device,
-                    )
-                    larger[: tensor.shape[0]] = tensor
-                if larger.is_cuda:
-                    # a compiled step's CUDA graph then writes here, instead of refusing an input that it changes
-                    torch._dynamo.mark_static_address(larger, guard=False)
-                setattr(self, name, larger)
-
-    def clear(self, slots: list[int]) -> None:
-        """Set the rows of these slots to their first value."""
-        for name, tensor in self.tensors().items():
-            tensor[slots] = self._fills[name]
-
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy rows `source` to rows `target` (int64 [n] each), as if all at once."""
-        for tensor in self.tensors().values():
-            device = tensor.device
-            tensor.index_copy_(0, target.to(device), tensor.index_select(0, source.to(device)))
-
-    def bytes_per_slot(self) -> int:
-        """Bytes that one slot holds here."""
-        return sum(t[0].nbytes if t.shape[0] else t.new_empty(t.shape[1:]).nbytes for t in self.tensors().values())
+    keep: list[int] | None = None
+    per_token: list[int] | None = None
+    former: list[int] | None = None
+    age: int = 0
+    stale: bool = False
 
 
-class Counters(SlotTensors):
-    """What must be counted on the device, because only the device knows which lines of a batch are finished."""
+@dataclass
+class RingPlace:
+    """Where a sequence's next FFN input goes in the rings of all layers, and how many they hold of it."""
 
-    dense: Tensor
-    pruned: Tensor
-    saved: Tensor
-    share: Tensor
+    next: int = 0
+    filled: int = 0
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._allocate("dense", (), torch.int64)
-        self._allocate("pruned", (), torch.int64)
-        self._allocate("saved", (), torch.float32)  # sum over pruned tokens of the share of FFN weights left out
-        self._allocate("share", (), torch.float32)  # that share under the masks in force
+    def advance(self, tokens: int, length: int) -> None:
+        """Some tokens were written into rings of that length; 0: there are no rings."""
+        if length:
+            self.next = (self.next + tokens) % length
+            self.filled = min(length, self.filled + tokens)
+
+
+@dataclass
+class Detection:
+    """The drift detector of one sequence.
+
+    fill: tokens in the window under way.  recent: means of the last windows, float32 [H] each.  settling: a new
+    reference grows, so that the detector rests.  similarities: (decoded, cosine, threshold) of each judged window.
+    """
+
+    drift: AttentionDrift
+    fill: int = 0
+    settling: bool = False
+    recent: list[Tensor] = field(default_factory=list)
+    similarities: list[tuple[int, float, float]] = field(default_factory=list)
+
+    def copy(self) -> Detection:
+        """One that goes its own way from here."""
+        return Detection(self.drift.copy(), self.fill, self.settling, list(self.recent), list(self.similarities))
+
+
+@dataclass
+class LoggedEvent:
+    """An event and how many neurons it changed: a scalar on the device, unread; None as long as no mask was made."""
+
+    event: Event
+    changed: Tensor | None
+
+    def told(self) -> Event:
+        """The event with its figure (waits for the device)."""
+        return replace(self.event, changed=None if self.changed is None else int(self.changed))
 
 
 @dataclass
 class Slot:
-    """What the host knows of one sequence."""
+    """What the host knows of one sequence.
+
+    position: tokens that its cache holds.  decoded: decode forwards, padding after the end included: a clock, not a
+    count for the report.  least: tokens that must have been traced before the next mask is made.  dense_left: dense
+    tokens still owed to a relearn.
+    """
 
     id: int
     sequence: int
     state: State
-    drift: AttentionDrift
+    detection: Detection
+    least: int
+    masks: MaskCounts = field(default_factory=MaskCounts)
+    ring: RingPlace = field(default_factory=RingPlace)
     noise_seed: int = 0
-    position: int = 0  # tokens of this sequence that its cache holds
+    position: int = 0
     prompt_tokens: int = 0
     traced: int = 0
-    decoded: int = 0  # decode forwards, padding after the end included: a clock, not a count for the report
-    dense_left: int = 0  # dense tokens still owed to a relearn
-    since_mask: int = 0  # decode forwards since the masks in force were made
-    stale: bool = False  # new tokens were traced: masks must be renewed before the next decode
-    settling: bool = False
-    window_fill: int = 0
-    ring_fill: int = 0
-    ring_next: int = 0
-    least: int = 8  # tokens that must have been traced before the next mask is made
+    decoded: int = 0
+    dense_left: int = 0
     finished: bool = False
-    keep: list[int] | None = None  # neurons kept in each layer, None while dense
-    chosen: list[int] | None = None  # neurons that each token uses of these, with a token selector
-    former: list[int] | None = None  # the same before the last change
-    recent: list[Tensor] = field(default_factory=list)  # means of the last decoded windows
-    events: list[tuple[Event, Tensor | None]] = field(default_factory=list)  # with the neurons changed, unread
+    events: list[LoggedEvent] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    similarities: list[tuple[int, float, float]] = field(default_factory=list)
 
     def onto(self, slot_id: int) -> Slot:
         """A copy that lives in another slot (a beam that is continued there)."""
-        twin = copy.copy(self)
-        twin.id = slot_id
-        twin.drift = self.drift.copy()
-        twin.keep = list(self.keep) if self.keep is not None else None
-        twin.chosen = list(self.chosen) if self.chosen is not None else None
-        twin.events, twin.notes, twin.similarities = (
-            list(self.events),
-            list(self.notes),
-            list(self.similarities),
+        return replace(
+            self,
+            id=slot_id,
+            detection=self.detection.copy(),
+            masks=copy.deepcopy(self.masks),
+            ring=replace(self.ring),
+            events=[replace(logged) for logged in self.events],
+            notes=list(self.notes),
         )
-        twin.recent = list(self.recent)
-        return twin
 
     def note(self, text: str) -> None:
         """Remember a remark for the report, once."""
         if text not in self.notes:
             self.notes.append(text)
+
+
+class SlotPool:
+    """Opens and closes slots; a slot lives as long as the cache of its sequence."""
+
+    def __init__(
+        self, holders: Sequence[SlotTensors], new: Callable[[int, int], Slot], closed: Callable[[Slot], None]
+    ) -> None:
+        """Set up an empty pool.
+
+        Args:
+            holders: everything that has a row per slot.
+            new: makes a Slot from its id and its number in the report.
+            closed: told of each slot that ends, while its rows are still there.
+        """
+        self._holders = list(holders)
+        self._new = new
+        self._closed = closed
+        self._opened = 0
+        self.live: dict[int, Slot] = {}
+        self._caches: dict[int, tuple[weakref.ref[Any], tuple[int, ...]]] = {}
+
+    def open(self, lines: int) -> tuple[int, ...]:
+        """Open a slot for each line; the lowest free ids, their rows cleared."""
+        ids: list[int] = []
+        candidate = 0
+        while len(ids) < lines:
+            if candidate not in self.live:
+                ids.append(candidate)
+            candidate += 1
+        for holder in self._holders:
+            holder.grow(max(ids) + 1)
+            holder.clear(ids)
+        for i in ids:
+            self.live[i] = self._new(i, self._opened)
+            self._opened += 1
+        return tuple(ids)
+
+    def bind(self, cache: Any, ids: tuple[int, ...]) -> None:
+        """Tie slots to the cache of their sequences."""
+        self._caches[id(cache)] = (weakref.ref(cache), ids)
+
+    def of(self, cache: Any) -> tuple[int, ...] | None:
+        """The slots of a cache, None if it is not known."""
+        known = self._caches.get(id(cache))
+        return known[1] if known is not None and known[0]() is cache else None
+
+    def sweep(self) -> None:
+        """Close the slots whose cache is gone."""
+        for key in [key for key, (cache, _) in self._caches.items() if cache() is None]:
+            self.close(self._caches.pop(key)[1])
+
+    def close(self, ids: Sequence[int]) -> None:
+        """End these sequences."""
+        for i in ids:
+            slot = self.live.get(i)
+            if slot is not None:
+                self._closed(slot)
+                del self.live[i]
+
+    def drop(self, cache: Any) -> None:
+        """End the sequences of a cache that was emptied."""
+        known = self._caches.pop(id(cache), None)
+        if known is not None:
+            self.close(known[1])
+
+    def continue_as(self, ids: tuple[int, ...], order: Tensor) -> None:
+        """Line b goes on as what line order[b] was: statistics, masks, detector and events follow."""
+        targets = torch.tensor(ids, dtype=torch.int64)
+        host_order = [int(i) for i in order]  # beam search waits for the device at each step anyway
+        if host_order == list(range(len(ids))):
+            return
+        self._copy([ids[i] for i in host_order], list(ids), targets)
+
+    def fan_out(self, ids: tuple[int, ...], lines: int) -> tuple[int, ...]:
+        """New slots for `lines` lines, each a copy of the line it was expanded from."""
+        each = lines // len(ids)
+        sources = [i for i in ids for _ in range(each)]
+        opened = self.open(lines)
+        self._copy(sources, list(opened), torch.tensor(opened, dtype=torch.int64))
+        return opened
+
+    def _copy(self, sources: list[int], targets: list[int], target_rows: Tensor) -> None:
+        for holder in self._holders:
+            holder.move(torch.tensor(sources, dtype=torch.int64), target_rows)
+        before = dict(self.live)
+        for source, target in zip(sources, targets, strict=True):
+            twin = before[source].onto(target)
+            twin.sequence = before[target].sequence
+            self.live[target] = twin

@@ -1,17 +1,48 @@
-"""What the coming forward asks of the layers, as one `Step` for each device."""
+"""What the coming forward asks of the layers: one `Step` for each device, made by the `Planner`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dartprune.model.rows import Phase, Rows
-from dartprune.runtime.device_values import Once
-from dartprune.runtime.layer_hooks import Step
+from dartprune.runtime.device_values import DeviceValues
 from dartprune.runtime.slots import Slot, State
+
+
+@dataclass
+class Step:
+    """One forward as the layers see it: B lines of T tokens; all tensors lie on the layer's device.
+
+    slots: int64 [B].  row_slots: int64 [B * T].  weight, impact_weight: float32 [B, T] of 0 and 1, or None: not traced.
+    ring: rows, slots and places for `LayerRing.write`, or None.  gathering: the backend computes the FFN from index
+    lists.  masking: neurons are zeroed inside the model's own FFN.  staging: inputs are kept until it is known which
+    tokens survive.  padded: some tokens are padding, whose values mean nothing.
+    """
+
+    slots: Tensor
+    row_slots: Tensor
+    weight: Tensor | None = None
+    impact_weight: Tensor | None = None
+    ring: tuple[Tensor, Tensor, Tensor] | None = None
+    gathering: bool = False
+    masking: bool = False
+    staging: bool = False
+    padded: bool = False
+
+
+class DeviceState:
+    """What the layers of one device share: the step of the forward under way, and what it leaves behind."""
+
+    def __init__(self) -> None:
+        self.step: Step | None = None
+        self.attention: Tensor | None = None
+        self.tracing_seconds = 0.0
+
 
 Steps = dict[torch.device, Step]
 
@@ -19,30 +50,29 @@ Steps = dict[torch.device, Step]
 class Planner:
     """Makes steps; a decoding loop whose sequences stay as they are goes on with the step it has."""
 
-    def __init__(self, devices: Iterable[torch.device], ring: int, skip_first: int) -> None:
+    def __init__(self, states: Mapping[torch.device, DeviceState], ring: int, skip_first: int) -> None:
         """Set up.
 
         Args:
-            devices: where layers compute.
+            states: of the devices where layers compute.
             ring: length of the ring of inputs, 0 for none.
             skip_first: tokens at the head of a sequence that are not traced.
         """
-        self.counted: Tensor | None = None  # of the prefill that was planned last: which tokens are traced
-        self._devices = list(devices)
+        self._states = dict(states)
         self._ring = ring
         self._skip_first = skip_first
-        self._kept: tuple[Any, Steps, list[int]] | None = None
-        self._once = Once()
+        self._current: tuple[Any, Steps, list[int]] | None = None
+        self._once = DeviceValues()
 
-    def prefill(self, rows: Rows, slots: Sequence[Slot]) -> Steps:
-        """Given text: dense and traced."""
+    def prefill(self, rows: Rows, slots: Sequence[Slot]) -> Tensor:
+        """Given text: dense and traced; returns which tokens are traced, float32 [B, T] of 0 and 1."""
         step = self._step(rows, slots)
-        skip = [max(0, self._skip_first - slot.position) for slot in slots]
-        step.weight = self.counted = rows.weight(skip)
+        step.weight = traced = rows.weight([max(0, self._skip_first - slot.position) for slot in slots])
         step.impact_weight = rows.weight([0] * len(slots))
-        return self._spread(step)
+        self._tell(self._spread(step))
+        return traced
 
-    def decode(self, rows: Rows, slots: Sequence[Slot], ended: Tensor | None, *, gathering: bool) -> Steps:
+    def decode(self, rows: Rows, slots: Sequence[Slot], ended: Tensor | None, *, gathering: bool) -> None:
         """New tokens: each line as its sequence's state says.
 
         Args:
@@ -55,9 +85,9 @@ class Planner:
         learning = [slot.state is State.LEARNING for slot in slots]
         verify = rows.phase is Phase.VERIFY
         key = (rows.slots, rows.tokens, rows.phase, tuple(pruned), tuple(learning), gathering)
-        places = [slot.ring_next for slot in slots]
-        if self._kept is not None and self._kept[0] == key and self._kept[2] == places:
-            steps = self._kept[1]
+        places = [slot.ring.next for slot in slots]
+        if self._current is not None and self._current[0] == key and self._current[2] == places:
+            steps = self._current[1]
         else:
             step = self._step(rows, slots)
             if verify:
@@ -65,20 +95,20 @@ class Planner:
             step.gathering = gathering
             step.masking = any(pruned) and not gathering
             steps = self._spread(step)
-            self._kept = (key, steps, places) if rows.tokens == 1 else None
+            self._current = (key, steps, places) if rows.tokens == 1 else None
         if any(learning) and not verify:
             for device, step in steps.items():
                 counted = self._once(learning, device)
                 if ended is not None:
                     counted = counted & ~ended.to(device)
                 step.weight = step.impact_weight = counted.float()[:, None].expand(-1, rows.tokens)
-        return steps
+        self._tell(steps)
 
     def advance(self) -> None:
         """A decoding step has run: in the one that is kept, the ring's places move on by one token."""
-        if self._kept is None or not self._ring:
+        if self._current is None or not self._ring:
             return
-        _, steps, places = self._kept
+        _, steps, places = self._current
         for step in steps.values():
             if step.ring is not None:
                 step.ring[2].add_(1).remainder_(self._ring)
@@ -86,11 +116,20 @@ class Planner:
 
     def forget(self) -> None:
         """The next step is made anew."""
-        self._kept = None
+        self._current = None
+
+    def plain(self) -> None:
+        """Let the layers be the model's own again."""
+        for state in self._states.values():
+            state.step = None
+
+    def _tell(self, steps: Steps) -> None:
+        for device, state in self._states.items():
+            state.step, state.attention = steps[device], None
 
     def _step(self, rows: Rows, slots: Sequence[Slot]) -> Step:
         ids = torch.tensor(rows.slots, dtype=torch.int64)
-        ring = rows.tail(self._ring, [slot.ring_next for slot in slots]) if self._ring else None
+        ring = rows.tail(self._ring, [slot.ring.next for slot in slots]) if self._ring else None
         return Step(ids, ids.repeat_interleave(rows.tokens), ring=ring, padded=rows.valid is not None)
 
     def _spread(self, step: Step) -> Steps:
@@ -101,4 +140,4 @@ class Planner:
                 return tuple(on(part, device) for part in value)
             return value
 
-        return {device: Step(**{k: on(v, device) for k, v in vars(step).items()}) for device in self._devices}
+        return {device: Step(**{k: on(v, device) for k, v in vars(step).items()}) for device in self._states}

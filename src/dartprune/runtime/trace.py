@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dartprune.runtime.slots import SlotTensors
+from dartprune.runtime.slot_tensors import SlotTensors
 
 CHUNK = 1 << 19  # float32 elements of one temporary: larger ones fall out of the cache
 
@@ -119,6 +119,26 @@ def impact_terms(y: Tensor, z: Tensor, *, residual: bool, raw: Tensor | None = N
     cosine = ((y32 / norm_y[..., None]) * (z32 / norm_z[..., None])).sum(-1)
     change = torch.linalg.vector_norm(z32 - y32, dim=-1) / norm_y
     return torch.stack((1 - cosine, change, stream), dim=-1)
+
+
+@dataclass(frozen=True)
+class MeanImpact:
+    """Means over a sequence's tokens, see `impact_terms`.
+
+    angle: of `1 - cos(y, z)`.  change: of `|z - y| / |y|`.  stream: the stream's square, geometric mean over the traced
+    tokens. Shapes are those of the sums without their last axis.
+    """
+
+    angle: Tensor
+    change: Tensor
+    stream: Tensor
+
+    @classmethod
+    def of(cls, sums: Tensor) -> MeanImpact:
+        """From rows of `LayerTrace.impact`, [..., 5]."""
+        angle, change, tokens, log_stream, traced = sums.unbind(-1)
+        tokens, traced = tokens.clamp_min(1), traced.clamp_min(1)
+        return cls(angle / tokens, change / tokens, (log_stream / traced).exp())
 
 
 class LayerTrace(SlotTensors):

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dartprune.runtime.device_values import Once
-from dartprune.runtime.slots import Slot, SlotTensors
+from dartprune.runtime.device_values import DeviceValues
+from dartprune.runtime.slot_tensors import SlotTensors
+from dartprune.runtime.slots import Slot
 
 
 class Windows(SlotTensors):
@@ -22,7 +23,7 @@ class Windows(SlotTensors):
         self._allocate("vectors", (window, hidden), torch.float32)
 
 
-class Watch:
+class Detectors:
     """Collects decoded tokens into windows and tells which sequences have drifted."""
 
     def __init__(self, windows: Windows, settle: int, keep_recent: int) -> None:
@@ -30,7 +31,7 @@ class Watch:
         self.windows = windows
         self.settle = settle
         self.keep_recent = keep_recent
-        self._once = Once()
+        self._once = DeviceValues()
 
     def feed(
         self, slots: Sequence[Slot], ids: Tensor, vectors: Tensor, ended: Tensor | None
@@ -46,19 +47,19 @@ class Watch:
         Returns:
             ids of the sequences whose detector fired, and of those whose new reference is now settled.
         """
-        fills = {slot.window_fill for slot in slots}
+        fills = {slot.detection.fill for slot in slots}
         for fill in fills:
             if len(fills) == 1:
                 rows, part = ids, vectors
             else:
-                chosen = self._once([i for i, slot in enumerate(slots) if slot.window_fill == fill], ids.device)
+                chosen = self._once([i for i, slot in enumerate(slots) if slot.detection.fill == fill], ids.device)
                 rows, part = ids.index_select(0, chosen), vectors.index_select(0, chosen)
             self.windows.vectors.select(1, fill).index_copy_(0, rows, part.float())
         due: list[tuple[int, Slot]] = []
         for line, slot in enumerate(slots):
-            slot.window_fill += 1
-            if slot.window_fill == self.windows.length:
-                slot.window_fill = 0
+            slot.detection.fill += 1
+            if slot.detection.fill == self.windows.length:
+                slot.detection.fill = 0
                 due.append((line, slot))
         return self._judge(due, ended) if due else (set(), set())
 
@@ -67,17 +68,19 @@ class Watch:
         settled: set[int] = set()
         compared: list[tuple[int, Slot]] = []
         for line, slot in due:
-            slot.recent = [*slot.recent, means[slot.id]][-self.keep_recent :] if self.keep_recent else []
-            if slot.settling or not slot.drift.ready:
-                slot.drift.absorb(means[slot.id])
-                if slot.settling and slot.drift.reference_tokens >= self.settle:
-                    slot.settling = False
+            slot.detection.recent = (
+                [*slot.detection.recent, means[slot.id]][-self.keep_recent :] if self.keep_recent else []
+            )
+            if slot.detection.settling or not slot.detection.drift.ready:
+                slot.detection.drift.absorb(means[slot.id])
+                if slot.detection.settling and slot.detection.drift.reference_tokens >= self.settle:
+                    slot.detection.settling = False
                     settled.add(slot.id)
             else:
                 compared.append((line, slot))
         if not compared:
             return set(), settled
-        figures = torch.stack([slot.drift.compare(means[slot.id]) for _, slot in compared])
+        figures = torch.stack([slot.detection.drift.compare(means[slot.id]) for _, slot in compared])
         over = figures.new_zeros(len(compared))
         if ended is not None:
             over = ended.index_select(0, self._once([line for line, _ in compared], ended.device)).to(figures)
@@ -89,8 +92,8 @@ class Watch:
             if is_over:
                 slot.finished = True
                 continue
-            threshold = slot.drift.similarity_threshold(mu, sigma)
-            slot.similarities.append((slot.decoded, cosine, threshold))
-            if slot.drift.decide(cosine, mu, sigma):
+            threshold = slot.detection.drift.similarity_threshold(mu, sigma)
+            slot.detection.similarities.append((slot.decoded, cosine, threshold))
+            if slot.detection.drift.decide(cosine, mu, sigma):
                 fired.add(slot.id)
         return fired, settled

@@ -134,7 +134,7 @@ def test_thirds_and_what_cannot_be(model, drawn):
 
 
 def test_continues_where_it_was_killed(model, drawn, found, tmp_path, monkeypatch):
-    from dartprune.evaluation.layers.run import run as module
+    from dartprune.evaluation.layers import run as module
 
     how = {"prompt": PROMPT, "keeps": [0.75, 0.25], "groups": {"first two": (0, 1)}, "size": 4}
     done = []

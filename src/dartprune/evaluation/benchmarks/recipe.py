@@ -90,4 +90,4 @@ def recipe_from(data: Mapping[str, Any]) -> Recipe:
 
 
 def _folder() -> Any:
-    return resources.files("dartprune.evaluation") / "recipes"
+    return resources.files("dartprune.evaluation.benchmarks") / "recipes"

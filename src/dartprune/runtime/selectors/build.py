@@ -11,14 +11,14 @@ from dartprune.model.families import Decoder
 from dartprune.model.layer import Layer
 from dartprune.model.probe import down_norms
 from dartprune.model.weights import row_weights
-from dartprune.runtime.selectors.layer import ExactLayer, GateLayer, LayerToken, SketchLayer
+from dartprune.runtime.selectors.layer_selector import ExactLayer, GateLayer, LayerSelector, SketchLayer
 from dartprune.selectors.settings import Sketch, TokenGate, TokenSelector
 from dartprune.selectors.sketches import Matrices, Progress, Sketcher, matrices_of
 
 Place = tuple[torch.device, torch.dtype]
 
 
-class TokenBuilder:
+class SelectorBuilder:
     """Makes the selector of one layer after another."""
 
     def __init__(
@@ -36,14 +36,14 @@ class TokenBuilder:
 
     def of(
         self, layer: Layer, weights: FFNWeights | str, backend: Backend, progress: Progress | None
-    ) -> LayerToken | None:
+    ) -> LayerSelector | None:
         """The selector of a layer whose weights lie as the backend wants them; None where the method has none."""
         if self.selector is None:
             return None
         device, dtype = self.place[layer.index]
         norms = down_norms(layer, weights, device, dtype)
         kernels = None if isinstance(weights, str) or not backend.gathers else kernels_of(backend)
-        made: LayerToken
+        made: LayerSelector
         sketch = None
         if isinstance(self.selector, TokenGate):
             made = GateLayer(layer, device, self._importance(layer, weights, norms), kernels)

@@ -14,10 +14,10 @@ from dartprune.ffn.sketch import FFNSketch
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.layer import Layer
 from dartprune.runtime.selection import LayerSelection
-from dartprune.runtime.slots import SlotTensors
+from dartprune.runtime.slot_tensors import SlotTensors
 
 
-class LayerToken(SlotTensors, ABC):
+class LayerSelector(SlotTensors, ABC):
     """One layer's selector: `wanted` int32 [slots] neurons for each token of a slot.
 
     row_share: share of the layer's weights that one chosen neuron costs.  chosen_bytes: the same in bytes.
@@ -128,7 +128,7 @@ class LayerToken(SlotTensors, ABC):
         """What is multiplied with the importance, float32 [N, I], not negative."""
 
 
-class ExactLayer(LayerToken):
+class ExactLayer(LayerSelector):
     """The highest `|a_i| * |W_down[:, i]|` of each row, exactly."""
 
     def scores(self, a: Tensor, x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class ExactLayer(LayerToken):
         return a.float().abs()
 
 
-class GateLayer(LayerToken):
+class GateLayer(LayerSelector):
     """The highest `|act(W_gate x)_i|` among the candidates, times their importance (CATS, arXiv 2404.08763)."""
 
     def __init__(
@@ -151,7 +151,7 @@ class GateLayer(LayerToken):
     def compute(
         self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor, wanted: Tensor
     ) -> TokenRows:
-        """See `LayerToken.compute`."""
+        """See `LayerSelector.compute`."""
         assert self.kernels is not None
         return self.kernels.gated_rows(x, weights, index, count, slots, wanted, importance=self.importance)
 
@@ -162,7 +162,7 @@ class GateLayer(LayerToken):
         return self.layer.gate_activations(x).float().abs()
 
 
-class SketchLayer(LayerToken):
+class SketchLayer(LayerSelector):
     """The highest `|act(g^) u^| * |W_down[:, i]|`, estimated from bit planes (after SparseInfer, arXiv 2411.12692)."""
 
     def __init__(
@@ -190,7 +190,7 @@ class SketchLayer(LayerToken):
     def compute(
         self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor, wanted: Tensor
     ) -> TokenRows:
-        """See `LayerToken.compute`."""
+        """See `LayerSelector.compute`."""
         assert self.kernels is not None and self.importance is not None
         return self.kernels.sketched_rows(x, weights, self.sketch, slots, wanted, self.importance, weights.neurons)
 

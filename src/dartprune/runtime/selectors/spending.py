@@ -7,24 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dartprune.runtime.selectors.layer import LayerToken
+from dartprune.runtime.selectors.layer_selector import LayerSelector
 
 
-class Tally:
+class Spending:
     """The chosen neurons of all layers: as shares of the FFN's weights, and as bytes that the backend read."""
 
-    def __init__(self, tokens: Sequence[LayerToken], device: torch.device) -> None:
+    def __init__(self, selectors: Sequence[LayerSelector], device: torch.device) -> None:
         """Set up for the selectors of all layers; `device` is where the counters are."""
-        self.tokens = list(tokens)
-        whole = sum(token.layer.weights for token in tokens)
-        shares = [token.row_share * token.layer.weights / whole for token in tokens]
+        self.selectors = list(selectors)
+        whole = sum(selector.layer.weights for selector in selectors)
+        shares = [selector.row_share * selector.layer.weights / whole for selector in selectors]
         self._shares = torch.tensor(shares, dtype=torch.float32, device=device)
-        self._bytes = torch.tensor([token.chosen_bytes for token in tokens], dtype=torch.float64, device=device)
+        self._bytes = torch.tensor(
+            [selector.chosen_bytes for selector in selectors], dtype=torch.float64, device=device
+        )
         self._read = torch.zeros((), dtype=torch.float64, device=device)
 
     def spent(self, lines: int) -> Tensor | None:
         """What the rows of the last forward used, float32 [lines, T]; None where no selector chose."""
-        parts = [token.take() for token in self.tokens]
+        parts = [selector.take() for selector in self.selectors]
         device = self._shares.device
         unions = [union.to(device) for _, union in parts if union is not None]
         if len(unions) == len(parts):
@@ -37,7 +39,7 @@ class Tally:
     @property
     def held(self) -> int:
         """Bytes held for the model: sketches and what neurons are weighed with."""
-        return sum(token.held for token in self.tokens)
+        return sum(selector.held for selector in self.selectors)
 
     @property
     def bytes_read(self) -> float:

@@ -1,0 +1,159 @@
+"""One forward after another: planned before the layers run, and its consequences drawn once its tokens are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dartprune.method import Method
+from dartprune.model.rows import Phase, Rows
+from dartprune.runtime.events import Events
+from dartprune.runtime.layer_hooks import LiveLayer
+from dartprune.runtime.prompt import prefilled
+from dartprune.runtime.rows_or_dense import RowsOrDense
+from dartprune.runtime.selectors.spending import Spending
+from dartprune.runtime.slots import Slot, State
+from dartprune.runtime.step import Planner
+from dartprune.runtime.tokens import Tokens
+
+
+@dataclass
+class Candidates:
+    """Tokens that wait for the cache to tell how many of them stay; `length`: of the cache without them."""
+
+    rows: Rows
+    slots: list[Slot]
+    attention: Tensor | None
+    cache: Any
+    length: int
+    spent: Tensor | None  # by each candidate's own neurons
+
+
+class Forwards:
+    """Tells the layers what the coming forward is, and the rest of the run what it was."""
+
+    def __init__(
+        self,
+        method: Method,
+        layers: Sequence[LiveLayer],
+        tokens: Tokens,
+        events: Events,
+        spending: Spending | None = None,
+    ) -> None:
+        self.method = method
+        self.layers = list(layers)
+        self.candidates: Candidates | None = None
+        self.rows_or_dense = RowsOrDense(layers)
+        self.gathered = False  # whether the forward that began last reads rows
+        self._tokens = tokens
+        self._events = events
+        self._spending = spending
+        self._ring = method.refresh.replay_tokens
+        states = {layer.trace.device: layer.state for layer in layers}
+        self._planner = Planner(states, self._ring, method.skip_first)
+        self._rows: Rows | None = None  # of the forward under way
+        self._slots: list[Slot] = []
+        self._ended: Tensor | None = None
+        self._traced: Tensor | None = None
+        self._paused = False
+
+    # ---- before the layers run
+
+    def begin(self, rows: Rows, slots: list[Slot], ended: Tensor | None, *, paused: bool) -> None:
+        """Tell the layers what the coming forward is."""
+        self._rows, self._slots, self._ended, self._paused = rows, slots, ended, paused
+        self.gathered, self._traced = False, None
+        if paused or not self.method.prunes:
+            self._planner.plain()
+        elif rows.phase is Phase.PREFILL:
+            self._traced = self._planner.prefill(rows, slots)
+        else:
+            self._events.make_ready(slots)
+            self.gathered = self._gathers(rows, slots)
+            self._planner.decode(rows, slots, ended, gathering=self.gathered)
+
+    def abort(self) -> None:
+        """The forward failed: nothing of it counts."""
+        self._planner.plain()
+        self._planner.forget()
+        self._rows = None
+
+    def _gathers(self, rows: Rows, slots: list[Slot]) -> bool:
+        # where some lines are dense all weights are read anyway: masks cost nothing more
+        if not all(slot.state is State.PRUNED for slot in slots):
+            return False
+        if not all(layer.backend.gathers for layer in self.layers):
+            return False
+        return rows.tokens > 1 or self.rows_or_dense.gathers(slots, self._events.masks.version)
+
+    # ---- after the layers have run
+
+    def finish(self, cache: Any, length: int) -> None:
+        """Draw the consequences of the forward that began last.
+
+        Args:
+            cache: of its sequences.
+            length: tokens it held before this forward.
+        """
+        rows, self._rows = self._rows, None
+        if rows is None:
+            return
+        self._planner.plain()
+        attention = self.layers[-1].state.attention if self.method.prunes and not self._paused else None
+        if attention is not None:
+            attention = attention.reshape(len(rows.slots), rows.tokens, -1)
+        spent = self._spending.spent(len(rows.slots)) if self._spending is not None else None
+        if rows.phase is Phase.PREFILL:
+            prefilled(self._slots, rows, self._traced, attention, self._ring)
+        elif rows.phase is Phase.DECODE:
+            self._planner.advance()
+            self._decoded(self._slots, rows.tokens, attention, self._ended, spent)
+        else:
+            self.candidates = Candidates(rows, self._slots, attention, cache, length, spent)
+
+    def resolve(self, length: int | None) -> None:
+        """Count the candidates that stayed; `length` is what the cache holds now, None if it is gone."""
+        waiting, self.candidates = self.candidates, None
+        if waiting is None or length is None:
+            return
+        stayed = min(waiting.rows.tokens, max(0, length - waiting.length))
+        if not stayed:
+            return
+        if waiting.attention is not None:
+            self._keep_staged(waiting, stayed)
+        attention = waiting.attention[:, :stayed] if waiting.attention is not None else None
+        spent = waiting.spent[:, :stayed] if waiting.spent is not None else None
+        self._decoded(waiting.slots, stayed, attention, None, spent)
+
+    def _decoded(
+        self, slots: list[Slot], tokens: int, attention: Tensor | None, ended: Tensor | None, spent: Tensor | None
+    ) -> None:
+        pruned = [slot.state is State.PRUNED and not self._paused for slot in slots]
+        fired, settled = self._tokens.decoded(slots, pruned, tokens, attention, ended, spent)
+        masked = [slot for slot, is_pruned in zip(slots, pruned, strict=True) if is_pruned]
+        self._events.after_tokens(slots, masked, fired, settled, ended)
+
+    def _keep_staged(self, waiting: Candidates, stayed: int) -> None:
+        """Trace and buffer the candidates that stayed, from the inputs that the layers put aside."""
+        slots = waiting.slots
+        block = Rows(Phase.DECODE, waiting.rows.slots, stayed)
+        ring = block.tail(self._ring, [slot.ring.next for slot in slots]) if self._ring else None
+        learning = torch.tensor([slot.state is State.LEARNING for slot in slots], dtype=torch.float32)
+        weight = learning[:, None].expand(-1, stayed)
+        ids = torch.tensor(waiting.rows.slots, dtype=torch.int64)
+        for layer in self.layers:
+            assert layer.staged is not None
+            device = layer.trace.device
+            x = layer.staged[:, :stayed]
+            if ring is not None and layer.ring is not None:
+                layer.ring.write(x.reshape(-1, x.shape[-1]), *(part.to(device) for part in ring))
+            if bool(learning.any()):
+                rows, counted = ids.to(device), weight.to(device)
+                layer.trace.add(layer.parts.activations(x), rows, counted)
+                if layer.staged_impact is not None:
+                    layer.trace.add_impact(layer.staged_impact[:, :stayed], rows, counted, counted)
+            layer.staged = layer.staged_impact = None
