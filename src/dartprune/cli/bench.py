@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dartprune.cli import options as o
+from dartprune.cli.command import Command
+from dartprune.errors import UserError, check_output_file
 from dartprune.names import comma_list
 
 if TYPE_CHECKING:
@@ -38,29 +40,28 @@ Shape = Annotated[
                  "qwen3-0.6b or gpt2."),
 ]  # fmt: skip
 Layers = Annotated[int | None, typer.Option("--layers", help="Fewer layers of the shape, where memory is short.")]
-Methods = Annotated[str, typer.Option("--method", help="Methods, separated by commas.")]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", help="Methods, with commas or repeated.", show_default="static,dart"),
+]
 Batch = Annotated[int, typer.Option("--batch", help="Sequences decoded together, each with its own masks.")]
 Prompt = Annotated[int, typer.Option("--prompt", help="Tokens of each prompt.")]
 TurnsOption = Annotated[int, typer.Option("--turns", help="How often all arms are measured in turn.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Write the results, with machine and command, to this file.")]
 
 
-def _methods(names: str, sparsity: float) -> dict[str, Pruner]:
-    made = {name: o.make_pruner(name, sparsity) for name in comma_list(names)}
+def _methods(names: list[str] | None, sparsity: float) -> dict[str, Pruner]:
+    made = {name: o.make_pruner(name, sparsity) for name in o.listed(names) or ("static", "dart")}
     return {name if pruner.prunes else f"{name}, attached": pruner for name, pruner in made.items()}
 
 
 def _check(plot: Path | None, out: Path | None, turns: int, backend: str) -> None:
-    from dartprune.ffn import backend_names
-    from dartprune.names import unknown
-
     o.check_plot(plot)
-    if backend not in ("auto", *backend_names()):
-        raise unknown("backend", backend, ("auto", *backend_names()))
+    o.check_backend(backend)
     if turns < 1:
-        raise ValueError(f"--turns must be at least 1, got {turns}")
-    if out is not None and not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+        raise UserError(f"--turns must be at least 1, got {turns}")
+    if out is not None:
+        check_output_file(out)
 
 
 def _subject(model: str | None, shape: str | None, dtype: str, layers: int | None, device: str | None) -> Subject:
@@ -97,12 +98,15 @@ def _measure(
             typer.echo(f"{name}: {path}")
 
 
-@app.command(epilog=EXAMPLES["kernel"])
+@app.command(cls=Command, epilog=EXAMPLES["kernel"])
 def kernel(
     hidden: Annotated[str, typer.Option("--hidden", help="Widths of the model, separated by commas.")] = "2048",
     neurons: Annotated[str, typer.Option("--neurons", help="Neurons of the FFN, separated by commas.")] = "8192",
     dtype: Annotated[str, typer.Option("--dtype", help="Of the weights, separated by commas.")] = "bfloat16,float32",
-    sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="Shares left out.")] = "0.5,0.7,0.8",
+    sparsity: Annotated[
+        list[str] | None,
+        typer.Option("--sparsity", "-s", help="Shares left out, with commas or repeated.", show_default="0.5,0.7,0.8"),
+    ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Sequences, each with its own mask.")] = "1,4",
     activation: Annotated[str, typer.Option("--activation", help="silu, gelu, gelu_tanh, relu, ...")] = "silu",
     plain: Annotated[bool, typer.Option("--plain", help="An FFN without a gate.")] = False,
@@ -119,7 +123,7 @@ def kernel(
     """Time one FFN: torch dense, masked, a packed copy of the kept rows, and the rows read in place."""
     _check(plot, out, turns, backend)
     if layers is not None and layers < 1:
-        raise ValueError(f"--layers must be at least 1, got {layers}")
+        raise UserError(f"--layers must be at least 1, got {layers}")
     from dartprune.bench.kernel import Case, measure
 
     cases = [
@@ -128,7 +132,7 @@ def kernel(
         for n in o.numbers("--neurons", neurons, int)
         for kind in comma_list(dtype)
         for b in o.numbers("--batch", batch, int)
-        for s in o.numbers("--sparsity", sparsity, float)
+        for s in o.numbers("--sparsity", sparsity or "0.5,0.7,0.8", float)
     ]
     _measure(
         lambda progress: measure(
@@ -140,12 +144,12 @@ def kernel(
     )  # fmt: skip
 
 
-@app.command(epilog=EXAMPLES["decode"])
+@app.command(cls=Command, epilog=EXAMPLES["decode"])
 def decode(
     model: o.Model = None,
     shape: Shape = None,
     layers: Layers = None,
-    methods: Methods = "static,dart",
+    methods: Methods = None,
     sparsity: o.Sparsity = 0.7,
     refresh_every: Annotated[
         int | None,
@@ -183,7 +187,7 @@ def decode(
     )
 
 
-@app.command(epilog=EXAMPLES["refresh"])
+@app.command(cls=Command, epilog=EXAMPLES["refresh"])
 def refresh(
     model: o.Model = None,
     shape: Shape = None,
@@ -218,7 +222,7 @@ def refresh(
     )  # fmt: skip
 
 
-@app.command(epilog=EXAMPLES["trace"])
+@app.command(cls=Command, epilog=EXAMPLES["trace"])
 def trace(
     model: o.Model = None,
     shape: Shape = None,
@@ -252,12 +256,12 @@ def trace(
     )  # fmt: skip
 
 
-@app.command(epilog=EXAMPLES["memory"])
+@app.command(cls=Command, epilog=EXAMPLES["memory"])
 def memory(
     model: o.Model = None,
     shape: Shape = None,
     layers: Layers = None,
-    methods: Methods = "static,dart",
+    methods: Methods = None,
     sparsity: o.Sparsity = 0.7,
     batch: Annotated[int, typer.Option("--batch", help="Sequences of the smaller of the two batches.")] = 1,
     prompt: Prompt = 288,

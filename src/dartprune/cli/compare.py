@@ -8,23 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
+from dartprune.errors import UserError, make_output_folder
 
 if TYPE_CHECKING:
     from dartprune.evaluation.arms import Arm
     from dartprune.evaluation.compare.outcomes import Comparison
     from dartprune.evaluation.compare.plan import Plan
 
-EXAMPLE = "Example: dartprune compare --texts my-texts --arms static,griffin,dart --sparsities 0.5,0.7 --out results"
+EXAMPLE = "Example: dartprune compare --texts my-texts --method static,griffin,dart --sparsity 0.5,0.7 --out results"
 JOURNAL = "journal.jsonl"
 
 
 def compare(
-    texts: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--texts", help="File or folder of texts, one domain a file (.txt or .jsonl, also .xz); may be repeated."
-        ),
-    ] = None,
+    texts: o.Texts = None,
     dataset: Annotated[
         list[str] | None,
         typer.Option("--dataset", help="Data set by name, as NAME or NAME:CONFIG, one domain each; may be repeated."),
@@ -37,11 +33,20 @@ def compare(
     out: Annotated[Path, typer.Option("--out", help="Folder for results; the same folder continues them.")] = Path(
         "comparison"
     ),
-    arms: Annotated[
-        str | None,
-        typer.Option("--arms", help="Names with commas; `list` shows them.", show_default="all that need nothing"),
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help="Arms by name, with commas or repeated; `list` shows them.",
+            show_default="all that need nothing",
+        ),
     ] = None,
-    sparsities: Annotated[str, typer.Option("--sparsities", help="Realised ones to compare at.")] = "0.5,0.7",
+    sparsity: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sparsity", "-s", help="Realised ones to compare at, with commas or repeated.", show_default="0.5,0.7"
+        ),
+    ] = None,
     streams: Annotated[int, typer.Option("--streams", help="Streams of each kind.")] = 30,
     prompt: Annotated[int, typer.Option("--prompt", help="Tokens of each stream that are given.")] = 64,
     lengths: Annotated[
@@ -49,7 +54,8 @@ def compare(
     ] = "128,128",
     kinds: Annotated[str, typer.Option("--kinds", help="one-topic, changing or both.")] = "one-topic,changing",
     calibration: Annotated[
-        list[Path] | None, typer.Option("--calibration", help="Text for the calibrated arms; may be repeated.")
+        list[str] | None,
+        typer.Option("--calibration", help="Texts for the calibrated arms, with commas or repeated."),
     ] = None,
     versus: Annotated[
         str | None, typer.Option("--versus", help="Arm that the others are paired with.", show_default="dart")
@@ -66,7 +72,8 @@ def compare(
     as_json: o.AsJson = False,
 ) -> None:
     """Decode streams that keep and that change their topic with every arm, and compare the losses."""
-    if arms == "list":
+    asked = o.listed(method)
+    if asked == ["list"]:
         _list(as_json)
         return
     from dartprune.evaluation.arms import check_arms, default_arms
@@ -79,19 +86,21 @@ def compare(
         count=streams,
         batch=batch,
         kinds=tuple(comma_list(kinds)),
-        sparsities=o.numbers("--sparsities", sparsities, float),
+        sparsities=o.numbers("--sparsity", sparsity or "0.5,0.7", float),
         tolerance=tolerance,
         seed=seed,
         versus=versus or "dart",
     )
-    names = comma_list(arms) if arms is not None else default_arms()
+    names = asked or default_arms()
     if versus is not None and versus not in names:
         raise unknown("arm for --versus", versus, names)
     check_arms(names, calibrated=bool(calibration))
-    documents = _documents(texts or [], dataset or [], split, field)
+    o.check_backend(backend)
+    documents = _documents(o.paths(texts), dataset or [], split, field)
     from dartprune.evaluation.texts import read_texts
 
-    calibrating = read_texts(calibration) if calibration else {}
+    calibrating = read_texts(o.paths(calibration)) if calibration else {}
+    make_output_folder(out)
     from dartprune.loading import load
 
     o.quiet()
@@ -110,7 +119,7 @@ def compare(
 
 def _documents(texts: list[Path], dataset: list[str], split: str | None, field: str) -> dict[str, list[str]]:
     if not texts and not dataset:
-        raise ValueError("nothing to read: give --texts FILE_OR_FOLDER or --dataset NAME")
+        raise UserError("nothing to read: give --texts FILE_OR_FOLDER or --dataset NAME")
     from dartprune.evaluation.benchmarks.sources import named_texts
     from dartprune.evaluation.texts import read_texts
 

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from dartprune.cli import options as o
+from dartprune.errors import UserError, read_user_text
 
+BAR = 12  # widest bar of the table, which fits into 80 columns
 EXAMPLE = "Example: dartprune inspect --model ./my-model --text notes.txt --sparsity 0.7"
 
 
@@ -24,13 +26,14 @@ def inspect(
 ) -> None:
     """Show a model's family, its FFN's share, the best possible saving, and each layer's sensitivity and budget."""
     o.check_plot(plot)
-    pruner = o.make_pruner("static", sparsity)
+    o.check_backend(backend)
+    pruner = o.make_pruner("dart", sparsity)
     from dartprune.demo import passages
     from dartprune.loading import load
 
-    content = text.read_text(encoding="utf-8") if text is not None else " ".join(passages()["novels"])
+    content = read_user_text(text) if text is not None else " ".join(passages()["novels"])
     if not content.strip():
-        raise ValueError(f"--text {text}: the file is empty")
+        raise UserError(f"--text {text}: the file is empty")
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     data = _look(loaded, tokenizer, content, pruner, backend)
@@ -58,7 +61,7 @@ def _look(model: Any, tokenizer: Any, content: str, pruner: Any, backend: str) -
     most = min((context_length(model) or 1025) - 1, 1024)
     tokens = tokenizer(content, return_tensors="pt", truncation=True, max_length=most)["input_ids"]
     if tokens.shape[1] < pruner.min_traced + 2:
-        raise ValueError(f"the text has {tokens.shape[1]} tokens: {pruner.min_traced + 2} are needed to see anything")
+        raise UserError(f"the text has {tokens.shape[1]} tokens: {pruner.min_traced + 2} are needed to see anything")
     with torch.no_grad(), pruner(model, backend=backend) as run:
         cache = run.prefill(tokens[:, :-1].to(model.device))
         with run.phase("decode"):
@@ -119,7 +122,7 @@ def _show(data: dict[str, Any]) -> None:
             f"{layer['change']:.3f}",
             f"{layer['sensitivity']:.3f}",
             f"{layer['keep'] / layer['neurons']:.1%}",
-            "█" * round(20 * layer["keep"] / layer["neurons"]),
+            "█" * round(BAR * layer["keep"] / layer["neurons"]),
         )
         for layer in data["layers"]
     ]

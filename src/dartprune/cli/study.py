@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
+from dartprune.errors import UserError, make_output_folder
 
 if TYPE_CHECKING:
     from dartprune.evaluation.study.arms import Arm
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = (
     "Example: dartprune study --mode forced --texts DIR --split valid --streams 60 "
-    "--arms dense,static,release@100,200,...,600,dart --out study"
+    "--method dense,static,release@100,200,...,600,dart --out study"
 )
 ARMS = "dense,static,release@100,200,...,600,dart,griffin"
 
@@ -29,9 +30,7 @@ def study(
         list[Path] | None, typer.Argument(help="Further texts, as in --texts A B.", show_default=False)
     ] = None,
     mode: Annotated[str, typer.Option(help="forced: given texts; free: the model writes.")] = "forced",
-    texts: Annotated[
-        list[Path] | None, typer.Option("--texts", help="Forced: files or folders, one topic a file.")
-    ] = None,
+    texts: o.Texts = None,
     split: Annotated[str | None, typer.Option(help="Of folders, only the files NAME.SPLIT.*")] = None,
     prompt: Annotated[str | None, typer.Option(help="Free: one prompt.")] = None,
     bridge: Annotated[str, typer.Option(help="Free: text that turns --prompt to the second topic.")] = "",
@@ -45,7 +44,14 @@ def study(
     control: Annotated[
         int | None, typer.Option(min=0, help="Texts on one topic.", show_default="as many as --streams")
     ] = None,
-    arms: Annotated[str, typer.Option(help="Presets, dart-relearn, release@TOKEN; dense is always there.")] = ARMS,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help="Presets, dart-relearn, release@TOKEN, with commas or repeated; dense is always there.",
+            show_default=ARMS,
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option("--out", help="Folder for results; a study that was stopped goes on there.")
     ] = Path("study"),
@@ -99,11 +105,13 @@ def study(
         temperature=temperature,
         seed=seed,
     )
-    chosen = parse_arms(arms, sparsity)
+    chosen = parse_arms(",".join(method) if method else ARMS, sparsity)
     settings.check_arms(chosen)
-    sources = [*(texts or []), *(more or [])]
+    sources = [*o.paths(texts), *(more or [])]
     _check_mode(mode, sources, prompt, bridge, prompts, similarity, one_request)
     control = streams if control is None else control
+    o.check_backend(backend)
+    make_output_folder(out)
     from dartprune.loading import load
 
     o.quiet()
@@ -143,21 +151,21 @@ def _check_mode(
     similarity: Path | None,
     one_request: bool,
 ) -> None:
-    """ValueError before the long work for options that do not go together."""
+    """UserError before the long work for options that do not go together."""
     written = prompt is not None or prompts is not None or similarity is not None or one_request or bridge
     if mode == "forced":
         if written:
-            raise ValueError("--prompt, --bridge, --prompts, --one-request and --similarity belong to --mode free")
+            raise UserError("--prompt, --bridge, --prompts, --one-request and --similarity belong to --mode free")
         if not sources:
-            raise ValueError("--mode forced needs --texts: files or folders with the text of at least two topics")
+            raise UserError("--mode forced needs --texts: files or folders with the text of at least two topics")
     elif sources:
-        raise ValueError("--texts belongs to --mode forced; in free mode the model writes: give --prompt or --prompts")
+        raise UserError("--texts belongs to --mode forced; in free mode the model writes: give --prompt or --prompts")
     if prompt is not None and prompts is not None:
-        raise ValueError("give either --prompt or --prompts")
+        raise UserError("give either --prompt or --prompts")
     if prompt is not None and not prompt.strip():
-        raise ValueError("--prompt is empty: give some text to continue")
+        raise UserError("--prompt is empty: give some text to continue")
     if bridge and prompt is None:
-        raise ValueError("--bridge belongs to --prompt; prompts of a file bring their own")
+        raise UserError("--bridge belongs to --prompt; prompts of a file bring their own")
 
 
 def _free(

@@ -239,7 +239,7 @@ def check_arms(names: Sequence[str], *, calibrated: bool) -> None:
         arm(name, Calibration(None, []) if calibrated else None)  # stands in for the text until a model is there
     if calibrated and not any(needs_calibration(name) for name in names):
         known = ", ".join(name for name in arm_kinds.names() if arm_kinds.get(name).calibrated)
-        raise ValueError(f"a calibration text is given, but no arm is made from it: add one of {known} to --arms")
+        raise ValueError(f"a calibration text is given, but no arm is made from it: add one of {known} to --method")
 
 
 def _number(name: str, head: str, at: str, tail: str, default: int | None) -> int:

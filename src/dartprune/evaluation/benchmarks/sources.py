@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dartprune.errors import read_user_text
 from dartprune.evaluation.texts import read_texts
 from dartprune.names import unknown
 
@@ -101,7 +102,7 @@ def summaries(name: str) -> list[tuple[str, str]]:
     path = Path(name)
     if path.suffix != ".jsonl":
         raise ValueError(f"{name}: summaries are read from JSON lines, a file that ends in .jsonl")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_user_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from dartprune.errors import read_user_text
 from dartprune.names import unknown
 
 SEED = 7  # of the stored prompts
@@ -129,7 +130,7 @@ def read_prompts(path: Path) -> list[TopicPrompt]:
     Raises:
         ValueError: not JSON, an unknown field, one that is missing, or two equal topics.
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_user_text(path)
     try:
         rows = (
             json.loads(text)
