@@ -26,6 +26,7 @@ from dartprune.ffn.sketch import build_sketch, sketch_scores
 from dartprune.loading import load
 from dartprune.model.families import describe
 from dartprune.model.weights import row_weights
+from dartprune.names import comma_list
 
 PROMPT, HALF = 64, 128
 
@@ -164,7 +165,7 @@ def main() -> None:
     parser.add_argument("--model", default=None)
     parser.add_argument("--dtype", default="auto", help="of the weights; the sketch's share of the bytes follows")
     parser.add_argument("--streams", type=int, default=30)
-    parser.add_argument("--sparsities", default="0.5,0.7,0.8")
+    parser.add_argument("--sparsity", default="0.5,0.7,0.8")
     parser.add_argument("--bits", type=int, default=2, help="of the sketch in the table of layers")
     parser.add_argument("--arms", choices=("presets", "all"), default="presets")
     parser.add_argument("--no-layers", action="store_true", help="only the table of arms")
@@ -177,7 +178,7 @@ def main() -> None:
     cut = pieces(documents, tokenizer, 2 * HALF)
     chosen = streams(cut, lengths, args.streams, seed=args.seed, separator=tokenizer.bos_token_id)
     tokens = batch(chosen)
-    sparsities = [float(part) for part in args.sparsities.split(",")]
+    sparsities = [float(part) for part in comma_list(args.sparsity)]
     data = {
         "date": str(date.today()),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

@@ -76,7 +76,7 @@ def test_help_shows_examples(run):
     ("args", "message"),
     [
         (("kernel", "--sparsity", "1.2"), "sparsity must lie in [0, 1), got 1.2"),
-        (("kernel", "--sparsity", "a,b"), "--sparsity a,b: write numbers separated by commas"),
+        (("kernel", "--sparsity", "a,b"), "--sparsity a,b: write numbers with commas between them"),
         (("kernel", "--batch", "0"), "batch must be at least 1"),
         (("kernel", "--dtype", "int8"), "unknown dtype 'int8'"),
         (("kernel", "--layers", "0"), "--layers must be at least 1"),

@@ -35,7 +35,7 @@ def texts(tmp_path):
     return folder
 
 
-SMALL = ("--streams", 2, "--prompt", 12, "--lengths", "24,24", "--sparsities", "0.5")
+SMALL = ("--streams", 2, "--prompt", 12, "--lengths", "24,24", "--sparsity", "0.5")
 
 
 def test_on_the_model_inside(run, texts, tmp_path):
@@ -45,7 +45,7 @@ def test_on_the_model_inside(run, texts, tmp_path):
         texts,
         "--split",
         "valid",
-        "--arms",
+        "--method",
         "static,dart",
         *SMALL,
         "--out",
@@ -69,7 +69,7 @@ def test_on_the_model_inside(run, texts, tmp_path):
 
 
 def test_the_arms_are_listed(run):
-    code, told, _ = run("--arms", "list")
+    code, told, _ = run("--method", "list")
     assert code == 0 and "dart-release@N" in told and "griffin" in told
     assert set(json.loads(run("--arms", "list", "--json")[1])) >= {"dart", "clock-replay@N", "calibrated-wanda"}
 
@@ -79,11 +79,11 @@ def test_the_arms_are_listed(run):
     [
         ((), "nothing to read: give --texts"),
         (("--texts", "/no/such/folder"), "/no/such/folder: there is no such file or folder"),
-        (("--texts", "TEXTS", "--arms", "static,drat"), "unknown arm 'drat': did you mean 'dart'"),
-        (("--texts", "TEXTS", "--arms", "calibrated-wanda"), "give --calibration FILE"),
+        (("--texts", "TEXTS", "--method", "static,drat"), "unknown arm 'drat': did you mean 'dart'"),
+        (("--texts", "TEXTS", "--method", "calibrated-wanda"), "give --calibration FILE"),
         (("--texts", "TEXTS", "--arms", "static", "--versus", "dart"), "unknown arm for --versus 'dart'"),
-        (("--texts", "TEXTS", "--sparsities", "1.2"), "between 0 and 1, got 1.2"),
-        (("--texts", "TEXTS", "--sparsities", "a,b"), "--sparsities 'a,b': write numbers with commas"),
+        (("--texts", "TEXTS", "--sparsity", "1.2"), "between 0 and 1, got 1.2"),
+        (("--texts", "TEXTS", "--sparsity", "a,b"), "--sparsity a,b: write numbers with commas"),
         (("--texts", "TEXTS", "--lengths", "128"), "two whole numbers"),
         (("--texts", "TEXTS", "--lengths", "4000,4000"), "no domain has a text of 8000 tokens"),
         (("--texts", "TEXTS/code.valid.txt", "--lengths", "80,40"), "a change of topic needs two domains"),
