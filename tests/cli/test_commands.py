@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -175,10 +176,10 @@ def test_former_names_of_options(run):
 def test_as_a_module_and_in_a_shell():
     done = subprocess.run([sys.executable, "-m", "dartprune", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("dartprune 0.")
-    done = subprocess.run(
-        [sys.executable, "-m", "dartprune", "--show-completion", "bash"], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "_DARTPRUNE_COMPLETE" in done.stdout
+    asked = {"_DARTPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": "dartprune comp", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "dartprune"]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.stdout.split() == ["compare"]
 
 
 def test_what_is_not_utf8(run, tmp_path, monkeypatch):
@@ -252,8 +253,6 @@ def test_a_tokenizer_without_pad_and_end(run, tmp_path):
 
 def test_a_name_on_the_hub_without_network(tmp_path):
     """Really asks the loading code; offline mode answers at once."""
-    import os
-
     done = subprocess.run(
         [sys.executable, "-m", "dartprune.cli.main", "generate", "x", "--model", "nobody/nothing"],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
@@ -269,7 +268,7 @@ def test_ctrl_c_detaches_and_ends_with_130(run, monkeypatch):
     from dartprune.runtime import model_hooks as forwards
 
     detached = []
-    monkeypatch.setattr(forwards.Forwards, "finish", lambda self, output: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(forwards.Forwards, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     original = run_module.Run.detach
     monkeypatch.setattr(run_module.Run, "detach", lambda self: (original(self), detached.append(self)))
     code, _, err = run("generate", "once upon a time", "-n", 5)

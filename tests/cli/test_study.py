@@ -75,7 +75,7 @@ def test_free(run, tmp_path):
     pytest.importorskip("sacrebleu")
     code, out, _ = run(
         *("study", "--mode", "free", "--streams", 2, "--control", 0, "--arms", "static,release@30"),
-        *("--layers", "last", "--out", "f", *SHORT, "--after", 80),
+        *("--layers", "last", "--out", "f", *SHORT[:5], 80, *SHORT[6:]),
     )
     assert code == 0 and "release@30" in out and "report: f/report.html" in out
     data = json.loads((tmp_path / "f" / "report.json").read_text())
@@ -109,7 +109,7 @@ def test_mistakes_are_one_line(run, topics, args, said):
 def _with_short(args):
     """The short layout, unless the mistake is about lengths."""
     lengths = {"--before", "--after", "--arms"} & set(args)
-    return args if lengths else (*SHORT, "--arms", "static", *args)
+    return args if lengths else (*SHORT, "--method", "static", *args)
 
 
 def test_more_mistakes(run, topics, tmp_path):
@@ -123,8 +123,8 @@ def test_more_mistakes(run, topics, tmp_path):
         (("--mode", "free", "--prompt", " "), "--prompt is empty"),
         (("--mode", "free", "--bridge", "x"), "--bridge belongs to --prompt"),
         (("--mode", "free", "--prompts", "p.json", "--prompt", "x"), "either --prompt or --prompts"),
-        (("--mode", "free", "--prompts", "p.json"), "No such file"),
+        (("--mode", "free", "--prompts", "p.json"), "p.json: there is no such file"),
         (("--mode", "free", "--similarity", tmp_path), "holds no encoder"),
     ):
-        code, _, err = run("study", *SHORT, "--arms", "static", *args)
+        code, _, err = run("study", *SHORT, "--method", "static", *args)
         assert code == 2 and said in err and "Traceback" not in err, (args, err)
