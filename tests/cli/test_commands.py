@@ -13,21 +13,6 @@ from dartprune.cli.main import main
 from dartprune.errors import UserError
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line in this process; gives exit code, stdout and stderr."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["dartprune", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "160")
-        with pytest.raises(SystemExit) as end:
-            main()
-        out = capsys.readouterr()
-        return end.value.code or 0, out.out, out.err
-
-    return call
-
-
 def test_generate_says_what_it_did(run, tmp_path):
     picture = tmp_path / "out.png"
     code, out, _ = run("generate", "once upon a time there was a little dog", "-n", 40, "--plot", picture)

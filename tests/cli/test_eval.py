@@ -3,28 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from dartprune.cli.main import main
-
 TEXT = "once upon a time there was a little dog who lived by the sea . the king went to the old house . " * 20
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line in this process; gives exit code, stdout and stderr."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["dartprune", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "160")
-        with pytest.raises(SystemExit) as end:
-            main()
-        out = capsys.readouterr()
-        return end.value.code or 0, out.out, out.err
-
-    return call
 
 
 @pytest.fixture

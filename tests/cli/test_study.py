@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from dartprune.cli.main import main
 from dartprune.demo import passages
 
 SHORT = ("--prompt-tokens", 16, "--before", 20, "--after", 40, "--early", 16, "--horizon", 20)
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Call the command line in this process; gives exit code, stdout and stderr."""
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["dartprune", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "160")
-        with pytest.raises(SystemExit) as end:
-            main()
-        out = capsys.readouterr()
-        return end.value.code or 0, out.out, out.err
-
-    return call
 
 
 @pytest.fixture

@@ -6,13 +6,14 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dartprune.cli import options as o
-from dartprune.cli.command import Command
+from dartprune.cli.command import Command, shares_options
 from dartprune.errors import UserError, check_output_file
 from dartprune.names import comma_list
 
@@ -55,50 +56,69 @@ def _methods(names: list[str] | None, sparsity: float) -> dict[str, Pruner]:
     return {name if pruner.prunes else f"{name}, attached": pruner for name, pruner in made.items()}
 
 
-def _check(plot: Path | None, out: Path | None, turns: int, backend: str) -> None:
-    o.check_plot(plot)
-    o.check_backend(backend)
-    if turns < 1:
-        raise UserError(f"--turns must be at least 1, got {turns}")
-    if out is not None:
-        check_output_file(out)
+@dataclass(frozen=True)
+class Setup:
+    """Options of all benchmarks: how is computed, and where results go."""
+
+    backend: o.Backend = "auto"
+    device: o.Device = None
+    plot: o.Plot = None
+    out: Out = None
+    as_json: o.AsJson = False
+
+    def check(self, turns: int) -> None:
+        """UserError, before the long work, for what cannot be."""
+        o.check_plot(self.plot)
+        o.check_backend(self.backend)
+        if turns < 1:
+            raise UserError(f"--turns must be at least 1, got {turns}")
+        if self.out is not None:
+            check_output_file(self.out)
+
+    def run(self, measure: Callable[..., Result], *what: Any, **how: Any) -> None:
+        """Measure with a line of progress, then print, draw and write."""
+        from dartprune.bench.table import remarks, tables
+        from dartprune.reporting.progress import bar
+        from dartprune.reporting.tables import say, show
+
+        with bar("starting", silent=self.as_json) as progress:
+            result = measure(*what, **how, backend=self.backend, progress=progress.tell)
+        command = shlex.join(["dartprune", *sys.argv[1:]])
+        if self.plot is not None:
+            from dartprune.bench.picture import save_result
+
+            save_result(result, self.plot)
+        if self.out is not None:
+            result.write(self.out, command)
+        if self.as_json:
+            o.print_json(result.to_dict(command))
+            return
+        show(*tables(result))
+        say(*remarks(result))
+        for name, path in (("picture", self.plot), ("results", self.out)):
+            if path is not None:
+                typer.echo(f"{name}: {path}")
 
 
-def _subject(model: str | None, shape: str | None, dtype: str, layers: int | None, device: str | None) -> Subject:
-    from dartprune.bench.models import subject
+@dataclass(frozen=True)
+class ModelSetup(Setup):
+    """Options of the benchmarks of a whole model."""
 
-    o.quiet()
-    return subject(model=model, shape=shape, dtype=dtype, layers=layers, device=device)
+    model: o.Model = None
+    shape: Shape = None
+    layers: Layers = None
+    dtype: o.DType = "auto"
 
+    def subject(self) -> Subject:
+        """The model to measure."""
+        from dartprune.bench.models import subject
 
-def _measure(
-    work: Callable[[Callable[[str], None]], Result], as_json: bool, plot: Path | None, out: Path | None
-) -> None:
-    """Measure with a line of progress, then print, draw and write."""
-    from dartprune.bench.table import remarks, tables
-    from dartprune.reporting.progress import bar
-    from dartprune.reporting.tables import say, show
-
-    with bar("starting", silent=as_json) as progress:
-        result = work(progress.tell)
-    command = shlex.join(["dartprune", *sys.argv[1:]])
-    if plot is not None:
-        from dartprune.bench.picture import save_result
-
-        save_result(result, plot)
-    if out is not None:
-        result.write(out, command)
-    if as_json:
-        o.print_json(result.to_dict(command))
-        return
-    show(*tables(result))
-    say(*remarks(result))
-    for name, path in (("picture", plot), ("results", out)):
-        if path is not None:
-            typer.echo(f"{name}: {path}")
+        o.quiet()
+        return subject(model=self.model, shape=self.shape, dtype=self.dtype, layers=self.layers, device=self.device)
 
 
 @app.command(cls=Command, epilog=EXAMPLES["kernel"])
+@shares_options
 def kernel(
     hidden: Annotated[str, typer.Option("--hidden", help="Widths of the model, separated by commas.")] = "2048",
     neurons: Annotated[str, typer.Option("--neurons", help="Neurons of the FFN, separated by commas.")] = "8192",
@@ -113,15 +133,11 @@ def kernel(
     layers: Annotated[
         int | None, typer.Option("--layers", help="Layers to rotate over.", show_default="out of the caches")
     ] = None,
-    backend: o.Backend = "auto",
-    device: o.Device = None,
     turns: TurnsOption = 11,
-    plot: o.Plot = None,
-    out: Out = None,
-    as_json: o.AsJson = False,
+    setup: Setup = Setup(),
 ) -> None:
     """Time one FFN: torch dense, masked, a packed copy of the kept rows, and the rows read in place."""
-    _check(plot, out, turns, backend)
+    setup.check(turns)
     if layers is not None and layers < 1:
         raise UserError(f"--layers must be at least 1, got {layers}")
     from dartprune.bench.kernel import Case, measure
@@ -134,21 +150,12 @@ def kernel(
         for b in o.numbers("--batch", batch, int)
         for s in o.numbers("--sparsity", sparsity or "0.5,0.7,0.8", float)
     ]
-    _measure(
-        lambda progress: measure(
-            cases, backend=backend, device=device, turns=turns, layers=layers, progress=progress
-        ),
-        as_json,
-        plot,
-        out,
-    )  # fmt: skip
+    setup.run(measure, cases, device=setup.device, turns=turns, layers=layers)
 
 
 @app.command(cls=Command, epilog=EXAMPLES["decode"])
+@shares_options
 def decode(
-    model: o.Model = None,
-    shape: Shape = None,
-    layers: Layers = None,
     methods: Methods = None,
     sparsity: o.Sparsity = 0.7,
     refresh_every: Annotated[
@@ -163,129 +170,73 @@ def decode(
     prompt: Prompt = 64,
     new: Annotated[int, typer.Option("--new", "-n", help="New tokens that are timed in each turn.")] = 32,
     graphs: Annotated[bool, typer.Option("--graphs", help="Decode under CUDA graphs, dense too.")] = False,
-    backend: o.Backend = "auto",
-    dtype: o.DType = "auto",
-    device: o.Device = None,
     turns: TurnsOption = 5,
-    plot: o.Plot = None,
-    out: Out = None,
-    as_json: o.AsJson = False,
+    setup: ModelSetup = ModelSetup(),
 ) -> None:
     """Time whole decode steps, dense and pruned, beside what Amdahl's law allows."""
-    _check(plot, out, turns, backend)
+    setup.check(turns)
     from dartprune.bench.decode import Load, check, measure, paced
     from dartprune.bench.device import device_of
 
     pruners, load = paced(_methods(methods, sparsity), refresh_every), Load(batch, prompt, new, graphs)
-    check(pruners, load, device_of(device))
-    subject = _subject(model, shape, dtype, layers, device)
-    _measure(
-        lambda progress: measure(subject, pruners, load, turns=turns, backend=backend, progress=progress),
-        as_json,
-        plot,
-        out,
-    )
+    check(pruners, load, device_of(setup.device))
+    setup.run(measure, setup.subject(), pruners, load, turns=turns)
 
 
 @app.command(cls=Command, epilog=EXAMPLES["refresh"])
+@shares_options
 def refresh(
-    model: o.Model = None,
-    shape: Shape = None,
-    layers: Layers = None,
     method: o.MethodName = "dart",
     sparsity: o.Sparsity = 0.7,
     batch: Batch = 1,
     prompt: Prompt = 64,
-    backend: o.Backend = "auto",
-    dtype: o.DType = "auto",
-    device: o.Device = None,
     turns: TurnsOption = 5,
-    plot: o.Plot = None,
-    out: Out = None,
-    as_json: o.AsJson = False,
+    setup: ModelSetup = ModelSetup(),
 ) -> None:
     """Time one replay, split by what it does, and attaching, in dense decode steps."""
-    _check(plot, out, turns, backend)
+    setup.check(turns)
     from dartprune.bench.refresh import check, measure
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler would tell of its start and end
     pruner = o.make_pruner(method, sparsity)
     check(pruner, batch, prompt)
-    subject = _subject(model, shape, dtype, layers, device)
-    _measure(
-        lambda progress: measure(
-            subject, pruner, batch=batch, prompt=prompt, turns=turns, backend=backend, progress=progress
-        ),
-        as_json,
-        plot,
-        out,
-    )  # fmt: skip
+    setup.run(measure, setup.subject(), pruner, batch=batch, prompt=prompt, turns=turns)
 
 
 @app.command(cls=Command, epilog=EXAMPLES["trace"])
+@shares_options
 def trace(
-    model: o.Model = None,
-    shape: Shape = None,
-    layers: Layers = None,
     method: o.MethodName = "dart",
     sparsity: o.Sparsity = 0.7,
     prompts: Annotated[str, typer.Option("--prompt", help="Tokens of the prompts, separated by commas.")] = "128,512",
     batch: Batch = 1,
-    backend: o.Backend = "auto",
-    dtype: o.DType = "auto",
-    device: o.Device = None,
     turns: TurnsOption = 5,
-    plot: o.Plot = None,
-    out: Out = None,
-    as_json: o.AsJson = False,
+    setup: ModelSetup = ModelSetup(),
 ) -> None:
     """Time the reading of prompts, attached and unattached: what tracing adds."""
-    _check(plot, out, turns, backend)
+    setup.check(turns)
     from dartprune.bench.trace import check, measure
 
     lengths, pruner = o.numbers("--prompt", prompts, int), o.make_pruner(method, sparsity)
     check(pruner, lengths, batch)
-    subject = _subject(model, shape, dtype, layers, device)
-    _measure(
-        lambda progress: measure(
-            subject, pruner, lengths, batch=batch, turns=turns, backend=backend, progress=progress
-        ),
-        as_json,
-        plot,
-        out,
-    )  # fmt: skip
+    setup.run(measure, setup.subject(), pruner, lengths, batch=batch, turns=turns)
 
 
 @app.command(cls=Command, epilog=EXAMPLES["memory"])
+@shares_options
 def memory(
-    model: o.Model = None,
-    shape: Shape = None,
-    layers: Layers = None,
     methods: Methods = None,
     sparsity: o.Sparsity = 0.7,
     batch: Annotated[int, typer.Option("--batch", help="Sequences of the smaller of the two batches.")] = 1,
     prompt: Prompt = 288,
     new: Annotated[int, typer.Option("--new", "-n", help="New tokens.")] = 4,
-    backend: o.Backend = "auto",
-    dtype: o.DType = "auto",
-    device: o.Device = None,
     turns: TurnsOption = 3,
-    plot: o.Plot = None,
-    out: Out = None,
-    as_json: o.AsJson = False,
+    setup: ModelSetup = ModelSetup(),
 ) -> None:
     """Measure the bytes that a sequence holds while it is decoded, attached and unattached."""
-    _check(plot, out, turns, backend)
+    setup.check(turns)
     from dartprune.bench.memory import check, measure
 
     pruners = _methods(methods, sparsity)
     check(pruners, batch, prompt, new)
-    subject = _subject(model, shape, dtype, layers, device)
-    _measure(
-        lambda progress: measure(
-            subject, pruners, batch=batch, prompt=prompt, new=new, turns=turns, backend=backend, progress=progress
-        ),
-        as_json,
-        plot,
-        out,
-    )  # fmt: skip
+    setup.run(measure, setup.subject(), pruners, batch=batch, prompt=prompt, new=new, turns=turns)

@@ -1,9 +1,12 @@
-"""How a command reads its arguments: former names of options, and options that are given twice."""
+"""How commands read their arguments: former names, options that are given twice, options that several share."""
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -31,3 +34,25 @@ class Command(TyperCommand):
         if name in mine or FORMER.get(name) not in mine:
             return argument
         return f"{FORMER[name]}{equals}{value}"
+
+
+def shares_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorator: the last parameter of a command is a dataclass, whose fields stand for options that several have."""
+    signature = inspect.signature(function, eval_str=True)
+    *own, last = signature.parameters.values()
+    hints = get_type_hints(last.annotation, include_extras=True)
+    names = [item.name for item in fields(last.annotation)]
+
+    def call(**given: Any) -> None:
+        shared = last.annotation(**{name: given.pop(name) for name in names})
+        function(**given, **{last.name: shared})
+
+    more = [
+        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=hints[item.name])
+        for item in fields(last.annotation)
+    ]
+    parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *more]
+    call.__name__, call.__doc__ = function.__name__, function.__doc__
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return call
