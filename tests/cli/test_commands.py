@@ -191,6 +191,8 @@ def test_version_and_help(run):
         (("generate", " "), "the prompt is empty"),
         (("generate", "x", "--sparsity", "1.7"), "sparsity must be a number in [0, 1), got 1.7"),
         (("generate", "x", "--sparsity", "abc"), "error: invalid value for '--sparsity'"),
+        (("generate", "x", "-s=abc", "-n", "3"), "got 'abc'"),
+        (("generate", "x", "--sparsity", "abc", "-n", "3"), "got 'abc'"),
         (("generate", "x", "--sparsity", "nan"), "got nan"),
         (("generate", "x", "--method", "DART", "--plot", "a.gif"), "must end in .png"),
         (("generate", "x", "--method", "DART"), "did you mean 'dart'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,8 +93,13 @@ def main() -> None:
 
 
 def _plain(error: Any) -> str:
-    message = " ".join(str(error.format_message()).split())
-    return message[:1].lower() + message[1:].removesuffix(".")
+    """The message of a usage error as all others are written, with the value that was given to the option."""
+    message = str(error.format_message())
+    message = message[:1].lower() + message[1:].removesuffix(".")
+    options = getattr(getattr(error, "param", None), "opts", ())
+    arguments = [part for argument in sys.argv for part in argument.split("=", 1)]
+    given = [value for name, value in pairwise(arguments) if name in options]
+    return f"{message}, got {given[-1]!r}" if given else message
 
 
 def _end(message: str) -> None:
