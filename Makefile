@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-quick check lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 # a stamp, so that the set-up runs again when what it depends on has changed
 $(READY): pyproject.toml constraints.txt
@@ -23,6 +23,11 @@ demo: $(READY) ## decode texts that change their topic: dense, static, DART
 
 test: $(READY) lint ## check style and types, then run all tests
 	$(BIN)/python -m pytest
+
+test-quick: $(READY) ## run the tests that take no second (tests/slow.txt names the others)
+	$(BIN)/python -m pytest -m "not slow"
+
+check: lint ## the same as lint: no test is run
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check src tests benchmarks tools

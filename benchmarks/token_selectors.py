@@ -21,10 +21,12 @@ import torch
 from dartprune import Dart, Dense, DepthAware, GatedDart, PerToken, Sketch, SketchDart, TokenGate, Uniform
 from dartprune.evaluation.forced import forced_losses, token_losses
 from dartprune.evaluation.texts import batch, pieces, read_texts, streams
-from dartprune.ffn.selector_ops import build_sketch, chosen_mask, chosen_rows, sketch_scores
+from dartprune.ffn.selector_ops import chosen_mask, chosen_rows
+from dartprune.ffn.sketch import build_sketch, sketch_scores
 from dartprune.loading import load
 from dartprune.model.families import describe
 from dartprune.model.weights import row_weights
+from dartprune.names import comma_list
 
 PROMPT, HALF = 64, 128
 
@@ -163,7 +165,7 @@ def main() -> None:
     parser.add_argument("--model", default=None)
     parser.add_argument("--dtype", default="auto", help="of the weights; the sketch's share of the bytes follows")
     parser.add_argument("--streams", type=int, default=30)
-    parser.add_argument("--sparsities", default="0.5,0.7,0.8")
+    parser.add_argument("--sparsity", default="0.5,0.7,0.8")
     parser.add_argument("--bits", type=int, default=2, help="of the sketch in the table of layers")
     parser.add_argument("--arms", choices=("presets", "all"), default="presets")
     parser.add_argument("--no-layers", action="store_true", help="only the table of arms")
@@ -176,7 +178,7 @@ def main() -> None:
     cut = pieces(documents, tokenizer, 2 * HALF)
     chosen = streams(cut, lengths, args.streams, seed=args.seed, separator=tokenizer.bos_token_id)
     tokens = batch(chosen)
-    sparsities = [float(part) for part in args.sparsities.split(",")]
+    sparsities = [float(part) for part in comma_list(args.sparsity)]
     data = {
         "date": str(date.today()),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

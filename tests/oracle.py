@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dartprune.ffn.selector_ops import FFNSketch, SketchPlanes, quantise_input
+from dartprune.ffn.sketch import FFNSketch, SketchPlanes, quantise_input
 from dartprune.model.families import Layer, describe
 from dartprune.selectors import Exact, Sketch
 

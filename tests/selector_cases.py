@@ -6,7 +6,8 @@ import random
 
 import torch
 
-from dartprune.ffn import selector_ops as selector_ops
+from dartprune.ffn import selector_ops
+from dartprune.ffn.backend import activation
 from ffn_cases import ACTS, DTYPES, TOLERANCE, make, naive
 
 HIDDEN = (1, 3, 16, 31, 64, 97, 200, 577)
@@ -38,7 +39,7 @@ def gate_scores(x, w, slots, importance):
     """What the gate would give every neuron, were it a candidate."""
     matrix, bias = (w.up, w.up_bias) if w.gate is None else (w.gate, w.gate_bias)
     a = x.float() @ matrix.float().T + (0 if bias is None else bias.float())
-    scores = selector_ops.activation(w.activation, a).abs()
+    scores = activation(w.activation, a).abs()
     return scores if importance is None else scores * (importance if importance.shape[0] == 1 else importance[slots])
 
 

@@ -6,10 +6,12 @@ import difflib
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
+from dartprune.errors import UserError
+
 T = TypeVar("T")
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
+def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     """The error for a name that nothing is registered under, with the nearest one that is.
 
     Args:
@@ -18,9 +20,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
         known: every name that would have been right.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return ValueError(f"unknown {kind} {name!r}: {hint}known: {', '.join(names) or 'none'}")
+    return UserError(f"unknown {kind} {name!r}: {hint}known: {', '.join(names) or 'none'}")
 
 
 def comma_list(text: str) -> list[str]:

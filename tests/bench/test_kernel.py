@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dartprune.bench import kernel
-from dartprune.bench.kernel import ARMS, Case, Layers, layers_for, measure
+from dartprune.bench.kernel import ARMS, Case, RandomFFNs, layers_for, measure
 from dartprune.ffn.reference import ReferenceBackend
 
 CPU = torch.device("cpu")
@@ -16,25 +16,25 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("batch", [1, 3])
 def test_all_pruned_arms_compute_the_same(gated, batch):
     case = Case(24, 40, "float32", 0.6, batch, gated, "gelu")
-    layers = Layers(case, 2, ReferenceBackend(), CPU)
+    layers = RandomFFNs(case, 2, ReferenceBackend(), CPU)
     for layer in range(2):
         masked = layers.masked(layer)
         torch.testing.assert_close(layers.packed(layer), masked)
         torch.testing.assert_close(layers.in_place(layer), masked)
         assert not torch.allclose(layers.dense(layer), masked, atol=1e-3)
     assert not torch.equal(layers.masked(0), layers.masked(1))  # another layer, other weights
-    everything = Layers(Case(24, 40, "float32", 0.0, batch, gated, "gelu"), 1, ReferenceBackend(), CPU)
+    everything = RandomFFNs(Case(24, 40, "float32", 0.0, batch, gated, "gelu"), 1, ReferenceBackend(), CPU)
     torch.testing.assert_close(everything.in_place(0), everything.dense(0))
 
 
 def test_every_sequence_has_its_own_mask():
-    layers = Layers(Case(8, 64, "float32", 0.5, 4), 1, ReferenceBackend(), CPU)
+    layers = RandomFFNs(Case(8, 64, "float32", 0.5, 4), 1, ReferenceBackend(), CPU)
     masks = {tuple(index.tolist()) for index in layers.index[0]}
     assert len(masks) == 4 and all(len(set(mask)) == 32 for mask in masks)
 
 
 def test_one_call_goes_through_all_layers():
-    layers = Layers(Case(8, 16, "float32", 0.5), 3, ReferenceBackend(), CPU)
+    layers = RandomFFNs(Case(8, 16, "float32", 0.5), 3, ReferenceBackend(), CPU)
     seen = []
     layers.dense = seen.append
     layers.works()["dense"]()
@@ -42,12 +42,12 @@ def test_one_call_goes_through_all_layers():
 
 
 def test_bytes_by_hand():
-    layers = Layers(Case(16, 100, "bfloat16", 0.7, 2), 1, ReferenceBackend(), CPU)
+    layers = RandomFFNs(Case(16, 100, "bfloat16", 0.7, 2), 1, ReferenceBackend(), CPU)
     neuron = 3 * 16 * 2
     assert layers.bytes_moved("dense") == layers.bytes_moved("masked") == 100 * neuron
     assert layers.bytes_moved("packed copy") == 2 * 30 * neuron
     assert layers.bytes_moved("zero-copy") == 2 * 30 * neuron  # the reference gathers for each sequence
-    plain = Layers(Case(16, 100, "float32", 0.7, 1, gated=False), 1, ReferenceBackend(), CPU)
+    plain = RandomFFNs(Case(16, 100, "float32", 0.7, 1, gated=False), 1, ReferenceBackend(), CPU)
     assert plain.bytes_moved("zero-copy") == 30 * 2 * 16 * 4
 
 

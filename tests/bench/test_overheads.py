@@ -10,9 +10,9 @@ import torch
 from dartprune import Clock, Dart, Dense, Detector, Static
 from dartprune.bench import memory, refresh, trace
 from dartprune.bench.costs import Shape, memory_per_sequence
-from dartprune.bench.memory import Held
-from dartprune.bench.refresh import STEPS, Watch, part_of
-from dartprune.bench.trace import ARMS, Holder
+from dartprune.bench.memory import HeldBytes
+from dartprune.bench.refresh import STEPS, ReplayTimer, part_of
+from dartprune.bench.trace import ARMS, LazyRun
 
 
 def test_a_replay_in_dense_steps_and_in_parts(tiny_subject, stream, finite):
@@ -28,18 +28,18 @@ def test_a_replay_in_dense_steps_and_in_parts(tiny_subject, stream, finite):
     assert sum(parts.values()) == pytest.approx(replay.seconds.median)
 
 
-def test_the_watch_sees_every_replay_of_a_batch_once(tiny_subject):
+def test_the_timer_sees_every_replay_of_a_batch_once(tiny_subject):
     from dartprune.bench.models import prompts
     from dartprune.bench.pace import Paced
     from dartprune.bench.stepping import read, steps
 
     model = tiny_subject().model
-    watch = Watch(model)
+    timer = ReplayTimer(model)
     with torch.no_grad(), Dart(refresh=Paced(every=2))(model, backend="reference") as run:
-        run.on_event(watch.event)
+        run.on_event(timer.event)
         steps(model, read(model, prompts(model, 3, 20), run), 2 * STEPS, run)
-    assert len(watch.seconds) == STEPS and len(run.report().events) == 3 * STEPS
-    watch.remove()
+    assert len(timer.seconds) == STEPS and len(run.report().events) == 3 * STEPS
+    timer.remove()
     assert not model.get_output_embeddings()._forward_hooks
 
 
@@ -68,17 +68,17 @@ def test_trace_compares_three_ways_of_reading(tiny_subject, finite):
     assert traced.extra["overhead_of_tracing_as_reported"] > 0 and "overhead_of_tracing" in traced.extra
 
 
-def test_the_holder_attaches_only_when_asked(tiny_subject):
+def test_a_lazy_run_attaches_only_when_asked(tiny_subject):
     model = tiny_subject().model
-    holder = Holder(model, Static(), "cpu")
+    held = LazyRun(model, Static(), "cpu")
     down = model.model.layers[0].mlp.down_proj.weight
     assert down.is_contiguous()
-    run = holder.on()
-    assert holder.on() is run and not down.is_contiguous()  # laid out by rows
-    holder.off()
-    holder.off()
-    assert down.is_contiguous() and holder.on() is not run
-    holder.off()
+    run = held.on()
+    assert held.on() is run and not down.is_contiguous()  # laid out by rows
+    held.off()
+    held.off()
+    assert down.is_contiguous() and held.on() is not run
+    held.off()
 
 
 def test_memory_counts_what_sequences_hold(tiny_subject, monkeypatch):
@@ -127,7 +127,7 @@ def test_a_part_of_the_layers_stands_for_all(tiny_subject, monkeypatch):
 
 
 def test_resident_bytes_see_what_is_held():
-    held = Held(torch.device("cpu"))
+    held = HeldBytes(torch.device("cpu"))
     before = held.before()
     block = torch.ones(2**22)
     assert held.after() - before >= 0.9 * block.nbytes

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from dartprune.bench.models import prompts
-from dartprune.bench.share import FfnClock, ffn_share
+from dartprune.bench.share import FfnTimer, ffn_share
 from tiny import FAMILIES
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "gpt_neox", "falcon", "gemma3"])
 def test_every_ffn_is_timed_once_a_step(family):
     model = FAMILIES[family]()
-    clock = FfnClock(model)
+    clock = FfnTimer(model)
     with torch.no_grad():
         for _ in range(2):
             model(prompts(model, 1, 5))

@@ -10,6 +10,7 @@ import torch
 
 from dartprune import Dart, Dense, Static
 from dartprune.cli import demo
+from dartprune.cli.options import saved
 from dartprune.demo import pairs, passages
 from dartprune.evaluation.forced import forced_losses
 from dartprune.loading import load
@@ -41,6 +42,29 @@ def test_the_demo_in_small(monkeypatch, capsys, tmp_path):
     assert sketched["realised_sparsity"] == pytest.approx(0.5, abs=0.01)
     assert sketched["perplexity_after"] < gated["perplexity_after"] < dart["perplexity_after"]
     assert len(data["sample"]["text"]) > 20
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [(0.70349, "0.703"), (0.0, "0.000"), (-0.0, "0.000"), (-1e-5, "0.000"), (-0.0312, "none (3.1% more read)")],
+)
+def test_what_is_saved_is_never_negative(share, said):
+    assert saved(share) == said
+
+
+def test_the_demo_says_why_a_batch_saves_less_bytes_than_neurons(capsys):
+    row = {
+        **{"arm": "Dart", "perplexity_before": 9.0, "perplexity_after": 9.0, "realised_sparsity": -0.0},
+        **{"bytes_saved": -0.02, "events_before": 0, "events_after": 0, "tokens_until_noticed": None},
+    }
+    data = {
+        **{"texts": ["a to b", "b to a"], "prompt_tokens": 4, "decoded_tokens_of_each_half": [4, 4], "backend": "cpu"},
+        **{"parameters": 10**7, "arms": [row] * 5, "saves_time": True, "picture": "p.png"},
+        "sample": {"domain": "a", "prompt_ends": "x", "text": "y"},
+    }
+    demo._show(data)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "a step reads the union" in out and "none (2.0%" in out and "-0." not in out
 
 
 @torch.no_grad()

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from dartprune.cli.main import main
 from dartprune.demo import passages
 
 SHORT = ("--prompt-tokens", 16, "--before", 20, "--after", 40, "--early", 16, "--horizon", 20)
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Call the command line in this process; gives exit code, stdout and stderr."""
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["dartprune", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "160")
-        with pytest.raises(SystemExit) as end:
-            main()
-        out = capsys.readouterr()
-        return end.value.code or 0, out.out, out.err
-
-    return call
 
 
 @pytest.fixture
@@ -75,7 +62,7 @@ def test_free(run, tmp_path):
     pytest.importorskip("sacrebleu")
     code, out, _ = run(
         *("study", "--mode", "free", "--streams", 2, "--control", 0, "--arms", "dart-frozen,dart-release@30"),
-        *("--layers", "last", "--out", "f", *SHORT, "--after", 80),
+        *("--layers", "last", "--out", "f", *SHORT[:5], 80, *SHORT[6:]),
     )
     assert code == 0 and "dart-release@30" in out and "report: f/report.html" in out
     data = json.loads((tmp_path / "f" / "report.json").read_text())
@@ -110,7 +97,7 @@ def test_mistakes_are_one_line(run, topics, args, said):
 def _with_short(args):
     """The short layout, unless the mistake is about lengths."""
     lengths = {"--before", "--after", "--arms"} & set(args)
-    return args if lengths else (*SHORT, "--arms", "dart-frozen", *args)
+    return args if lengths else (*SHORT, "--method", "dart-frozen", *args)
 
 
 def test_more_mistakes(run, topics, tmp_path):
@@ -124,8 +111,8 @@ def test_more_mistakes(run, topics, tmp_path):
         (("--mode", "free", "--prompt", " "), "--prompt is empty"),
         (("--mode", "free", "--bridge", "x"), "--bridge belongs to --prompt"),
         (("--mode", "free", "--prompts", "p.json", "--prompt", "x"), "either --prompt or --prompts"),
-        (("--mode", "free", "--prompts", "p.json"), "No such file"),
+        (("--mode", "free", "--prompts", "p.json"), "p.json: there is no such file"),
         (("--mode", "free", "--similarity", tmp_path), "holds no encoder"),
     ):
-        code, _, err = run("study", *SHORT, "--arms", "dart-frozen", *args)
+        code, _, err = run("study", *SHORT, "--method", "dart-frozen", *args)
         assert code == 2 and said in err and "Traceback" not in err, (args, err)

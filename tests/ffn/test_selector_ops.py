@@ -6,14 +6,8 @@ import pytest
 import torch
 
 from dartprune.ffn.backend import activation
-from dartprune.ffn.selector_ops import (
-    build_sketch,
-    chosen_mask,
-    chosen_rows,
-    gated_rows,
-    sketch_scores,
-    sketched_rows,
-)
+from dartprune.ffn.selector_ops import chosen_mask, chosen_rows, gated_rows, sketched_rows
+from dartprune.ffn.sketch import build_sketch, sketch_scores
 from ffn_cases import lists, make, naive
 from selector_cases import by_sorting, check_choice
 

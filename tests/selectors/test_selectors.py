@@ -275,7 +275,7 @@ def test_inputs_that_could_break_a_selector(pruner, backend):
 
 
 def test_one_large_dimension_leaves_the_sketch_its_ranking():
-    from dartprune.ffn.selector_ops import build_planes, quantise_input, sketch_dots
+    from dartprune.ffn.sketch import build_planes, quantise_input, sketch_dots
 
     weight, x = torch.randn(256, 128), torch.randn(8, 128)
     x[:, 7] *= 100

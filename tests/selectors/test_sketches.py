@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dartprune import GatedDart, PerToken, Sketch, SketchDart
-from dartprune.ffn.selector_ops import build_planes
+from dartprune.ffn.sketch import build_planes
 from dartprune.model.families import describe
 from dartprune.model.weights import row_weights
 from dartprune.selectors import save_sketch

@@ -1,4 +1,4 @@
-"""One module in two layers: refused by name while the model is untouched; modules that hold nothing of a layer may be."""
+"""One module in two layers: refused by name, the model untouched; modules that hold nothing of a layer may be."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Load:
 
 
 @dataclass
-class Decoded:
+class ArmTally:
     """What one arm did over its turns; seconds of the first step and of attaching are not part of a token's."""
 
     first: list[float] = field(default_factory=list)
@@ -134,7 +134,7 @@ def measure(
     prompts(what.model, 1, load.context)  # the new ones must fit too
     stream = stream or Stream(device)
     bandwidth = stream.bandwidth()
-    done = {name: Decoded() for name in ("dense", *pruners)}
+    done = {name: ArmTally() for name in ("dense", *pruners)}
     arms: dict[str, Callable[[], float]] = {"dense": lambda: _dense(what.model, tokens, load, done["dense"])}
     for name, pruner in pruners.items():
         arms[name] = _pruned(what.model, pruner, backend, tokens, load, done[name])
@@ -153,20 +153,20 @@ def measure(
     progress(f"{turns} turns of {', '.join(done)}")
     taken = alternate(arms, turns)
     rows = _rows(what, load, taken, done, stream.bytes)
-    settings = {"subject": what.name, "dtype": what.dtype, "layers": what.layers, "backend": backend, "turns": turns}
+    settings = what.settings(backend, turns)
     settings |= {"batch": load.batch, "prompt": load.prompt, "new": load.new, "graphs": load.graphs}
     settings["methods"] = {name: pruner.to_dict() for name, pruner in pruners.items()}
     return Result("decode", device, settings, rows, bandwidth, [*what.notes, *_notes(what, done)])
 
 
-def _notes(what: Subject, done: Mapping[str, Decoded]) -> list[str]:
+def _notes(what: Subject, done: Mapping[str, ArmTally]) -> list[str]:
     notes = [note for kept in done.values() if kept.report is not None for note in kept.report.notes]
     if Shape.of(what.model).step_bytes < 2 * last_level_cache(what.model.device):
         notes.append("the weights fit into the last cache: shares of the memory bandwidth mean nothing here")
     return list(dict.fromkeys(notes))
 
 
-def _rows(what: Subject, load: Load, taken: Turns, done: Mapping[str, Decoded], stream_bytes: int) -> list[Row]:
+def _rows(what: Subject, load: Load, taken: Turns, done: Mapping[str, ArmTally], stream_bytes: int) -> list[Row]:
     shape = Shape.of(what.model)
     share = min(1.0, taken.spread("ffn share").median)
     bandwidth = stream_bytes / taken.spread("stream").median
@@ -200,7 +200,7 @@ def _rows(what: Subject, load: Load, taken: Turns, done: Mapping[str, Decoded], 
     return rows
 
 
-def _dense(model: Any, tokens: Tensor, load: Load, done: Decoded) -> float:
+def _dense(model: Any, tokens: Tensor, load: Load, done: ArmTally) -> float:
     forward = GraphedForward(model) if load.graphs else None
     try:
         return _decode(model, tokens, load, done, None)
@@ -209,7 +209,9 @@ def _dense(model: Any, tokens: Tensor, load: Load, done: Decoded) -> float:
             forward.remove()
 
 
-def _pruned(model: Any, pruner: Pruner, backend: str, tokens: Tensor, load: Load, done: Decoded) -> Callable[[], float]:
+def _pruned(
+    model: Any, pruner: Pruner, backend: str, tokens: Tensor, load: Load, done: ArmTally
+) -> Callable[[], float]:
     def arm() -> float:
         forward = GraphedForward(model) if load.graphs else None
         try:
@@ -225,7 +227,7 @@ def _pruned(model: Any, pruner: Pruner, backend: str, tokens: Tensor, load: Load
     return arm
 
 
-def _decode(model: Any, tokens: Tensor, load: Load, done: Decoded, run: Run | None) -> float:
+def _decode(model: Any, tokens: Tensor, load: Load, done: ArmTally, run: Run | None) -> float:
     """Seconds of one step, over all new tokens."""
     cache = None
     if load.graphs:

@@ -102,7 +102,7 @@ def measure(
     for number, case in enumerate(cases):
         progress(f"{number + 1} of {len(cases)}: {case}")
         count = layers or layers_for(case, place)
-        ffn = Layers(case, count, _backend(case, backend, place), place)
+        ffn = RandomFFNs(case, count, _backend(case, backend, place), place)
         arms: dict[str, Callable[[], float]] = {
             name: _timed(work, place, count) for name, work in ffn.works().items()
         } | {"stream": stream.seconds}
@@ -155,13 +155,13 @@ def _check_room(case: Case, layers: int, device: torch.device) -> None:
 def _backend(case: Case, name: str, device: torch.device) -> Backend:
     """The backend that reads the rows in place; ValueError if there is none for this case."""
     matrix = torch.empty(case.neurons, case.hidden, dtype=dtype_of(case.dtype), device=device)
-    chosen, reason = choose(name, Layers.weights(case, [matrix] * 3), device)
+    chosen, reason = choose(name, RandomFFNs.weights(case, [matrix] * 3), device)
     if not chosen.gathers:
         raise ValueError(f"no backend reads single rows here: {reason or f'{chosen.name} computes all neurons'}")
     return chosen
 
 
-class Layers:
+class RandomFFNs:
     """Several FFNs with random weights, in the forms that the arms read."""
 
     def __init__(self, case: Case, count: int, backend: Backend, device: torch.device) -> None:

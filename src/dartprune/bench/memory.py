@@ -75,7 +75,7 @@ def measure(
     model = what.model
     few, many = prompts(model, batch, prompt), prompts(model, WIDER * batch, prompt)
     prompts(model, 1, prompt + new)
-    held = Held(model.device)
+    held = HeldBytes(model.device)
     reports: dict[str, Report] = {}
 
     def growth(added: Callable[[torch.Tensor], int]) -> float:
@@ -124,14 +124,13 @@ def measure(
                 all_layers_measured=whole * added.median / reported,
             )
         )
-    settings: dict[str, Any] = {"subject": what.name, "dtype": what.dtype, "layers": what.layers, "turns": turns}
-    settings |= {"batches": [len(few), len(many)], "prompt": prompt, "new": new, "backend": backend}
+    settings = what.settings(backend, turns) | {"batches": [len(few), len(many)], "prompt": prompt, "new": new}
     settings["methods"] = {name: pruner.to_dict() for name, pruner in pruners.items()}
     notes = [note for report in reports.values() for note in report.notes]
     return Result("memory", model.device, settings, rows, None, list(dict.fromkeys(notes)))
 
 
-def _added(model: Any, tokens: torch.Tensor, new: int, run: Run | None, held: Held) -> int:
+def _added(model: Any, tokens: torch.Tensor, new: int, run: Run | None, held: HeldBytes) -> int:
     """Bytes that decoding these prompts holds while the cache is alive."""
     before = held.before()
     output = steps(model, read(model, tokens, run), new, run)
@@ -140,7 +139,7 @@ def _added(model: Any, tokens: torch.Tensor, new: int, run: Run | None, held: He
     return after - before
 
 
-class Held:
+class HeldBytes:
     """Bytes held on a device."""
 
     def __init__(self, device: torch.device) -> None:

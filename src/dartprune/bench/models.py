@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.bench.device import device_of, free_bytes
+from dartprune.model.context import context_length
 from dartprune.names import Registry, unknown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -128,6 +129,11 @@ class Subject:
     all_layers: int
     notes: list[str]
 
+    def settings(self, backend: str, turns: int) -> dict[str, Any]:
+        """What a result says of the model and of how it was measured."""
+        what = {"subject": self.name, "dtype": self.dtype, "layers": self.layers}
+        return what | {"backend": backend, "turns": turns}
+
 
 def dtype_of(name: str) -> torch.dtype:
     """The float type of that name; ValueError naming the nearest for another."""
@@ -242,10 +248,11 @@ def _randomise(model: nn.Module) -> None:
 
 def prompts(model: Any, batch: int, tokens: int) -> Tensor:
     """Random token ids [batch, tokens], the same at every call; ValueError for more than the context holds."""
-    config = model.config.get_text_config()
-    most = int(getattr(config, "max_position_embeddings", 0) or 0)
-    if most and tokens > most:
+    most = context_length(model)
+    if most is not None and tokens > most:
         raise ValueError(f"{tokens} tokens are more than the model's context of {most}")
     generator = torch.Generator().manual_seed(0)
-    high = math.ceil(0.99 * int(config.vocab_size))  # the last ones are special in many vocabularies
+    high = math.ceil(
+        0.99 * int(model.config.get_text_config().vocab_size)
+    )  # the last ones are special in many vocabularies
     return torch.randint(5, high, (batch, tokens), generator=generator).to(model.device)

@@ -35,7 +35,7 @@ def part_of(operator: str) -> str:
     return next((part for part, names in _PARTS.items() if name in names), "statistics and lists")
 
 
-class Watch:
+class ReplayTimer:
     """Times what a run does between the model's output head and the event that tells of the new masks."""
 
     def __init__(self, model: Any) -> None:
@@ -134,19 +134,19 @@ def measure(
         return (timer() - began) / STEPS
 
     def replays(profiling: bool = False) -> float:
-        watch = Watch(model)
-        watch.profiling = profiling
+        replay = ReplayTimer(model)
+        replay.profiling = profiling
         try:
             with pruner(model, backend=backend) as run:
-                run.on_event(watch.event)
+                run.on_event(replay.event)
                 steps(model, read(model, tokens, run), 1 + STEPS, run)
         finally:
-            watch.remove()
+            replay.remove()
         seconds = run.report().seconds
         changing["attach"].append(seconds["attaching"])
         changing["detach"].append(seconds["detaching"])
-        parts.update(watch.parts)
-        return sum(watch.seconds[1:]) / STEPS
+        parts.update(replay.parts)
+        return sum(replay.seconds[1:]) / STEPS
 
     progress("once without counting, and once under the profiler")
     dense()
@@ -168,6 +168,5 @@ def measure(
             extra["parts"] = {part: seconds.median * value / whole for part, value in parts.items()}
         share = None if size is None else size / limit / seconds.median
         rows.append(Row(case, name, seconds, taken.times_as_fast(name, "dense step"), size, share, None, extra))
-    settings = {"subject": what.name, "dtype": what.dtype, "layers": what.layers, "backend": backend, "turns": turns}
-    settings |= {"batch": batch, "prompt": prompt, "method": pruner.to_dict()}
+    settings = what.settings(backend, turns) | {"batch": batch, "prompt": prompt, "method": pruner.to_dict()}
     return Result("refresh", model.device, settings, rows, bandwidth, list(what.notes))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dartprune.bench.timing import Spread
+from dartprune.ffn.timing import processor
 
 _PACKAGES = ("dartprune", "torch", "transformers", "numba", "triton")
 
@@ -99,18 +100,10 @@ class Result:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """The processor, its threads in use, and the accelerator if that is what was measured."""
-    facts: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads(), "device": str(device)}
+    facts: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads(), "device": str(device)}
     if device.type == "cuda":
         facts["accelerator"] = torch.cuda.get_device_name(device)
     return facts
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def versions() -> dict[str, str]:

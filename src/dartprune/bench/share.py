@@ -16,7 +16,7 @@ from dartprune.bench.timing import seconds_per_call
 from dartprune.model.families import describe
 
 
-class FfnClock:
+class FfnTimer:
     """Times the FFNs inside a model's forwards, from an FFN's input to the end of its down projection.
 
     By themselves, one after the other, they need not take the time that they take between the layers of a real step.
@@ -57,13 +57,13 @@ class FfnClock:
 def ffn_share(model: Any, tokens: Tensor, count: int) -> float:
     """Share of the time of `count` dense decode steps after these prompts [B, T] that the FFNs take, in [0, 1]."""
     output = steps(model, read(model, tokens, None), 1, None)
-    clock = FfnClock(model)
+    ffns = FfnTimer(model)
     began = timer()
     try:
         steps(model, output, count, None)
         whole = timer() - began
     finally:
-        spent = clock.remove()
+        spent = ffns.remove()
     return spent / whole
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from dartprune.bench.result import MemoryRow, Result, Row
 from dartprune.bench.timing import Spread
+from dartprune.reporting.tables import grid
 
 Column = tuple[str, Callable[[Row], str]]
 
@@ -78,33 +79,22 @@ def tables(result: Result) -> list[Table]:
     if not rows:
         return [_memory([row for row in result.rows if isinstance(row, MemoryRow)])]
     columns = COLUMNS[result.what]
-    out = []
-    for case in dict.fromkeys(row.case for row in rows):
-        table = _table(case, [title for title, _ in columns])
-        for row in rows:
-            if row.case == case:
-                table.add_row(row.arm, *(show(row) for _, show in columns))
-        out.append(table)
-    return out
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+    heads = ["", *(head for head, _ in columns)]
+    return [
+        grid(heads, [(row.arm, *(show(row) for _, show in columns)) for row in rows if row.case == case], title=case)
+        for case in dict.fromkeys(row.case for row in rows)
+    ]
 
 
 def _memory(rows: Sequence[MemoryRow]) -> Table:
     columns = ["unattached", "attached", "attaching adds", "reported", "all layers, measured", "all layers, reported"]
-    table = _table(f"{rows[0].case}: MB a sequence", columns)
+    cells = []
     for row in rows:
         spreads = [f"{s.median / 1e6:.3f} ({s.lower / 1e6:.3f} to {s.upper / 1e6:.3f})" for s in
                    (row.unattached, row.attached, row.added)]  # fmt: skip
         whole = (row.reported, row.all_layers_measured, row.all_layers_reported)
-        table.add_row(row.arm, *spreads, *(f"{value / 1e6:.3f}" for value in whole))
-    return table
+        cells.append((row.arm, *spreads, *(f"{value / 1e6:.3f}" for value in whole)))
+    return grid(["", *columns], cells, title=f"{rows[0].case}: MB a sequence")
 
 
 def remarks(result: Result) -> list[str]:

@@ -17,7 +17,7 @@ from dartprune.run import Run
 ARMS = ("unattached", "attached, paused", "attached, traced")
 
 
-class Holder:
+class LazyRun:
     """Attaches a pruner when an arm needs it, and detaches it when one does not."""
 
     def __init__(self, model: torch.nn.Module, pruner: Pruner, backend: str) -> None:
@@ -75,34 +75,33 @@ def measure(
     """
     check(pruner, lengths, batch)
     texts = [prompts(what.model, batch, length) for length in lengths]
-    holder = Holder(what.model, pruner, backend)
+    held = LazyRun(what.model, pruner, backend)
     rows: list[Row] = []
     notes: list[str] = list(what.notes)
     try:
         for number, tokens in enumerate(texts):
             progress(f"{number + 1} of {len(texts)}: {tokens.shape[1]} tokens")
-            rows += _length(what, tokens, holder, turns, notes)
+            rows += _length(what, tokens, held, turns, notes)
     finally:
-        holder.off()
-    settings = {"subject": what.name, "dtype": what.dtype, "layers": what.layers, "backend": backend, "turns": turns}
-    settings |= {"batch": batch, "prompts": list(lengths), "method": pruner.to_dict()}
+        held.off()
+    settings = what.settings(backend, turns) | {"batch": batch, "prompts": list(lengths), "method": pruner.to_dict()}
     return Result("trace", what.model.device, settings, rows, None, list(dict.fromkeys(notes)))
 
 
-def _length(what: Subject, tokens: torch.Tensor, holder: Holder, turns: int, notes: list[str]) -> list[Row]:
+def _length(what: Subject, tokens: torch.Tensor, held: LazyRun, turns: int, notes: list[str]) -> list[Row]:
     counted: list[float] = []
 
     def unattached() -> float:
-        holder.off()
+        held.off()
         return _seconds(lambda: read(what.model, tokens, None))
 
     def paused() -> float:
-        run = holder.on()
+        run = held.on()
         with run.dense():
             return _seconds(lambda: read(what.model, tokens, None))
 
     def traced() -> float:
-        run = holder.on()
+        run = held.on()
         before = run.report().seconds["tracing"]
         seconds = _seconds(lambda: read(what.model, tokens, run))
         counted.append(run.report().seconds["tracing"] - before)
@@ -113,7 +112,7 @@ def _length(what: Subject, tokens: torch.Tensor, holder: Holder, turns: int, not
         arm()
     counted.clear()
     taken = alternate(arms, turns)
-    notes += holder.on().report().notes
+    notes += held.on().report().notes
     case = f"{what.name} {what.dtype}, {tokens.shape[0]} x {tokens.shape[1]} tokens"
     return [_row(case, arm, taken, counted) for arm in ARMS]
 

@@ -6,12 +6,16 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dartprune.cli import options as o
+from dartprune.cli.command import Command, shares_options
+from dartprune.errors import UserError, check_output_file
+from dartprune.names import comma_list
 
 if TYPE_CHECKING:
     from dartprune.bench.models import Subject
@@ -37,127 +41,122 @@ Shape = Annotated[
                  "qwen3-0.6b or gpt2."),
 ]  # fmt: skip
 Layers = Annotated[int | None, typer.Option("--layers", help="Fewer layers of the shape, where memory is short.")]
-Methods = Annotated[str, typer.Option("--method", help="Methods, separated by commas.")]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", help="Methods, with commas or repeated.", show_default="static,dart"),
+]
 Batch = Annotated[int, typer.Option("--batch", help="Sequences decoded together, each with its own masks.")]
 Prompt = Annotated[int, typer.Option("--prompt", help="Tokens of each prompt.")]
 TurnsOption = Annotated[int, typer.Option("--turns", help="How often all arms are measured in turn.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Write the results, with machine and command, to this file.")]
 
-N = TypeVar("N", int, float)
 
-
-def _numbers(option: str, text: str, kind: Callable[[str], N]) -> list[N]:
-    """The numbers of a list separated by commas; ValueError naming the option otherwise."""
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} {text}: write numbers separated by commas") from None
-
-
-def _methods(names: str, sparsity: float) -> dict[str, Pruner]:
-    made = {name.strip(): o.make_pruner(name.strip(), sparsity) for name in names.split(",")}
+def _methods(names: list[str] | None, sparsity: float) -> dict[str, Pruner]:
+    made = {name: o.make_pruner(name, sparsity) for name in o.listed(names) or ("static", "dart")}
     return {name if pruner.prunes else f"{name}, attached": pruner for name, pruner in made.items()}
 
 
-def _check(plot: Path | None, out: Path | None, turns: int, backend: str) -> None:
-    from dartprune.ffn import backend_names
-    from dartprune.names import unknown
+@dataclass(frozen=True)
+class Setup:
+    """Options of all benchmarks: how is computed, and where results go."""
 
-    o.check_plot(plot)
-    if backend not in ("auto", *backend_names()):
-        raise unknown("backend", backend, ("auto", *backend_names()))
-    if turns < 1:
-        raise ValueError(f"--turns must be at least 1, got {turns}")
-    if out is not None and not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    backend: o.Backend = "auto"
+    device: o.Device = None
+    plot: o.Plot = None
+    out: Out = None
+    as_json: o.AsJson = False
 
+    def check(self, turns: int) -> None:
+        """UserError, before the long work, for what cannot be."""
+        o.check_plot(self.plot)
+        o.check_backend(self.backend)
+        if turns < 1:
+            raise UserError(f"--turns must be at least 1, got {turns}")
+        if self.out is not None:
+            check_output_file(self.out)
 
-def _subject(model: str | None, shape: str | None, dtype: str, layers: int | None, device: str | None) -> Subject:
-    from dartprune.bench.models import subject
+    def run(self, measure: Callable[..., Result], *what: Any, **how: Any) -> None:
+        """Measure with a line of progress, then print, draw and write."""
+        from dartprune.bench.table import remarks, tables
+        from dartprune.reporting.progress import bar
+        from dartprune.reporting.tables import say, show
 
-    o.quiet()
-    return subject(model=model, shape=shape, dtype=dtype, layers=layers, device=device)
+        with bar("starting", silent=self.as_json) as progress:
+            result = measure(*what, **how, backend=self.backend, progress=progress.tell)
+        command = shlex.join(["dartprune", *sys.argv[1:]])
+        if self.plot is not None:
+            from dartprune.bench.picture import save_result
 
-
-def _measure(
-    work: Callable[[Callable[[str], None]], Result], as_json: bool, plot: Path | None, out: Path | None
-) -> None:
-    """Measure with a line of progress, then print, draw and write."""
-    from rich.console import Console
-
-    from dartprune.bench.table import remarks, tables
-
-    with Console(stderr=True).status("starting") as status:
-        result = work(lambda text: status.update(text))
-    command = shlex.join(["dartprune", *sys.argv[1:]])
-    if plot is not None:
-        from dartprune.bench.picture import save_result
-
-        save_result(result, plot)
-    if out is not None:
-        result.write(out, command)
-    if as_json:
-        o.print_json(result.to_dict(command))
-        return
-    console = Console()
-    for table in tables(result):
-        console.print(table)
-    for line in remarks(result):
-        console.print(line, markup=False, highlight=False)
-    for name, path in (("picture", plot), ("results", out)):
-        if path is not None:
-            typer.echo(f"{name}: {path}")
+            save_result(result, self.plot)
+        if self.out is not None:
+            result.write(self.out, command)
+        if self.as_json:
+            o.print_json(result.to_dict(command))
+            return
+        show(*tables(result))
+        say(*remarks(result))
+        for name, path in (("picture", self.plot), ("results", self.out)):
+            if path is not None:
+                typer.echo(f"{name}: {path}")
 
 
-@app.command(epilog=EXAMPLES["kernel"])
+@dataclass(frozen=True)
+class ModelSetup(Setup):
+    """Options of the benchmarks of a whole model."""
+
+    model: o.Model = None
+    shape: Shape = None
+    layers: Layers = None
+    dtype: o.DType = "auto"
+
+    def subject(self) -> Subject:
+        """The model to measure."""
+        from dartprune.bench.models import subject
+
+        o.quiet()
+        return subject(model=self.model, shape=self.shape, dtype=self.dtype, layers=self.layers, device=self.device)
+
+
+@app.command(cls=Command, epilog=EXAMPLES["kernel"])
+@shares_options
 def kernel(
     hidden: Annotated[str, typer.Option("--hidden", help="Widths of the model, separated by commas.")] = "2048",
     neurons: Annotated[str, typer.Option("--neurons", help="Neurons of the FFN, separated by commas.")] = "8192",
     dtype: Annotated[str, typer.Option("--dtype", help="Of the weights, separated by commas.")] = "bfloat16,float32",
-    sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="Shares left out.")] = "0.5,0.7,0.8",
+    sparsity: Annotated[
+        list[str] | None,
+        typer.Option("--sparsity", "-s", help="Shares left out, with commas or repeated.", show_default="0.5,0.7,0.8"),
+    ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Sequences, each with its own mask.")] = "1,4",
     activation: Annotated[str, typer.Option("--activation", help="silu, gelu, gelu_tanh, relu, ...")] = "silu",
     plain: Annotated[bool, typer.Option("--plain", help="An FFN without a gate.")] = False,
     layers: Annotated[
         int | None, typer.Option("--layers", help="Layers to rotate over.", show_default="out of the caches")
     ] = None,
-    backend: o.Backend = "auto",
-    device: o.Device = None,
     turns: TurnsOption = 11,
-    plot: o.Plot = None,
-    out: Out = None,
-    as_json: o.AsJson = False,
+    setup: Setup = Setup(),
 ) -> None:
     """Time one FFN: torch dense, masked, a packed copy of the kept rows, and the rows read in place."""
-    _check(plot, out, turns, backend)
+    setup.check(turns)
     if layers is not None and layers < 1:
-        raise ValueError(f"--layers must be at least 1, got {layers}")
+        raise UserError(f"--layers must be at least 1, got {layers}")
     from dartprune.bench.kernel import Case, measure
 
     cases = [
         Case(h, n, kind, s, b, not plain, activation)
-        for h in _numbers("--hidden", hidden, int)
-        for n in _numbers("--neurons", neurons, int)
-        for kind in dtype.split(",")
-        for b in _numbers("--batch", batch, int)
-        for s in _numbers("--sparsity", sparsity, float)
+        for h in o.numbers("--hidden", hidden, int)
+        for n in o.numbers("--neurons", neurons, int)
+        for kind in comma_list(dtype)
+        for b in o.numbers("--batch", batch, int)
+        for s in o.numbers("--sparsity", sparsity or "0.5,0.7,0.8", float)
     ]
-    _measure(
-        lambda progress: measure(
-            cases, backend=backend, device=device, turns=turns, layers=layers, progress=progress
-        ),
-        as_json,
-        plot,
-        out,
-    )  # fmt: skip
+    setup.run(measure, cases, device=setup.device, turns=turns, layers=layers)
 
 
-@app.command(epilog=EXAMPLES["decode"])
+@app.command(cls=Command, epilog=EXAMPLES["decode"])
+@shares_options
 def decode(
-    model: o.Model = None,
-    shape: Shape = None,
-    layers: Layers = None,
-    methods: Methods = "static,dart",
+    methods: Methods = None,
     sparsity: o.Sparsity = 0.7,
     refresh_every: Annotated[
         int | None,
@@ -171,129 +170,73 @@ def decode(
     prompt: Prompt = 64,
     new: Annotated[int, typer.Option("--new", "-n", help="New tokens that are timed in each turn.")] = 32,
     graphs: Annotated[bool, typer.Option("--graphs", help="Decode under CUDA graphs, dense too.")] = False,
-    backend: o.Backend = "auto",
-    dtype: o.DType = "auto",
-    device: o.Device = None,
     turns: TurnsOption = 5,
-    plot: o.Plot = None,
-    out: Out = None,
-    as_json: o.AsJson = False,
+    setup: ModelSetup = ModelSetup(),
 ) -> None:
     """Time whole decode steps, dense and pruned, beside what Amdahl's law allows."""
-    _check(plot, out, turns, backend)
+    setup.check(turns)
     from dartprune.bench.decode import Load, check, measure, paced
     from dartprune.bench.device import device_of
 
     pruners, load = paced(_methods(methods, sparsity), refresh_every), Load(batch, prompt, new, graphs)
-    check(pruners, load, device_of(device))
-    subject = _subject(model, shape, dtype, layers, device)
-    _measure(
-        lambda progress: measure(subject, pruners, load, turns=turns, backend=backend, progress=progress),
-        as_json,
-        plot,
-        out,
-    )
+    check(pruners, load, device_of(setup.device))
+    setup.run(measure, setup.subject(), pruners, load, turns=turns)
 
 
-@app.command(epilog=EXAMPLES["refresh"])
+@app.command(cls=Command, epilog=EXAMPLES["refresh"])
+@shares_options
 def refresh(
-    model: o.Model = None,
-    shape: Shape = None,
-    layers: Layers = None,
     method: o.MethodName = "dart",
     sparsity: o.Sparsity = 0.7,
     batch: Batch = 1,
     prompt: Prompt = 64,
-    backend: o.Backend = "auto",
-    dtype: o.DType = "auto",
-    device: o.Device = None,
     turns: TurnsOption = 5,
-    plot: o.Plot = None,
-    out: Out = None,
-    as_json: o.AsJson = False,
+    setup: ModelSetup = ModelSetup(),
 ) -> None:
     """Time one replay, split by what it does, and attaching, in dense decode steps."""
-    _check(plot, out, turns, backend)
+    setup.check(turns)
     from dartprune.bench.refresh import check, measure
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler would tell of its start and end
     pruner = o.make_pruner(method, sparsity)
     check(pruner, batch, prompt)
-    subject = _subject(model, shape, dtype, layers, device)
-    _measure(
-        lambda progress: measure(
-            subject, pruner, batch=batch, prompt=prompt, turns=turns, backend=backend, progress=progress
-        ),
-        as_json,
-        plot,
-        out,
-    )  # fmt: skip
+    setup.run(measure, setup.subject(), pruner, batch=batch, prompt=prompt, turns=turns)
 
 
-@app.command(epilog=EXAMPLES["trace"])
+@app.command(cls=Command, epilog=EXAMPLES["trace"])
+@shares_options
 def trace(
-    model: o.Model = None,
-    shape: Shape = None,
-    layers: Layers = None,
     method: o.MethodName = "dart",
     sparsity: o.Sparsity = 0.7,
     prompts: Annotated[str, typer.Option("--prompt", help="Tokens of the prompts, separated by commas.")] = "128,512",
     batch: Batch = 1,
-    backend: o.Backend = "auto",
-    dtype: o.DType = "auto",
-    device: o.Device = None,
     turns: TurnsOption = 5,
-    plot: o.Plot = None,
-    out: Out = None,
-    as_json: o.AsJson = False,
+    setup: ModelSetup = ModelSetup(),
 ) -> None:
     """Time the reading of prompts, attached and unattached: what tracing adds."""
-    _check(plot, out, turns, backend)
+    setup.check(turns)
     from dartprune.bench.trace import check, measure
 
-    lengths, pruner = _numbers("--prompt", prompts, int), o.make_pruner(method, sparsity)
+    lengths, pruner = o.numbers("--prompt", prompts, int), o.make_pruner(method, sparsity)
     check(pruner, lengths, batch)
-    subject = _subject(model, shape, dtype, layers, device)
-    _measure(
-        lambda progress: measure(
-            subject, pruner, lengths, batch=batch, turns=turns, backend=backend, progress=progress
-        ),
-        as_json,
-        plot,
-        out,
-    )  # fmt: skip
+    setup.run(measure, setup.subject(), pruner, lengths, batch=batch, turns=turns)
 
 
-@app.command(epilog=EXAMPLES["memory"])
+@app.command(cls=Command, epilog=EXAMPLES["memory"])
+@shares_options
 def memory(
-    model: o.Model = None,
-    shape: Shape = None,
-    layers: Layers = None,
-    methods: Methods = "static,dart",
+    methods: Methods = None,
     sparsity: o.Sparsity = 0.7,
     batch: Annotated[int, typer.Option("--batch", help="Sequences of the smaller of the two batches.")] = 1,
     prompt: Prompt = 288,
     new: Annotated[int, typer.Option("--new", "-n", help="New tokens.")] = 4,
-    backend: o.Backend = "auto",
-    dtype: o.DType = "auto",
-    device: o.Device = None,
     turns: TurnsOption = 3,
-    plot: o.Plot = None,
-    out: Out = None,
-    as_json: o.AsJson = False,
+    setup: ModelSetup = ModelSetup(),
 ) -> None:
     """Measure the bytes that a sequence holds while it is decoded, attached and unattached."""
-    _check(plot, out, turns, backend)
+    setup.check(turns)
     from dartprune.bench.memory import check, measure
 
     pruners = _methods(methods, sparsity)
     check(pruners, batch, prompt, new)
-    subject = _subject(model, shape, dtype, layers, device)
-    _measure(
-        lambda progress: measure(
-            subject, pruners, batch=batch, prompt=prompt, new=new, turns=turns, backend=backend, progress=progress
-        ),
-        as_json,
-        plot,
-        out,
-    )  # fmt: skip
+    setup.run(measure, setup.subject(), pruners, batch=batch, prompt=prompt, new=new, turns=turns)

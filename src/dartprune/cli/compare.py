@@ -8,23 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
+from dartprune.errors import UserError, make_output_folder
 
 if TYPE_CHECKING:
     from dartprune.evaluation.arms import Arm
     from dartprune.evaluation.compare.outcomes import Comparison
     from dartprune.evaluation.compare.plan import Plan
 
-EXAMPLE = "Example: dartprune compare --texts my-texts --arms static,griffin,dart --sparsities 0.5,0.7 --out results"
+EXAMPLE = "Example: dartprune compare --texts my-texts --method static,griffin,dart --sparsity 0.5,0.7 --out results"
 JOURNAL = "journal.jsonl"
 
 
 def compare(
-    texts: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--texts", help="File or folder of texts, one domain a file (.txt or .jsonl, also .xz); may be repeated."
-        ),
-    ] = None,
+    texts: o.Texts = None,
     dataset: Annotated[
         list[str] | None,
         typer.Option("--dataset", help="Data set by name, as NAME or NAME:CONFIG, one domain each; may be repeated."),
@@ -37,11 +33,20 @@ def compare(
     out: Annotated[Path, typer.Option("--out", help="Folder for results; the same folder continues them.")] = Path(
         "comparison"
     ),
-    arms: Annotated[
-        str | None,
-        typer.Option("--arms", help="Names with commas; `list` shows them.", show_default="all that need nothing"),
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help="Arms by name, with commas or repeated; `list` shows them.",
+            show_default="all that need nothing",
+        ),
     ] = None,
-    sparsities: Annotated[str, typer.Option("--sparsities", help="Realised ones to compare at.")] = "0.5,0.7",
+    sparsity: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sparsity", "-s", help="Realised ones to compare at, with commas or repeated.", show_default="0.5,0.7"
+        ),
+    ] = None,
     streams: Annotated[int, typer.Option("--streams", help="Streams of each kind.")] = 30,
     prompt: Annotated[int, typer.Option("--prompt", help="Tokens of each stream that are given.")] = 64,
     lengths: Annotated[
@@ -49,7 +54,8 @@ def compare(
     ] = "128,128",
     kinds: Annotated[str, typer.Option("--kinds", help="one-topic, changing or both.")] = "one-topic,changing",
     calibration: Annotated[
-        list[Path] | None, typer.Option("--calibration", help="Text for the calibrated arms; may be repeated.")
+        list[str] | None,
+        typer.Option("--calibration", help="Texts for the calibrated arms, with commas or repeated."),
     ] = None,
     versus: Annotated[
         str | None, typer.Option("--versus", help="Arm that the others are paired with.", show_default="dart")
@@ -66,32 +72,35 @@ def compare(
     as_json: o.AsJson = False,
 ) -> None:
     """Decode streams that keep and that change their topic with every arm, and compare the losses."""
-    if arms == "list":
+    asked = o.listed(method)
+    if asked == ["list"]:
         _list(as_json)
         return
     from dartprune.evaluation.arms import check_arms, default_arms
     from dartprune.evaluation.compare.plan import Plan
-    from dartprune.names import unknown
+    from dartprune.names import comma_list, unknown
 
     plan = Plan(
         prompt=prompt,
-        lengths=_numbers("--lengths", lengths, int),
+        lengths=o.numbers("--lengths", lengths, int),
         count=streams,
         batch=batch,
-        kinds=tuple(part.strip() for part in kinds.split(",")),
-        sparsities=_numbers("--sparsities", sparsities, float),
+        kinds=tuple(comma_list(kinds)),
+        sparsities=o.numbers("--sparsity", sparsity or "0.5,0.7", float),
         tolerance=tolerance,
         seed=seed,
         versus=versus or "dart",
     )
-    names = [part.strip() for part in arms.split(",") if part.strip()] if arms is not None else default_arms()
+    names = asked or default_arms()
     if versus is not None and versus not in names:
         raise unknown("arm for --versus", versus, names)
     check_arms(names, calibrated=bool(calibration))
-    documents = _documents(texts or [], dataset or [], split, field)
+    o.check_backend(backend)
+    documents = _documents(o.paths(texts), dataset or [], split, field)
     from dartprune.evaluation.texts import read_texts
 
-    calibrating = read_texts(calibration) if calibration else {}
+    calibrating = read_texts(o.paths(calibration)) if calibration else {}
+    make_output_folder(out)
     from dartprune.loading import load
 
     o.quiet()
@@ -110,7 +119,7 @@ def compare(
 
 def _documents(texts: list[Path], dataset: list[str], split: str | None, field: str) -> dict[str, list[str]]:
     if not texts and not dataset:
-        raise ValueError("nothing to read: give --texts FILE_OR_FOLDER or --dataset NAME")
+        raise UserError("nothing to read: give --texts FILE_OR_FOLDER or --dataset NAME")
     from dartprune.evaluation.benchmarks.sources import named_texts
     from dartprune.evaluation.texts import read_texts
 
@@ -133,26 +142,14 @@ def _arms(names: list[str], model: Any, tokenizer: Any, calibrating: dict[str, l
     return [arm(name, made) for name in names]
 
 
-def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{option} {text!r}: write numbers with commas between them") from None
-
-
 def _list(as_json: bool) -> None:
     from dartprune.evaluation.arms import arm_names
+    from dartprune.reporting.tables import facts, show
 
     if as_json:
         o.print_json(arm_names())
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, about in arm_names().items():
-        table.add_row(name, about)
-    Console().print(table)
+    else:
+        show(facts(arm_names().items()))
 
 
 def _run(
@@ -165,56 +162,23 @@ def _run(
     backend: str,
     silent: bool,
 ) -> Comparison:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
     from dartprune.evaluation.compare.plan import material
     from dartprune.evaluation.compare.run import compare, journal_settings
     from dartprune.reporting.journal import Journal
+    from dartprune.reporting.progress import bar
 
     given = material(documents, tokenizer, plan)
     journal = Journal(out / JOURNAL, journal_settings(model, given, plan, backend))
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=silent) as progress:
-        return compare(model, arms, given, plan, journal=journal, backend=backend, watcher=_Bar(progress))
-
-
-class _Bar:
-    """Shows how far a comparison has come."""
-
-    def __init__(self, progress: Any) -> None:
-        self._progress = progress
-        self._task = progress.add_task("comparing", total=0)
-        self._total = 0
-
-    def expect(self, steps: int) -> None:
-        """More is to be done."""
-        self._total += steps
-        self._progress.update(self._task, total=self._total)
-
-    def step(self, label: str, steps: int) -> None:
-        """Some of it is done."""
-        self._progress.update(self._task, description=label, advance=steps)
+    with bar("comparing", 0, silent=silent) as work:
+        return compare(model, arms, given, plan, journal=journal, backend=backend, watcher=work)
 
 
 def _show(comparison: Comparison, files: dict[str, str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from dartprune.evaluation.compare import report
+    from dartprune.reporting.tables import grid, say, show
 
-    from dartprune.evaluation.compare import report as compare_report
-
-    console = Console()
     for target in comparison.settings["sparsities"]:
-        columns, rows = compare_report.brief(comparison, target)
-        title = f"{target:.0%} realised sparsity"
-        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
-        for column in columns:
-            table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    console.print(compare_report.brief_legend(comparison))
-    for note in compare_report.notes(comparison):
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        show(grid(*report.brief(comparison, target), title=f"{target:.0%} realised sparsity", frame=False))
+    say(report.brief_legend(comparison), *report.notes(comparison))
     for path in files.values():
-        console.print(path, markup=False, highlight=False, soft_wrap=True)
+        typer.echo(path)

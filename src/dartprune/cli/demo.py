@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
+from dartprune.errors import make_output_folder
 
 if TYPE_CHECKING:
     from dartprune.report import Report
@@ -28,7 +29,8 @@ def demo(
 ) -> None:
     """Decode texts that change their domain midway: dense, the prompt's mask for ever, DART, and each token its own."""
     arms = [o.make_pruner(name, sparsity) for name in ARMS]
-    out.mkdir(parents=True, exist_ok=True)
+    o.check_backend(backend)
+    make_output_folder(out)
     o.quiet()
     data, report, names = _run(arms, backend, as_json)
     picture = out / "demo.png"
@@ -42,12 +44,11 @@ def demo(
 
 def _run(arms: list[Any], backend: str, silent: bool) -> tuple[dict[str, Any], Report, list[str]]:
     import torch
-    from rich.console import Console
-    from rich.progress import Progress
 
     from dartprune.demo import pairs
     from dartprune.evaluation.forced import forced_losses
     from dartprune.loading import load
+    from dartprune.reporting.progress import bar
 
     model, tokenizer = load()
     texts = pairs()
@@ -60,12 +61,9 @@ def _run(arms: list[Any], backend: str, silent: bool) -> tuple[dict[str, Any], R
     tokens = torch.tensor(rows)
     result: list[dict[str, Any]] = []
     reports: list[Report] = []
-    with Progress(console=Console(stderr=True), transient=True, disable=silent) as progress:
-        task = progress.add_task("decoding", total=len(arms) * (2 * HALF - CONTEXT))
+    with bar("decoding", len(arms) * (2 * HALF - CONTEXT), silent=silent) as work:
         for arm in arms:
-            losses, report = forced_losses(
-                model, arm, tokens, CONTEXT, backend=backend, progress=lambda n: progress.advance(task, n)
-            )
+            losses, report = forced_losses(model, arm, tokens, CONTEXT, backend=backend, progress=work)
             result.append(_row(report, losses))
             reports.append(report)
     report = reports[DART]
@@ -131,53 +129,48 @@ def _picture(report: Report, names: list[str], path: Path) -> None:
 
 
 def _show(data: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from dartprune.reporting.tables import grid, say, show
 
-    console = Console()
     texts, prompt, halves = data["texts"], data["prompt_tokens"], data["decoded_tokens_of_each_half"]
-    console.print(
+    say(
         f"{len(texts)} texts move from one domain to another ({', '.join(texts)}).\n"
         f"The first {prompt} tokens of each are the prompt; then {halves[0]} more of the first domain and {halves[1]} "
         "of the second go through decoding one by one.\n"
         f"The model inside has {data['parameters'] / 1e6:.0f} M parameters and writes plausible fragments, no more."
     )
-    table = Table()
-    for column in (
-        "",
-        "perplexity before",
-        "after the change",
-        "realised sparsity",
-        "FFN bytes saved",
-        "events before + after",
-    ):
-        table.add_column(column, justify="left" if not column else "right")
-    for row in data["arms"]:
-        table.add_row(
+    columns = ("perplexity before", "after the change", "realised sparsity", "FFN bytes saved", "events before + after")
+    rows = [
+        (
             row["arm"],
             f"{row['perplexity_before']:.1f}",
             f"{row['perplexity_after']:.1f}",
-            f"{row['realised_sparsity']:.3f}",
-            f"{row['bytes_saved']:.3f}",
+            f"{max(0.0, row['realised_sparsity']):.3f}",
+            o.saved(row["bytes_saved"]),
             f"{row['events_before']} + {row['events_after']}",
         )
-    console.print(table)
+        for row in data["arms"]
+    ]
+    show(grid(("", *columns), rows))
     dart = data["arms"][DART]
     if dart["tokens_until_noticed"] is not None:
-        console.print(
+        say(
             f"DART noticed the change in {dart['texts_noticed']} of {len(texts)} texts, "
             f"{dart['tokens_until_noticed']} tokens after it (median), and decoded {dart['dense_tokens']} dense. "
             f"Before it, it fired {dart['events_before']} times in {len(texts) * halves[0]} tokens of one domain."
         )
     else:
-        console.print("DART noticed no change of domain at this sparsity.")
+        say("DART noticed no change of domain at this sparsity.")
     if not data["saves_time"]:
-        console.print(f"The {data['backend']} backend saves no time: it computes all neurons and zeroes the rest.")
-    console.print(
+        say(f"The {data['backend']} backend saves no time: it computes all neurons and zeroes the rest.")
+    say(
         "GatedDart lets each token choose among DART's neurons by their gate rows; SketchDart keeps a few bits of "
         "every weight to choose among all. Their savings count what they read to choose."
     )
+    say(
+        f"The {len(texts)} texts are decoded as one batch, each with its own neurons: a step reads the union, every "
+        "neuron that any of them keeps, so fewer bytes are saved than neurons are left out."
+    )
     sample = data["sample"]
-    console.print(f"\nDART, {sample['domain']}: ...{sample['prompt_ends']}", markup=False, highlight=False, style="dim")
-    console.print(sample["text"], markup=False, highlight=False)
-    console.print(f"\npicture: {data['picture']}", markup=False)
+    say(f"\nDART, {sample['domain']}: ...{sample['prompt_ends']}", style="dim")
+    say(sample["text"])
+    say(f"\npicture: {data['picture']}")

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
-from dartprune.cli.parts import numbers, show, words
+from dartprune.errors import UserError, make_output_folder
+from dartprune.names import comma_list
+from dartprune.reporting.tables import say, show_cells
 
 if TYPE_CHECKING:
     from dartprune.evaluation.benchmarks.recipe import Recipe
@@ -34,22 +36,15 @@ def evaluate(
         str | None, typer.Option("--recipe", help="A table or figure of the paper; 'list' shows them.")
     ] = None,
     model: o.Model = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method", help="Presets or other arms of compare, with commas.", show_default="dense,static,griffin,dart"
-        ),
-    ] = None,
-    sparsity: Annotated[
-        str | None, typer.Option("--sparsity", "-s", help="In [0, 1), with commas.", show_default="0.7")
-    ] = None,
+    method: o.Methods = None,
+    sparsity: o.Sparsities = None,
     shots: Annotated[int | None, typer.Option("--shots", min=0, help="Examples in the prompt of each task.")] = None,
     include_path: Annotated[
         str | None, typer.Option("--include-path", help="Folder of further YAML tasks; they win over lm_eval's.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Documents or windows of each, at most.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", min=1, help="Contexts at a time.", show_default="8")
+    batch: Annotated[
+        int | None, typer.Option("--batch", "-b", min=1, help="Contexts at a time.", show_default="8")
     ] = None,
     window: Annotated[
         int | None, typer.Option("--window", min=4, help="Tokens of a window of perplexity.", show_default="2048")
@@ -75,11 +70,12 @@ def evaluate(
     if recipe == "list":
         _list_recipes(as_json)
         return
+    o.check_backend(backend)
     asked = _asked(suite, tasks, perplexity, summaries, recipe, more or [], shots).but(
-        methods=tuple(words(method)) if method is not None else None,
-        sparsities=numbers("--sparsity", sparsity) if sparsity is not None else None,
+        methods=tuple(o.listed(method)) if method is not None else None,
+        sparsities=o.numbers("--sparsity", sparsity, float) if sparsity is not None else None,
         limit=limit,
-        batch=batch_size,
+        batch=batch,
         window=window,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
@@ -96,7 +92,7 @@ def evaluate(
 
     gathered = gather(asked)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        make_output_folder(out)
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     measured = execute(asked, gathered, loaded, tokenizer, name=model or DEMO, backend=backend, out=out, silent=as_json)
@@ -104,8 +100,12 @@ def evaluate(
     if as_json:
         o.print_json(measured.to_dict())
         return
-    lines = [*measured.notes, *(f"written: {path}" for path in written)]
-    show(measured.tables(), before=asked.title, after=lines)
+    if asked.title:
+        say(asked.title)
+    show_cells(measured.tables())
+    say(*measured.notes)
+    for path in written:
+        typer.echo(f"written: {path}")
 
 
 def _asked(
@@ -124,7 +124,7 @@ def _asked(
     given = {"suite": suite, "tasks": tasks, "perplexity": perplexity, "summaries": summaries, "recipe": recipe}
     named = [kind for kind, value in given.items() if value is not None]
     if len(named) != 1:
-        raise ValueError("give one of --suite, --tasks, --perplexity, --summaries and --recipe")
+        raise UserError("give one of --suite, --tasks, --perplexity, --summaries and --recipe")
     if recipe is not None:
         asked = read_recipe(recipe)
         # a recipe on other data: its numbers of examples stay
@@ -133,7 +133,7 @@ def _asked(
     if suite is not None:
         what = {**read_suite(suite), **dict.fromkeys(more)}
         return Recipe("tasks", what if shots is None else dict.fromkeys(what, shots))
-    return Recipe(named[0], dict.fromkeys([*words(given[named[0]]), *more], shots))
+    return Recipe(named[0], dict.fromkeys([*comma_list(given[named[0]] or ""), *more], shots))
 
 
 def _list_recipes(as_json: bool) -> None:

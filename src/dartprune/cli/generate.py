@@ -6,11 +6,14 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dartprune.cli import options as o
+from dartprune.errors import UserError, user_file
+from dartprune.reporting.tables import say
 
 if TYPE_CHECKING:
     from dartprune.pruner import Pruner
@@ -23,13 +26,22 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
     model: o.Model = None,
     sparsity: o.Sparsity = 0.7,
-    method: o.MethodName = "dart",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help=f"{o.METHODS}; with --compare several, with commas or repeated.",
+            show_default="dart",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to add.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
     stream: Annotated[bool, typer.Option(help="Print the text while it is decoded.")] = True,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Decode dense, static and DART, side by side.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Decode dense and the methods (static,dart) side by side.")
+    ] = False,
     backend: o.Backend = "auto",
     dtype: o.DType = "auto",
     device: o.Device = None,
@@ -37,26 +49,28 @@ def generate(
     as_json: o.AsJson = False,
 ) -> None:
     """Decode a prompt with most of the FFN left out, then report what was pruned."""
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text.strip():
-        raise ValueError("the prompt is empty: give some text to continue")
+    text = _prompt(prompt)
     o.check_plot(plot)
-    pruner = o.make_pruner(method, sparsity)
-    arms = [o.make_pruner(name, sparsity) for name in ("dense", "static", "dart")] if compare else [pruner]
+    o.check_backend(backend)
+    names = o.listed(method)
+    if compare:
+        names = ["dense", *(name for name in dict.fromkeys(names or ["static", "dart"]) if name != "dense")]
+    elif len(names) > 1:
+        raise UserError(f"--method {','.join(names)}: several methods need --compare")
+    arms = [o.make_pruner(name, sparsity) for name in names or ["dart"]]
     from dartprune.loading import load
 
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     inputs = _encode(tokenizer, text, chat).to(loaded.device)
+    _check_context(loaded, inputs["input_ids"].shape[1], max_new_tokens)
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         sampling["temperature"] = temperature
     live = stream and not as_json and not compare
     results = _decode(loaded, tokenizer, inputs, arms, sampling, seed, backend, live)
     if plot is not None:
-        from dartprune.reporting.plot import save_run
-
-        save_run(results[-1].report, plot)
+        _picture(results, plot)
     if as_json:
         o.print_json(_as_data(arms, results, compare))
         return
@@ -80,11 +94,39 @@ class Result:
         return self.tokens / statistics.median(self.seconds)
 
 
+def _prompt(given: str) -> str:
+    with user_file("standard input" if given == "-" else "the prompt"):
+        raw = sys.stdin.buffer.read() if given == "-" else given.encode("utf-8", "surrogateescape")
+        text = raw.decode("utf-8")
+    if not text.strip():
+        raise UserError("the prompt is empty: give some text to continue")
+    return text
+
+
+def _check_context(model: Any, prompt: int, new: int) -> None:
+    """UserError, or a note where positions go on, for a text that would leave the model's context."""
+    from torch import nn
+
+    from dartprune.model.context import context_length
+
+    most = context_length(model)
+    if most is None or prompt > most or prompt + new <= most:
+        return
+    said = f"a prompt of {prompt} tokens and {new} new ones leave the model's context of {most}"
+    # a table of positions ends there; rotary and relative positions can be computed for any place
+    tables = [
+        m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and ("pos" in name or "wpe" in name)
+    ]
+    if tables:
+        raise UserError(f"{said}: ask for at most {most - prompt} with -n")
+    say(f"note: {said}: what comes after it was never trained", style="yellow", error=True)
+
+
 def _encode(tokenizer: Any, text: str, chat: bool) -> Any:
     if not chat:
         return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     if tokenizer.chat_template is None:
-        raise ValueError("--chat: this model's tokenizer has no chat template")
+        raise UserError("--chat: this model's tokenizer has no chat template")
     message = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 
@@ -142,33 +184,51 @@ def _as_data(arms: list[Pruner], results: list[Result], compare: bool) -> dict[s
     return {"arms": parts} if compare else parts[0]
 
 
-def _show(results: list[Result], compare: bool, live: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _picture(results: list[Result], path: Path) -> None:
+    """What a run did; of several, one row each: similarity over its windows, neurons its layers keep."""
+    from matplotlib.figure import Figure
 
-    console = Console()
+    from dartprune.reporting.plot import draw_budget, draw_similarity, save, save_run
+
+    if len(results) == 1:
+        save_run(results[0].report, path)
+        return
+    figure = Figure(figsize=(14, 3 * len(results)), layout="constrained")
+    for (left, right), result in zip(figure.subplots(len(results), 2, width_ratios=(3, 2)), results, strict=True):
+        report = result.report
+        draw_similarity(left, report.sequences[0])
+        layers = report.layers
+        kept = [1.0 if layer.kept is None else layer.kept / layer.neurons for layer in layers]
+        draw_budget(right, [layer.index for layer in layers], kept)
+        speed = f"{result.tokens_per_second:.1f} tokens/s"
+        left.set_title(f"{report.method}: realised sparsity {report.realised_sparsity:.3f}, {speed}", loc="left")
+    save(figure, path)
+
+
+def _show(results: list[Result], compare: bool, live: bool) -> None:
+    from dartprune.reporting.tables import grid, show
+
     if not compare:
         if not live:
-            console.print(results[0].text, markup=False, highlight=False)
-        console.print(o.report_table(results[0].report, ""))
+            say(results[0].text)
+        show(o.report_table(results[0].report))
         return
     for result in results:
-        console.rule(f"{result.report.method}", align="left")
-        console.print(result.text, markup=False, highlight=False)
-    table = Table(title="side by side", title_justify="left")
-    for column in ("arm", "realised sparsity", "FFN bytes saved", "events", "tokens/s (median of 3)", "of dense"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+        say(f"--- {result.report.method}", style="green")
+        say(result.text)
+    columns = ("arm", "realised sparsity", "FFN bytes saved", "events", "tokens/s (median of 3)", "of dense")
     dense = results[0].tokens_per_second
-    for result in results:
-        report = result.report
-        table.add_row(
-            report.method,
-            f"{report.realised_sparsity:.3f}",
-            f"{report.bytes_saved:.3f}",
-            str(len(report.events)),
+    rows = [
+        (
+            result.report.method,
+            f"{result.report.realised_sparsity:.3f}",
+            o.saved(result.report.bytes_saved),
+            str(len(result.report.events)),
             f"{result.tokens_per_second:.1f}",
             f"{result.tokens_per_second / dense:.2f}",
         )
-    console.print(table)
+        for result in results
+    ]
+    show(grid(columns, rows, title="side by side"))
     if not all(result.report.saves_time for result in results[1:]):
-        console.print(f"the {results[-1].report.backend} backend saves no time: it computes all neurons")
+        say(f"the {results[-1].report.backend} backend saves no time: it computes all neurons")

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from dartprune.cli import options as o
+from dartprune.errors import UserError, read_user_text
 
+BAR = 12  # widest bar of the table, which fits into 80 columns
 EXAMPLE = "Example: dartprune inspect --model ./my-model --text notes.txt --sparsity 0.7"
 
 
@@ -24,13 +26,14 @@ def inspect(
 ) -> None:
     """Show a model's family, its FFN's share, the best possible saving, and each layer's sensitivity and budget."""
     o.check_plot(plot)
-    pruner = o.make_pruner("static", sparsity)
+    o.check_backend(backend)
+    pruner = o.make_pruner("dart", sparsity)
     from dartprune.demo import passages
     from dartprune.loading import load
 
-    content = text.read_text(encoding="utf-8") if text is not None else " ".join(passages()["novels"])
+    content = read_user_text(text) if text is not None else " ".join(passages()["novels"])
     if not content.strip():
-        raise ValueError(f"--text {text}: the file is empty")
+        raise UserError(f"--text {text}: the file is empty")
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     data = _look(loaded, tokenizer, content, pruner, backend)
@@ -50,17 +53,17 @@ def _look(model: Any, tokenizer: Any, content: str, pruner: Any, backend: str) -
     import torch
 
     from dartprune.bench.costs import Shape
+    from dartprune.model.context import context_length
     from dartprune.model.families import describe
 
     decoder = describe(model)
     shape = Shape.of(model)
-    most = int(getattr(model.config.get_text_config(), "max_position_embeddings", 2048))
-    tokens = tokenizer(content, return_tensors="pt", truncation=True, max_length=min(most - 1, 1024))["input_ids"]
+    most = min((context_length(model) or 1025) - 1, 1024)
+    tokens = tokenizer(content, return_tensors="pt", truncation=True, max_length=most)["input_ids"]
     if tokens.shape[1] < pruner.min_traced + 2:
-        raise ValueError(f"the text has {tokens.shape[1]} tokens: {pruner.min_traced + 2} are needed to see anything")
+        raise UserError(f"the text has {tokens.shape[1]} tokens: {pruner.min_traced + 2} are needed to see anything")
     with torch.no_grad(), pruner(model, backend=backend) as run:
-        with run.phase("prefill"):
-            cache = model(input_ids=tokens[:, :-1].to(model.device), use_cache=True).past_key_values
+        cache = run.prefill(tokens[:, :-1].to(model.device))
         with run.phase("decode"):
             model(input_ids=tokens[:, -1:].to(model.device), past_key_values=cache)
         impact = run.impact(run.slots_of(cache)[0])
@@ -94,11 +97,8 @@ def _look(model: Any, tokenizer: Any, content: str, pruner: Any, backend: str) -
 
 
 def _show(data: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from dartprune.reporting.tables import facts, grid, say, show
 
-    console = Console()
-    facts = Table(show_header=False, box=None, pad_edge=False)
     how = "row of the table" if data["recognised"] == "table" else "recognised by its structure"
     neurons = sorted({layer["neurons"] for layer in data["layers"]})
     rows = [
@@ -113,22 +113,18 @@ def _show(data: dict[str, Any]) -> None:
         ("backend", data["backend"] + ("" if data["saves_time"] else " (saves no time)")),
         ("extra memory", f"{data['overhead_bytes_per_sequence'] / 1e6:.2f} MB per sequence"),
     ]
-    for name, value in rows:
-        facts.add_row(name, value)
-    console.print(facts)
-    for note in data["notes"]:
-        console.print(f"note: {note}", style="yellow")
-    table = Table(title="sensitivity and budget on the text", title_justify="left")
-    for column in ("layer", "1 - cos(y, z)", "|z - y| / |y|", "sensitivity", "keeps", ""):
-        table.add_column(column, justify="left" if not column else "right")
-    for layer in data["layers"]:
-        kept = layer["keep"] / layer["neurons"]
-        table.add_row(
+    show(facts(rows))
+    say(*(f"note: {note}" for note in data["notes"]), style="yellow")
+    layers = [
+        (
             str(layer["layer"]),
             f"{layer['angle']:.3f}",
             f"{layer['change']:.3f}",
             f"{layer['sensitivity']:.3f}",
-            f"{kept:.1%}",
-            "█" * round(20 * kept),
+            f"{layer['keep'] / layer['neurons']:.1%}",
+            "█" * round(BAR * layer["keep"] / layer["neurons"]),
         )
-    console.print(table)
+        for layer in data["layers"]
+    ]
+    columns = ("layer", "1 - cos(y, z)", "|z - y| / |y|", "sensitivity", "keeps", "")
+    show(grid(columns, layers, title="sensitivity and budget on the text", words=("",)))

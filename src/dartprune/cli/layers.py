@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
-from dartprune.cli.parts import numbers, show, words
+from dartprune.errors import UserError, make_output_folder
+from dartprune.reporting.tables import say, show_cells
 
 if TYPE_CHECKING:
     from dartprune.evaluation.benchmarks.recipe import Recipe
@@ -22,9 +23,11 @@ STREAMS, TOKENS = 24, 256
 
 def layers(
     texts: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--texts", help="wikitext-2, c4, files or folders of text, with commas.", show_default="passages inside"
+            "--texts",
+            help="wikitext-2, c4, files or folders of text, with commas or repeated.",
+            show_default="passages inside",
         ),
     ] = None,
     model: o.Model = None,
@@ -49,8 +52,9 @@ def layers(
     """Prune one layer at a time, groups, and all but one; compare with sensitivity; see which neurons are kept."""
     from dartprune.evaluation.benchmarks.recipe import Recipe
 
-    keeps = numbers("--keep", keep)
-    names = words(texts) if texts is not None else [INSIDE]
+    o.check_backend(backend)
+    keeps = o.numbers("--keep", keep, float)
+    names = [str(path) for path in o.paths(texts)] or [INSIDE]
     recipe = Recipe(
         "layers",
         dict.fromkeys(names),
@@ -91,7 +95,7 @@ def carry_out(
     inside = list(recipe.what) == [INSIDE]
     documents = passages() if inside else texts_of(recipe.what)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        make_output_folder(out)
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     found, settings = _study(recipe, documents, loaded, tokenizer, backend, out, as_json, seed, groups, model or DEMO)
@@ -101,7 +105,10 @@ def carry_out(
     if as_json:
         o.print_json({"model": model or DEMO, "settings": settings, **found.to_dict()})
         return
-    show(report.tables(found), after=[*_along(found), *(f"written: {path}" for path in written)])
+    show_cells(report.tables(found))
+    say(*_along(found))
+    for path in written:
+        typer.echo(f"written: {path}")
 
 
 def _study(
@@ -162,7 +169,7 @@ def _groups(text: str | None) -> dict[str, tuple[int, int]] | None:
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if match is None:
-            raise ValueError(f"--groups must be ranges of layers such as 0-3,4-15, got {part.strip()!r}")
+            raise UserError(f"--groups must be ranges of layers such as 0-3,4-15, got {part.strip()!r}")
         first = int(match[1])
         out[f"layers {part.strip()}"] = (first, int(match[2] or first))
     return out

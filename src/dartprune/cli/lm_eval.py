@@ -7,6 +7,8 @@ import textwrap
 
 import typer
 
+from dartprune.errors import UserError
+
 EXAMPLE = "Example: dartprune lm-eval --model_args pretrained=demo,sparsity=0.7,method=dart --tasks boolq --limit 20"
 # everything but --help of this command goes to lm_eval as it stands; behind its subcommands --help is lm_eval's
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -43,7 +45,7 @@ def lm_eval(context: typer.Context) -> None:
     except (KeyError, ValueError) as error:
         if not _about_arguments(error):
             raise
-        raise ValueError(textwrap.shorten(str(error.args[0]), 300, placeholder=" ...")) from error
+        raise UserError(textwrap.shorten(str(error.args[0]), 300, placeholder=" ...")) from error
     finally:
         sys.argv = before
 

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
-from typing import Annotated
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 import dartprune
 from dartprune.cli import bench, compare, demo, generate, inspect, layers, lm_eval, study
 from dartprune.cli import eval as evaluation
+from dartprune.cli.command import Command
+from dartprune.errors import UserError, user_file
+from dartprune.reporting.tables import say
 
 INTERRUPTED = 130
+# typer brings a click of its own in some versions and the common one in others
+_Usage: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Skip most of a language model's FFN while it decodes, and renew the masks when the topic moves (DART).",
 )
-app.command(name="generate", epilog=generate.EXAMPLE)(generate.generate)
-app.command(name="inspect", epilog=inspect.EXAMPLE)(inspect.inspect)
-app.command(name="demo", epilog=demo.EXAMPLE)(demo.demo)
-app.command(name="study", epilog=study.EXAMPLE)(study.study)
-app.command(name="compare", epilog=compare.EXAMPLE)(compare.compare)
-app.command(name="eval", epilog=evaluation.EXAMPLE)(evaluation.evaluate)
-app.command(name="layers", epilog=layers.EXAMPLE)(layers.layers)
+for _name, _command, _example in (
+    ("generate", generate.generate, generate.EXAMPLE),
+    ("inspect", inspect.inspect, inspect.EXAMPLE),
+    ("demo", demo.demo, demo.EXAMPLE),
+    ("study", study.study, study.EXAMPLE),
+    ("compare", compare.compare, compare.EXAMPLE),
+    ("eval", evaluation.evaluate, evaluation.EXAMPLE),
+    ("layers", layers.layers, layers.EXAMPLE),
+):
+    app.command(name=_name, epilog=_example, cls=Command)(_command)
 app.command(name="lm-eval", epilog=lm_eval.EXAMPLE, context_settings=lm_eval.SETTINGS)(lm_eval.lm_eval)
 app.add_typer(bench.app, name="bench")
 
@@ -42,33 +52,59 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--plugin", help="A Python file that is run first, as to register a scorer or an arm; may be repeated."
+        ),
+    ] = None,
 ) -> None:
-    return None
+    for number, path in enumerate(plugin or []):
+        _run_plugin(path, f"dartprune_plugin_{number}")
+
+
+def _run_plugin(path: Path, name: str) -> None:
+    with user_file(path):
+        path.open("rb").close()
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--plugin {path}: the name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles look for their module there
+    spec.loader.exec_module(module)
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 a mistake in what was given, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 1 a bug (with its traceback), 2 a mistake in what was given, 130."""
     try:
-        app()
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            Console(stderr=True).print("interrupted: the model was detached", style="yellow")
-        raise
-    except (ValueError, TypeError, OSError) as error:
-        if not _is_users(error):
-            raise
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        code = app(prog_name="dartprune", standalone_mode=False)
+    except _Usage as error:
+        if not error.format_message() or type(error).__name__ == "NoArgsIsHelpError":
+            error.ctx.get_help()
+            sys.exit(2)
+        _end(_plain(error))
+    except UserError as error:
+        _end(str(error))
+    except BrokenPipeError:
+        sys.exit(1)  # whoever read our output went away
+    if code == INTERRUPTED:
+        say("interrupted: the model was detached", style="yellow", error=True)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _is_users(error: BaseException) -> bool:
-    """Whether this package raised the error about what it was given; anything else is a bug and keeps its traceback."""
-    if isinstance(error, OSError):
-        return True
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and "dartprune" in trace.tb_frame.f_globals.get("__name__", "")
+def _plain(error: Any) -> str:
+    """The message of a usage error as all others are written, with the value that was given to the option."""
+    message = str(error.format_message())
+    message = message[:1].lower() + message[1:].removesuffix(".")
+    options = getattr(getattr(error, "param", None), "opts", ())
+    arguments = [part for argument in sys.argv for part in argument.split("=", 1)]
+    given = [value for name, value in pairwise(arguments) if name in options]
+    return f"{message}, got {given[-1]!r}" if given else message
+
+
+def _end(message: str) -> None:
+    say(f"error: {' '.join(message.split())}", style="red", error=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

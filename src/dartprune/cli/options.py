@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+from dartprune.errors import UserError, check_output_file
+from dartprune.names import comma_list
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from dartprune.pruner import Pruner
     from dartprune.report import Report
+
+N = TypeVar("N", int, float)
 
 Model = Annotated[
     str | None,
@@ -26,9 +31,23 @@ Model = Annotated[
 Sparsity = Annotated[
     float, typer.Option("--sparsity", "-s", help="Share of the FFN's neurons to leave out, in [0, 1).")
 ]
-MethodName = Annotated[
-    str,
-    typer.Option("--method", help="dart, gated-dart, sketch-dart, static, griffin, clock, random, per-token or dense."),
+METHODS = "dart, gated-dart, sketch-dart, static, griffin, clock, random, per-token, dense, or an arm of compare"
+MethodName = Annotated[str, typer.Option("--method", help=f"{METHODS}.")]
+Methods = Annotated[
+    list[str] | None, typer.Option("--method", help=f"{METHODS}; with commas, or repeated.", show_default=False)
+]
+Sparsities = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sparsity", "-s", help="Shares of the FFN's neurons to leave out, in [0, 1); with commas, or repeated."
+    ),
+]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--texts",
+        help="Files or folders of texts, one domain a file (.txt or .jsonl, also .xz); with commas, or repeated.",
+    ),
 ]
 Backend = Annotated[str, typer.Option("--backend", help="How the pruned FFN is computed: auto or a backend's name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -38,32 +57,64 @@ Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cud
 
 
 def make_pruner(method: str, sparsity: float) -> Pruner:
-    """The preset of that name at that sparsity; ValueError naming the nearest for an unknown one."""
-    from dartprune.pruner import presets
+    """The method of that name at that sparsity; UserError naming the nearest for an unknown one."""
+    from dartprune.evaluation.arms import arm
 
-    cls = presets.get(method)
-    return cls(sparsity=sparsity if cls.prunes else 0.0)
+    return arm(method).build(sparsity)
+
+
+def check_backend(name: str) -> None:
+    """UserError, before a model is loaded, for a backend that there is not."""
+    from dartprune.ffn import backend_names
+    from dartprune.names import unknown
+
+    if name not in ("auto", *backend_names()):
+        raise unknown("backend", name, ("auto", *backend_names()))
+
+
+def listed(values: Sequence[str] | None) -> list[str]:
+    """The parts of an option that is repeated or has commas between its values."""
+    return [part for value in values or [] for part in comma_list(value)]
+
+
+def paths(values: Sequence[str] | None) -> list[Path]:
+    """The same for files and folders; a name that has a comma itself is left whole where there is such a file."""
+    whole = [[value] if Path(value).exists() else comma_list(value) for value in values or []]
+    return [Path(part) for parts in whole for part in parts]
+
+
+def numbers(option: str, given: str | Sequence[str], kind: Callable[[str], N]) -> tuple[N, ...]:
+    """The numbers of an option, with commas between them or repeated; UserError naming the option otherwise."""
+    values = [given] if isinstance(given, str) else given
+    try:
+        return tuple(kind(part) for part in listed(values))
+    except ValueError:
+        raise UserError(f"{option} {','.join(values)}: write numbers with commas between them") from None
 
 
 def check_plot(path: Path | None) -> None:
-    """ValueError before any work if a picture could not be written there."""
+    """UserError before any work if a picture could not be written there."""
     if path is None:
         return
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot {path}: the file must end in .png, .svg or .pdf")
-    if not path.parent.is_dir():
-        raise ValueError(f"--plot {path}: there is no folder {path.parent}")
+        raise UserError(f"--plot {path}: the file must end in .png, .svg or .pdf")
+    check_output_file(path)
+
+
+def saved(share: float) -> str:
+    """A share of bytes saved, for people; a method that reads more than the dense model saves none."""
+    if share <= -0.0005:
+        return f"none ({-share:.1%} more read)"
+    return f"{max(0.0, share):.3f}"
 
 
 @contextmanager
 def attaching(silent: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar for what a token selector makes ready, layer by layer; gives the callback for `progress=`."""
-    from rich.console import Console
-    from rich.progress import Progress
+    from dartprune.reporting.progress import bar
 
-    with Progress(console=Console(stderr=True), transient=True, disable=silent) as bar:
-        task = bar.add_task("sketching layers", visible=False)
-        yield lambda done, of: bar.update(task, completed=done, total=of, visible=done < of)
+    with bar("sketching layers", 0, silent=silent) as work:
+        yield lambda done, of: work.reach(done, total=of)
 
 
 def quiet() -> None:
@@ -79,12 +130,9 @@ def print_json(data: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(data) + "\n")
 
 
-def report_table(report: Report, title: str) -> Table:
+def report_table(report: Report) -> Table:
     """A report as a table for people."""
-    from rich.table import Table
+    from dartprune.reporting.tables import facts
 
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
-    for line in str(report).splitlines():
-        name, _, value = line.partition("  ")
-        table.add_row(name, value.strip(), style="yellow" if line.startswith("note:") else None)
-    return table
+    lines = (line.partition("  ") for line in str(report).splitlines())
+    return facts((name, value.strip()) for name, _, value in lines)

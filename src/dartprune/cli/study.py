@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
+from dartprune.errors import UserError, make_output_folder
 
 if TYPE_CHECKING:
     from dartprune.evaluation.arms import ArmAt
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = (
     "Example: dartprune study --mode forced --texts DIR --split valid --streams 60 "
-    "--arms dart-frozen,dart-release@100,200,...,600,dart --out study"
+    "--method dart-frozen,dart-release@100,200,...,600,dart --out study"
 )
 ARMS = "dense,dart-frozen,dart-release@100,200,...,600,dart,griffin"
 
@@ -29,9 +30,7 @@ def study(
         list[Path] | None, typer.Argument(help="Further texts, as in --texts A B.", show_default=False)
     ] = None,
     mode: Annotated[str, typer.Option(help="forced: given texts; free: the model writes.")] = "forced",
-    texts: Annotated[
-        list[Path] | None, typer.Option("--texts", help="Forced: files or folders, one topic a file.")
-    ] = None,
+    texts: o.Texts = None,
     split: Annotated[str | None, typer.Option(help="Of folders, only the files NAME.SPLIT.*")] = None,
     prompt: Annotated[str | None, typer.Option(help="Free: one prompt.")] = None,
     bridge: Annotated[str, typer.Option(help="Free: text that turns --prompt to the second topic.")] = "",
@@ -45,7 +44,14 @@ def study(
     control: Annotated[
         int | None, typer.Option(min=0, help="Texts on one topic.", show_default="as many as --streams")
     ] = None,
-    arms: Annotated[str, typer.Option(help="Arms as in compare; dense is always there.")] = ARMS,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help="Arms as in compare, with commas or repeated; dense is always there.",
+            show_default=ARMS,
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option("--out", help="Folder for results; a study that was stopped goes on there.")
     ] = Path("study"),
@@ -81,6 +87,7 @@ def study(
     """Follow texts that change their topic through a pruned model, and ask when a release of the masks still helps."""
     from dartprune.evaluation.arms import parse_arms
     from dartprune.evaluation.study.settings import Settings
+    from dartprune.names import comma_list
 
     settings = Settings(
         mode=mode,
@@ -89,8 +96,8 @@ def study(
         before=before,
         after=after,
         window=window,
-        layers=_names(layers),
-        spaces=_names(spaces),
+        layers=tuple(comma_list(layers)),
+        spaces=tuple(comma_list(spaces)),
         top=top,
         early=early,
         horizon=horizon,
@@ -98,11 +105,13 @@ def study(
         temperature=temperature,
         seed=seed,
     )
-    chosen = parse_arms(arms, sparsity)
+    chosen = parse_arms(",".join(method) if method else ARMS, sparsity)
     settings.check_arms(chosen)
-    sources = [*(texts or []), *(more or [])]
+    sources = [*o.paths(texts), *(more or [])]
     _check_mode(mode, sources, prompt, bridge, prompts, similarity, one_request)
     control = streams if control is None else control
+    o.check_backend(backend)
+    make_output_folder(out)
     from dartprune.loading import load
 
     o.quiet()
@@ -133,10 +142,6 @@ def study(
         _show(found, paths)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 def _check_mode(
     mode: str,
     sources: list[Path],
@@ -146,21 +151,21 @@ def _check_mode(
     similarity: Path | None,
     one_request: bool,
 ) -> None:
-    """ValueError before the long work for options that do not go together."""
+    """UserError before the long work for options that do not go together."""
     written = prompt is not None or prompts is not None or similarity is not None or one_request or bridge
     if mode == "forced":
         if written:
-            raise ValueError("--prompt, --bridge, --prompts, --one-request and --similarity belong to --mode free")
+            raise UserError("--prompt, --bridge, --prompts, --one-request and --similarity belong to --mode free")
         if not sources:
-            raise ValueError("--mode forced needs --texts: files or folders with the text of at least two topics")
+            raise UserError("--mode forced needs --texts: files or folders with the text of at least two topics")
     elif sources:
-        raise ValueError("--texts belongs to --mode forced; in free mode the model writes: give --prompt or --prompts")
+        raise UserError("--texts belongs to --mode forced; in free mode the model writes: give --prompt or --prompts")
     if prompt is not None and prompts is not None:
-        raise ValueError("give either --prompt or --prompts")
+        raise UserError("give either --prompt or --prompts")
     if prompt is not None and not prompt.strip():
-        raise ValueError("--prompt is empty: give some text to continue")
+        raise UserError("--prompt is empty: give some text to continue")
     if bridge and prompt is None:
-        raise ValueError("--bridge belongs to --prompt; prompts of a file bring their own")
+        raise UserError("--bridge belongs to --prompt; prompts of a file bring their own")
 
 
 def _free(
@@ -195,20 +200,14 @@ def _run(
     name: str,
     silent: bool,
 ) -> Results:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from dartprune.evaluation.study.run import run_study
+    from dartprune.reporting.progress import bar
 
-    with Progress(console=Console(stderr=True), transient=True, disable=silent) as progress:
-        task = progress.add_task("reading texts", total=settings.steps)
-
-        def told(label: str, steps: int) -> None:
-            progress.update(task, description=label, completed=steps)
-
+    with bar("reading texts", settings.steps, silent=silent) as work:
         return run_study(
             model, tokenizer, texts, arms, settings,
-            folder=out, batch=batch, backend=backend, name=name, told=told,
+            folder=out, batch=batch, backend=backend, name=name,
+            told=lambda text, steps: work.reach(steps, text=text),
         )  # fmt: skip
 
 
@@ -268,15 +267,11 @@ def _conclude(
 
 
 def _show(found: Findings, paths: list[Path]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from dartprune.reporting.tables import grid, say, show
 
-    console = Console()
-    arms = Table(title="loss over dense in nats; cosine with dense vectors", title_justify="left")
-    for column in ("arm", "texts", "sparsity", "loss before", "after", "cosine before", "after", "events", "delay"):
-        arms.add_column(column, justify="left" if column in ("arm", "texts") else "right")
-    for row in found.arms:
-        arms.add_row(
+    columns = ("arm", "texts", "sparsity", "loss before", "after", "cosine before", "after", "events", "delay")
+    arms = [
+        (
             row.arm,
             "change" if row.kind == "change" else "one topic",
             f"{row.realised_sparsity:.2f}",
@@ -287,21 +282,15 @@ def _show(found: Findings, paths: list[Path]) -> None:
             f"{row.events_before + row.events_after:.1f}",
             "" if row.delay is None else f"{row.delay:g}",
         )
-    console.print(arms)
+        for row in found.arms
+    ]
+    show(grid(columns, arms, title="loss over dense in nats; cosine with dense vectors", words=("texts",)))
     if found.recovery:
-        releases = Table(title="releases of the prompt's mask", title_justify="left")
-        for column in ("released at", "loss regained", "cosine regained", "left at the end", "verdict"):
-            releases.add_column(column, justify="left" if column == "verdict" else "right")
-        for release in found.recovery:
-            releases.add_row(
-                str(release.release),
-                str(release.regained),
-                str(release.similarity_regained),
-                str(release.lost),
-                release.verdict,
-            )
-        console.print(releases)
-    for claim in found.claims:
-        console.print(f"{claim.answer}: {claim.claim}: {claim.figures}", markup=False, highlight=False)
-    console.print(found.verdict, markup=False, highlight=False)
-    console.print(f"report: {paths[0]}", markup=False, soft_wrap=True)
+        heads = ("released at", "loss regained", "cosine regained", "left at the end", "verdict")
+        releases = [
+            (str(row.release), str(row.regained), str(row.similarity_regained), str(row.lost), row.verdict)
+            for row in found.recovery
+        ]
+        show(grid(heads, releases, title="releases of the prompt's mask", words=("verdict",)))
+    say(*(f"{claim.answer}: {claim.claim}: {claim.figures}" for claim in found.claims), found.verdict)
+    typer.echo(f"report: {paths[0]}")

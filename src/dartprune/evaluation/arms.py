@@ -193,7 +193,7 @@ def check_arms(names: Sequence[str], *, calibrated: bool) -> None:
     known = [name for name in arm_kinds.names() if arm_kinds.get(name).calibrated]
     if calibrated and not set(known) & set(names):
         raise ValueError(
-            f"a calibration text is given, but no arm is made from it: add one of {', '.join(known)} to --arms"
+            f"a calibration text is given, but no arm is made from it: add one of {', '.join(known)} to --method"
         )
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dartprune.errors import user_file
+
 SEPARATOR = "<|doc|>"  # a line of its own between the documents of a file
 _SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz")
 
@@ -76,7 +78,8 @@ def _files(sources: Sequence[str | Path], split: str | None) -> list[Path]:
 def _documents(path: Path) -> Iterator[tuple[str, str]]:
     domain = path.name.split(".")[0]
     try:
-        raw = path.read_bytes()
+        with user_file(path):
+            raw = path.read_bytes()
         text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
     except (lzma.LZMAError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as text ({error})") from None

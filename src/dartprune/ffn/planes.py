@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 
 import numpy
-import torch
 from torch import Tensor
 
 from dartprune.ffn import sketch
+from dartprune.ffn.cpu.threads import kept_threads, use_threads
 from dartprune.ffn.sketch import SketchPlanes
 
 _BLOCK = 1 << 24  # weights widened at a time
@@ -26,19 +26,15 @@ def build_planes(weight: Tensor, bits: int) -> SketchPlanes:
     if weight.device.type != "cpu" or importlib.util.find_spec("numba") is None:
         return sketch.build_planes(weight, bits)
     empty = sketch.empty_planes(weight, bits)
-    threads = torch.get_num_threads()
-    try:
-        _fill(weight.detach(), empty, threads)
-    finally:
-        torch.set_num_threads(threads)  # Numba's start may set the number of threads anew
+    with kept_threads():
+        _fill(weight.detach(), empty)
     return empty
 
 
-def _fill(weight: Tensor, into: SketchPlanes, threads: int) -> None:
+def _fill(weight: Tensor, into: SketchPlanes) -> None:
     from dartprune.ffn.cpu import planes as cpu_planes
-    from dartprune.ffn.cpu.backend import _use_threads
 
-    _use_threads(threads)
+    threads = use_threads()
     first_scale = numpy.float32(sketch.GAUSSIAN_SCALE[into.bits])
     starts = numpy.array(sketch.STARTS, dtype=numpy.float32)
     step = max(1, _BLOCK // into.hidden)

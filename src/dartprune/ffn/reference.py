@@ -7,27 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dartprune.ffn.backend import activation, exactly, row_bytes, same_shape
+from dartprune.ffn.backend import row_bytes
+from dartprune.ffn.operators import ffn_operator
 from dartprune.ffn.weights import FFNWeights
 
 
-@torch.library.custom_op("dartprune::ffn_reference", mutates_args=())
-@exactly
-def _ffn_reference(
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    index: Tensor,
-    count: Tensor,
-    slots: Tensor,
-    act: str,
-) -> Tensor:
+@ffn_operator("ffn_reference")
+def _pruned_ffn(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
     out = x.new_empty(x.shape)
-    wide = x.to(up.dtype)
+    wide = x.to(weights.up.dtype)
     for slot in slots.unique().tolist():
         rows = (slots == slot).nonzero()[:, 0]
         kept = index[slot, : int(count[slot])].long()
@@ -36,14 +24,11 @@ def _ffn_reference(
         def project(weight: Tensor, bias: Tensor | None, part: Tensor = part, kept: Tensor = kept) -> Tensor:
             return torch.nn.functional.linear(part, weight[kept], None if bias is None else bias[kept])
 
-        a = project(up, up_bias)
-        a = activation(act, a) if gate is None else activation(act, project(gate, gate_bias)) * a
-        y = a @ down[kept]
-        out[rows] = (y if down_bias is None else y + down_bias).to(x.dtype)
+        a = project(weights.up, weights.up_bias)
+        a = weights.act(a) if weights.gate is None else weights.act(project(weights.gate, weights.gate_bias)) * a
+        y = a @ weights.down[kept]
+        out[rows] = (y if weights.down_bias is None else y + weights.down_bias).to(x.dtype)
     return out
-
-
-_ffn_reference.register_fake(same_shape)
 
 
 class ReferenceBackend:
@@ -67,8 +52,7 @@ class ReferenceBackend:
 
     def ffn(self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
         """Compute the pruned FFN of x [N, H]; see `Backend.ffn`."""
-        out: Tensor = _ffn_reference(x, *weights.tensors(), index, count, slots, weights.activation)
-        return out
+        return _pruned_ffn(x, weights, index, count, slots)
 
     def bytes_read(self, weights: FFNWeights, kept: Sequence[Tensor]) -> int:
         """Every sequence gathers its own rows."""

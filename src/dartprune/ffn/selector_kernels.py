@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dartprune.ffn import selector_reference as selector_reference
+from dartprune.ffn import selector_ops
 from dartprune.ffn.backend import Backend
 from dartprune.ffn.cpu import selectors as cpu_selectors
+from dartprune.ffn.cpu.threads import kept_threads
 from dartprune.ffn.gpu import selectors as gpu_selectors
-from dartprune.ffn.selector_ops import FFNSketch, TokenRows
+from dartprune.ffn.operators import gated_operator, sketched_operator
+from dartprune.ffn.selector_ops import TokenRows
+from dartprune.ffn.sketch import FFNSketch
 from dartprune.ffn.weights import FFNWeights
 
 
@@ -33,13 +36,10 @@ class SelectorKernels:
         """Compile what must be compiled for these weights, so that no token waits for it."""
         if not self.saves_time:
             return
-        threads = torch.get_num_threads()
-        try:
+        with kept_threads():
             for rows in (1, 2):
                 x = torch.zeros(rows, weights.hidden, dtype=weights.up.dtype, device=weights.up.device)
                 self._call(x, weights, sketch)
-        finally:
-            torch.set_num_threads(threads)  # Numba's start may set the number of threads anew
 
     def _call(self, x: Tensor, weights: FFNWeights, sketch: FFNSketch | None) -> None:
         slots = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
@@ -52,7 +52,10 @@ class SelectorKernels:
 
 
 _REFERENCE = SelectorKernels(
-    selector_reference.gated_rows, selector_reference.sketched_rows, saves_time=False, reads_union=True
+    gated_operator("gated_rows_reference")(selector_ops.gated_rows),
+    sketched_operator("sketched_rows_reference")(selector_ops.sketched_rows),
+    saves_time=False,
+    reads_union=True,
 )
 _KERNELS = {
     "cpu": SelectorKernels(cpu_selectors.gated_rows, cpu_selectors.sketched_rows, saves_time=True, reads_union=True),

@@ -4,7 +4,7 @@ Two ways of finding the neurons that one token needs (method section 4a). The *g
 candidates and goes on with the highest; the *sketch* estimates every neuron from bit planes of the weights. Both then
 choose by `chosen_rows`: the `wanted` highest scores of this very token, so that a choice depends on nothing but the
 token's own row: no state, the same alone and in a batch, at any phase of decoding. What a sketch is stands in
-`sketch.py`; its names are to be had from here too.
+`sketch.py`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dartprune.ffn.backend import activation
-from dartprune.ffn.sketch import GAUSSIAN_SCALE as GAUSSIAN_SCALE
-from dartprune.ffn.sketch import GAUSSIAN_STEP as GAUSSIAN_STEP
-from dartprune.ffn.sketch import SKETCH_BITS as SKETCH_BITS
-from dartprune.ffn.sketch import STARTS as STARTS
-from dartprune.ffn.sketch import WORD as WORD
-from dartprune.ffn.sketch import FFNSketch as FFNSketch
-from dartprune.ffn.sketch import InputPlanes as InputPlanes
-from dartprune.ffn.sketch import SketchPlanes as SketchPlanes
-from dartprune.ffn.sketch import _unpack as _unpack
-from dartprune.ffn.sketch import build_planes as build_planes
-from dartprune.ffn.sketch import build_sketch as build_sketch
-from dartprune.ffn.sketch import empty_planes as empty_planes
-from dartprune.ffn.sketch import quantise_input as quantise_input
-from dartprune.ffn.sketch import sketch_dots as sketch_dots
-from dartprune.ffn.sketch import sketch_integers as sketch_integers
-from dartprune.ffn.sketch import sketch_scores as sketch_scores
+from dartprune.ffn.sketch import FFNSketch, sketch_scores
 from dartprune.ffn.weights import FFNWeights
 
 

@@ -124,10 +124,11 @@ def kept_timing(
 def _key(weights: FFNWeights) -> str:
     dtype = str(weights.up.dtype).removeprefix("torch.")
     shape = f"{weights.matrices}x{weights.neurons}x{weights.hidden} {dtype}"
-    return f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}: {shape}"
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}: {shape}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

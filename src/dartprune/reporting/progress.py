@@ -1,19 +1,84 @@
-"""A progress bar on standard error that leaves nothing behind."""
+"""How far long work has come, on standard error: a bar on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+EVERY = 30.0  # seconds between lines where there is no terminal
+
+
+class Bar:
+    """Work under way; call it with each further part that is done.
+
+    total: parts of the whole, None where nobody knows; may grow.
+    """
+
+    spoke = time.monotonic()  # when the last line was printed, of whatever bar: many short ones are long work too
+
+    def __init__(self, text: str, total: int | None, shown: Progress | None, *, silent: bool) -> None:
+        self.text, self.total, self.done = text, total, 0
+        self._silent, self._began = silent, time.monotonic()
+        self._shown = shown
+        self._task = None if shown is None else shown.add_task(text, total=total, visible=total != 0)
+
+    def __call__(self, parts: int) -> None:
+        """So many more parts are done."""
+        self.reach(self.done + parts)
+
+    def expect(self, parts: int) -> None:
+        """So many more parts are to be done."""
+        self.total = (self.total or 0) + parts
+        self.reach(self.done)
+
+    def step(self, text: str, parts: int) -> None:
+        """So many more parts are done, and this is at work."""
+        self.reach(self.done + parts, text=text)
+
+    def tell(self, text: str) -> None:
+        """This is at work now."""
+        self.reach(self.done, text=text)
+
+    def reach(self, done: int, *, total: int | None = None, text: str | None = None) -> None:
+        """So many parts are done, of `total` and by the work `text` if these have changed; fewer begin anew."""
+        if done < self.done:
+            self._began = time.monotonic()
+        self.done, self.total, self.text = done, total or self.total, text or self.text
+        if self._shown is not None and self._task is not None:
+            self._shown.update(
+                self._task, description=self.text, completed=done, total=self.total, visible=self.total != 0
+            )
+        elif not self._silent and time.monotonic() - Bar.spoke >= EVERY:
+            Bar.spoke = time.monotonic()
+            print(self._line(), file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        spent = time.monotonic() - self._began
+        line = f"{self.text}: {_clock(spent)} so far"
+        if self.total is None:
+            return line
+        left = f", about {_clock(spent * (self.total - self.done) / self.done)} left" if self.done else ""
+        return f"{line}, {self.done} of {self.total}{left}"
 
 
 @contextmanager
-def bar(text: str, total: int, *, silent: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show how much of a piece of work is done; gives a function that is told of each further part."""
+def bar(text: str, total: int | None = None, *, silent: bool = False) -> Iterator[Bar]:
+    """Show how much of a piece of work is done, how long it took and how long it may take; gives its `Bar`."""
     console = Console(stderr=True)
-    # elsewhere than on a terminal it would leave empty lines
-    with Progress(console=console, transient=True, disable=silent or not console.is_terminal) as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda done: progress.advance(task, done)
+    if silent or not console.is_terminal:
+        yield Bar(text, total, None, silent=silent)
+        return
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as shown:
+        yield Bar(text, total, shown, silent=silent)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

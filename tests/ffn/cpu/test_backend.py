@@ -204,5 +204,5 @@ def test_scattered_rows_are_refused():
     w = make(16, 16, torch.float32, True, False, "silu")
     index, count = lists(16, [4])
     across = type(w)(w.gate, w.up, w.down.t(), None, None, None, "silu", w.act)
-    with pytest.raises(ValueError, match="rows are contiguous"):
+    with pytest.raises(ValueError, match="matrix are not contiguous"):
         BACKEND.ffn(torch.randn(1, 16), across, index, count, torch.tensor([0]))

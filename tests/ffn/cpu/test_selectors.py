@@ -10,9 +10,10 @@ import torch
 
 pytest.importorskip("numba")
 
-from dartprune.ffn import selector_ops as selector_ops
+from dartprune.ffn import selector_ops
+from dartprune.ffn import sketch as sketch_oracle
 from dartprune.ffn.cpu import selectors as cpu_selectors
-from dartprune.ffn.selector_ops import build_planes, build_sketch
+from dartprune.ffn.sketch import build_planes, build_sketch
 from ffn_cases import DTYPES, lists, make
 from selector_cases import assert_agree, case, check_choice, gate_scores, same
 
@@ -34,7 +35,7 @@ def test_sketch_on_random_cases(seed):
     sketch = build_sketch(w, bits, activation_bits, min(w.hidden, rng.choice([0, 1, 4, 7])))
     width = rng.randint(1, w.neurons + 2)
     call = (x, w, sketch, slots, wanted, importance, width, threshold)
-    scores = selector_ops.sketch_scores(x, w, sketch, importance if importance.shape[0] == 1 else importance[slots])
+    scores = sketch_oracle.sketch_scores(x, w, sketch, importance if importance.shape[0] == 1 else importance[slots])
     assert_agree(cpu_selectors.sketched_rows(*call), selector_ops.sketched_rows(*call), scores, w, x)
 
 
@@ -46,16 +47,16 @@ def test_rounded_inputs_and_integers(seed):
     x = torch.randn(3, hidden) * torch.tensor([[1.0], [1e-3], [0.0]])
     x[0, rng.randrange(hidden)] = 100
     outliers = min(hidden, rng.choice([0, 1, 4, 5]))
-    want, got = selector_ops.quantise_input(x, bits, outliers), cpu_selectors.quantise_input(x, bits, outliers)
+    want, got = sketch_oracle.quantise_input(x, bits, outliers), cpu_selectors.quantise_input(x, bits, outliers)
     torch.testing.assert_close(got.step, want.step, rtol=1e-6, atol=0)
     assert torch.equal(got.outlier_value, want.outlier_value)
     assert not (got.outlier_index != want.outlier_index)[want.outlier_value != 0].any()
-    integers = [selector_ops._unpack(planes.planes, hidden, signed=True) for planes in (got, want)]
+    integers = [sketch_oracle._unpack(planes.planes, hidden, signed=True) for planes in (got, want)]
     # a step that differs in its last bit may round one entry in thousands to the other side
     assert int((integers[0] - integers[1]).abs().sum()) <= 1
     assert integers[0].sum(dim=1).tolist() == got.total.tolist()
     sketch = build_planes(torch.randn(21, hidden), rng.choice([1, 2, 3, 4]))
-    assert torch.equal(cpu_selectors.sketch_integers(got, sketch), selector_ops.sketch_integers(got, sketch))
+    assert torch.equal(cpu_selectors.sketch_integers(got, sketch), sketch_oracle.sketch_integers(got, sketch))
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -80,7 +80,7 @@ def test_any_blocks_and_splits(splits, blocks):
     w = make(50, 70, torch.float32, True, True, "silu", DEVICE)
     x, index, count, slots = on_device(torch.randn(3, 50), *lists(70, [70, 13, 0]), torch.tensor([0, 1, 2]))
     shape = Blocks(*blocks, 4)
-    got = gpu_kernels.pruned_ffn(x, *w.tensors(), index, count, slots, "silu", Config(shape, shape, splits))
+    got = gpu_kernels.pruned_ffn(x, w, index, count, slots, Config(shape, shape, splits))
     assert_near(got, exact(x, w, index, count, slots), torch.float32)
 
 
@@ -127,7 +127,7 @@ def test_x_may_start_anywhere_and_rows_of_weights_may_not_be_scattered():
     assert_near(BACKEND.ffn(x, w, index, count, slots), exact(x, w, index, count, slots), torch.bfloat16)
     scattered = make(40, 24, torch.bfloat16, True, True, "gelu", DEVICE).up.t()
     with pytest.raises(ValueError, match="contiguous"):
-        torch.ops.dartprune.ffn_gpu(x, w.gate, scattered, *w.tensors()[2:], index, count, slots, "gelu")
+        torch.ops.dartprune.ffn_gpu(x, w.gate, scattered, *w.tensors()[2:], "gelu", index, count, slots)
 
 
 class Recorder:
@@ -167,7 +167,7 @@ def test_rows_of_a_large_batch_share_the_device():
 def test_the_operator_is_one_that_torch_can_trace(gated):
     w = make(16, 20, torch.float32, gated, True, "gelu", DEVICE)
     x, index, count, slots = on_device(torch.randn(2, 16), *lists(20, [7, 20]), torch.tensor([1, 0]))
-    torch.library.opcheck(torch.ops.dartprune.ffn_gpu.default, (x, *w.tensors(), index, count, slots, "gelu"))
+    torch.library.opcheck(torch.ops.dartprune.ffn_gpu.default, (x, *w.tensors(), "gelu", index, count, slots))
 
 
 def test_inside_a_full_graph():
@@ -345,7 +345,7 @@ def test_rows_beyond_the_first_two_billion_elements():
     index = torch.tensor([[neurons - 1]], dtype=torch.int32, device="cuda")
     count, slots = on_device(torch.tensor([1], dtype=torch.int32), torch.tensor([0]))
     x = torch.full((1, hidden), 1 / hidden, dtype=torch.float16, device="cuda")
-    out = torch.ops.dartprune.ffn_gpu(x, None, up, up, None, None, None, index, count, slots, "relu")
+    out = torch.ops.dartprune.ffn_gpu(x, None, up, up, None, None, None, "relu", index, count, slots)
     torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-2, atol=1e-2)
 
 

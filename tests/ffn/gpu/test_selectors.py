@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from dartprune import GatedDart, Sketch, SketchDart
-from dartprune.ffn import selector_ops as selector_ops
+from dartprune.ffn import FFNWeights, selector_ops
+from dartprune.ffn import sketch as sketch_oracle
 from dartprune.ffn.gpu import cut as gpu_cut
 from dartprune.ffn.gpu import gate as gpu_gate
 from dartprune.ffn.gpu import kernels as gpu_kernels
@@ -24,7 +25,7 @@ from dartprune.ffn.gpu import tuning as gpu_tuning
 from dartprune.ffn.gpu.backend import GpuBackend
 from dartprune.ffn.gpu.kernels import Blocks, Config
 from dartprune.ffn.selector_kernels import kernels_of
-from dartprune.ffn.selector_ops import build_planes, build_sketch
+from dartprune.ffn.sketch import build_planes, build_sketch
 from ffn_cases import lists, make
 from selector_cases import assert_agree, case, check_choice, gate_scores, same
 from test_matrix import tokens
@@ -44,9 +45,7 @@ def moved(thing, device=DEVICE):
     """Tensors, and what is made of them, on a device."""
     if isinstance(thing, torch.Tensor):
         return thing.to(device)
-    if isinstance(
-        thing, (selector_ops.FFNSketch, selector_ops.SketchPlanes, selector_ops.TokenRows, selector_ops.FFNWeights)
-    ):
+    if isinstance(thing, (sketch_oracle.FFNSketch, sketch_oracle.SketchPlanes, selector_ops.TokenRows, FFNWeights)):
         return replace(thing, **{name: moved(value, device) for name, value in vars(thing).items()})
     return thing
 
@@ -74,7 +73,7 @@ def test_sketch_on_random_cases(seed, monkeypatch):
     bits, activation_bits = rng.choice([1, 1, 2, 3, 4]), rng.choice([4, 4, 2, 3, 8])
     sketch = build_sketch(w, bits, activation_bits, min(w.hidden, rng.choice([0, 1, 4, 7])))
     call = (x, w, sketch, slots, wanted, importance, rng.randint(1, w.neurons + 2), threshold)
-    scores = selector_ops.sketch_scores(x, w, sketch, importance if importance.shape[0] == 1 else importance[slots])
+    scores = sketch_oracle.sketch_scores(x, w, sketch, importance if importance.shape[0] == 1 else importance[slots])
     assert_agree(on_gpu(gpu_selectors.sketched_rows, *call), selector_ops.sketched_rows(*call), scores, w, x)
 
 
@@ -109,11 +108,11 @@ def test_rounded_inputs_and_integers(seed):
     x = torch.randn(3, hidden) * torch.tensor([[1.0], [1e-3], [0.0]])
     x[0, rng.randrange(hidden)] = 100
     outliers = min(hidden, rng.choice([0, 1, 4, 5]))
-    want, got = selector_ops.quantise_input(x, bits, outliers), rounded_rows(x, bits, outliers)
-    host = selector_ops.InputPlanes(*(part.cpu() for part in got))
+    want, got = sketch_oracle.quantise_input(x, bits, outliers), rounded_rows(x, bits, outliers)
+    host = sketch_oracle.InputPlanes(*(part.cpu() for part in got))
     torch.testing.assert_close(host.step, want.step, rtol=1e-6, atol=0)
     assert torch.equal(host.outlier_value, want.outlier_value) and torch.equal(host.outlier_index, want.outlier_index)
-    integers = [selector_ops._unpack(planes.planes, hidden, signed=True) for planes in (host, want)]
+    integers = [sketch_oracle._unpack(planes.planes, hidden, signed=True) for planes in (host, want)]
     # a step that differs in its last bit may round one entry in thousands to the other side
     assert int((integers[0] - integers[1]).abs().sum()) <= 1
     assert integers[0].sum(dim=1).tolist() == host.total.tolist()
@@ -121,7 +120,7 @@ def test_rounded_inputs_and_integers(seed):
     out = torch.empty(3, 21, dtype=torch.int32, device=DEVICE)
     words, columns = got.planes.shape[2], rng.choice([1, 4, 16])
     integers_kernel[(3, 2)](moved(sketch.planes), got.planes, got.total, out, 21, words, sketch.bits, bits, 16, columns)
-    assert torch.equal(out.cpu(), selector_ops.sketch_integers(host, sketch))
+    assert torch.equal(out.cpu(), sketch_oracle.sketch_integers(host, sketch))
 
 
 def chosen_rows(scores, wanted, width, threshold=None):
@@ -299,9 +298,9 @@ def test_the_operators_are_ones_that_torch_can_trace():
     sketch = moved(build_sketch(w, 1))
     index, count = map(moved, lists(20, [7, 20]))
     x, slots, importance = map(moved, (torch.randn(2, 16), torch.tensor([1, 0]), torch.rand(1, 20)))
-    gate = (x, *w.tensors(), index, count, slots, count, None, importance, "gelu")
+    gate = (x, *w.tensors(), "gelu", index, count, slots, count, None, importance)
     planes = (sketch.gate.planes, sketch.gate.scale, sketch.up.planes, sketch.up.scale, 4, 4)
-    sketched = (x, *w.tensors(), *planes, slots, count, None, importance, 20, "gelu")
+    sketched = (x, *w.tensors(), "gelu", *planes, slots, count, importance, 20, None)
     # not those that compare two calls in full: what lies past a count is not defined
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.dartprune.gated_rows_gpu.default, gate, test_utils=utilities)

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dartprune.errors import read_user_text
 from dartprune.evaluation.texts import json_lines, read_texts
 from dartprune.names import unknown
 
@@ -99,7 +100,7 @@ def summaries(name: str) -> list[tuple[str, str]]:
     path = Path(name)
     if path.suffix != ".jsonl":
         raise ValueError(f"{name}: summaries are read from JSON lines, a file that ends in .jsonl")
-    rows = json_lines(path.read_text(encoding="utf-8"), name, "document", "summary")
+    rows = json_lines(read_user_text(path), name, "document", "summary")
     pairs = [(row["document"], row["summary"]) for row in rows]
     if not pairs:
         raise ValueError(f"{name}: holds no line")

@@ -27,7 +27,7 @@ class Plan:
     """
 
     prompt: int = 64
-    lengths: tuple[int, int] = (128, 128)
+    lengths: tuple[int, ...] = (128, 128)
     count: int = 30
     batch: int = 15
     kinds: tuple[str, ...] = KINDS

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dartprune.errors import read_user_text
 from dartprune.evaluation.texts import json_lines
 from dartprune.names import unknown
 
@@ -114,7 +115,7 @@ def read_prompts(path: Path) -> list[TopicPrompt]:
     Raises:
         ValueError: not JSON, an unknown field, one that is missing, or two equal topics.
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_user_text(path)
     try:
         rows = json.loads(text) if text.lstrip().startswith("[") else list(json_lines(text, path))
     except json.JSONDecodeError as error:

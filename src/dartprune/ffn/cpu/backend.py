@@ -9,60 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dartprune.ffn.backend import row_bytes, same_shape
+from dartprune.ffn.backend import row_bytes
+from dartprune.ffn.cpu.arrays import WORDS, weight_arrays
+from dartprune.ffn.cpu.threads import kept_threads, use_threads
+from dartprune.ffn.operators import ffn_operator
 from dartprune.ffn.weights import FFNWeights
 
-WORDS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
 
-
-def _array(tensor: Tensor) -> Any:
-    """A numpy view of a weight; 16-bit floats as words, since numpy has no bf16."""
-    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
-        raise ValueError("the cpu kernel needs weights whose rows are contiguous: it reads whole rows by their address")
-    return tensor.view(WORDS[tensor.dtype]).numpy()
-
-
-def _float(tensor: Tensor | None, like: Tensor) -> Any:
-    return (like.new_empty(0, dtype=torch.float32) if tensor is None else tensor.float().contiguous()).numpy()
-
-
-@torch.library.custom_op("dartprune::ffn_cpu", mutates_args=())
-def _ffn_cpu(
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    index: Tensor,
-    count: Tensor,
-    slots: Tensor,
-    act: str,
-) -> Tensor:
+@ffn_operator("ffn_cpu")
+def _pruned_ffn(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
     from dartprune.ffn.cpu import kernels
 
-    threads = torch.get_num_threads()
-    _use_threads(threads)
+    threads = use_threads()
     rows, hidden = x.shape
     wide = x.detach().float().contiguous()
     out = torch.empty(rows, hidden, dtype=torch.float32, device="cpu")
-    biased = (gate_bias is not None) + 2 * (up_bias is not None)
-    up_words = _array(up)
-    weights = (
-        gate is not None,
-        up_words if gate is None else _array(gate),
-        up_words,
-        _array(down),
-        _float(gate_bias, x),
-        _float(up_bias, x),
-        biased,
-    )
-    kind = kernels.ACTIVATIONS[act]
+    arrays, kind = weight_arrays(weights), kernels.ACTIVATIONS[weights.activation]
     lists, counts, owners = index.numpy(), count.numpy(), slots.numpy()
     if rows == 1:
         slot = int(owners[0])
-        call: tuple[Any, ...] = (wide[0].numpy(), *weights, lists[slot], int(counts[slot]), kind)
+        call: tuple[Any, ...] = (wide[0].numpy(), *arrays, lists[slot], int(counts[slot]), kind)
         if threads == 1:
             kernels.single_alone(*call, out[0].numpy())
         else:
@@ -71,24 +37,15 @@ def _ffn_cpu(
     else:
         for first in range(0, rows, kernels.MOST_ROWS):
             part = slice(first, min(rows, first + kernels.MOST_ROWS))
-            call = (wide[part].numpy(), *weights, lists, counts, owners[part], kind)
+            call = (wide[part].numpy(), *arrays, lists, counts, owners[part], kind)
             if threads == 1:
                 kernels.several_alone(*call, out[part].numpy())
             else:
                 partial = torch.empty(threads, part.stop - first, hidden, dtype=torch.float32, device="cpu").numpy()
                 kernels.several(*call, threads, partial, out[part].numpy())
-    if down_bias is not None:
-        out += down_bias.float()
+    if weights.down_bias is not None:
+        out += weights.down_bias.float()
     return out.to(x.dtype)
-
-
-_ffn_cpu.register_fake(same_shape)
-
-
-def _use_threads(threads: int) -> None:
-    import numba
-
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
 
 
 class CpuBackend:
@@ -115,25 +72,16 @@ class CpuBackend:
 
     def prepare(self, weights: FFNWeights) -> None:
         """Compile for this dtype (kept on disk), so that no token waits for it."""
-        threads = torch.get_num_threads()
-        try:
-            self._compile(weights)
-        finally:
-            # both may sit on one OpenMP runtime, where Numba's start sets the number of threads anew
-            torch.set_num_threads(threads)
-
-    def _compile(self, weights: FFNWeights) -> None:
-        hidden = weights.hidden
         index = torch.zeros(1, 1, dtype=torch.int32, device="cpu")
         count = torch.ones(1, dtype=torch.int32, device="cpu")
-        for rows in (1, 2):
-            x = torch.zeros(rows, hidden, dtype=weights.up.dtype, device="cpu")
-            self.ffn(x, weights, index, count, torch.zeros(rows, dtype=torch.int64, device="cpu"))
+        with kept_threads():
+            for rows in (1, 2):
+                x = torch.zeros(rows, weights.hidden, dtype=weights.up.dtype, device="cpu")
+                self.ffn(x, weights, index, count, torch.zeros(rows, dtype=torch.int64, device="cpu"))
 
     def ffn(self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
         """Compute the pruned FFN of x [N, H]; see `Backend.ffn`."""
-        out: Tensor = _ffn_cpu(x, *weights.tensors(), index, count, slots, weights.activation)
-        return out
+        return _pruned_ffn(x, weights, index, count, slots)
 
     def bytes_read(self, weights: FFNWeights, kept: Sequence[Tensor]) -> int:
         """The union of the kept rows, each read once."""

@@ -9,65 +9,14 @@ import numpy
 import torch
 from torch import Tensor
 
-from dartprune.ffn.cpu.backend import _array, _use_threads
+from dartprune.ffn.cpu.arrays import weight_arrays
+from dartprune.ffn.cpu.threads import use_threads
+from dartprune.ffn.operators import gated_operator, sketched_operator
 from dartprune.ffn.selector_ops import TokenRows
-from dartprune.ffn.selector_reference import like
 from dartprune.ffn.sketch import GAUSSIAN_STEP, FFNSketch, InputPlanes, SketchPlanes
 from dartprune.ffn.weights import FFNWeights
 
-_Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # of a TokenRows
-_NONE, _NO_BITS = numpy.empty(0, numpy.float32), numpy.empty(0, numpy.uint32)
-_NO_IMPORTANCE = numpy.empty((0, 0), numpy.float32)
-
-
-def gated_rows(
-    x: Tensor,
-    weights: FFNWeights,
-    index: Tensor,
-    count: Tensor,
-    slots: Tensor,
-    wanted: Tensor,
-    threshold: Tensor | None = None,
-    importance: Tensor | None = None,
-) -> TokenRows:
-    """Token gate, fused: see `selector_ops.gated_rows`. Rows of the weights must be contiguous."""
-    operator = _gated_operator if torch.compiler.is_compiling() else _gated
-    parts: _Parts = operator(
-        x, *weights.tensors(), index, count, slots, wanted, threshold, importance, weights.activation
-    )
-    return TokenRows(*parts)
-
-
-def sketched_rows(
-    x: Tensor,
-    weights: FFNWeights,
-    sketch: FFNSketch,
-    slots: Tensor,
-    wanted: Tensor,
-    importance: Tensor,
-    width: int,
-    threshold: Tensor | None = None,
-) -> TokenRows:
-    """Sketch, fused: see `selector_ops.sketched_rows`. Rows of the weights must be contiguous."""
-    gate = sketch.gate
-    operator = _sketched_operator if torch.compiler.is_compiling() else _sketched
-    parts: _Parts = operator(
-        x,
-        *weights.tensors(),
-        None if gate is None else gate.planes,
-        None if gate is None else gate.scale,
-        sketch.up.planes,
-        sketch.up.scale,
-        sketch.activation_bits,
-        sketch.outliers,
-        slots,
-        wanted,
-        threshold,
-        importance,
-        width,
-        weights.activation,
-    )
-    return TokenRows(*parts)
+_NO_BITS, _NO_IMPORTANCE = numpy.empty(0, numpy.uint32), numpy.empty((0, 0), numpy.float32)
 
 
 def quantise_input(x: Tensor, activation_bits: int = 4, outliers: int = 4) -> InputPlanes:
@@ -107,30 +56,13 @@ def chosen_rows(
 class _Call:
     """The arrays that both kernels take, and those that they fill."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        weights: tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None],
-        wanted: Tensor,
-        threshold: Tensor | None,
-        width: int,
-    ) -> None:
-        gate, up, down, gate_bias, up_bias = weights
-        for name, matrix in (("gate", gate), ("up", up), ("down", down)):
-            if matrix is not None and matrix.stride(1) != 1 and matrix.shape[1] > 1:
-                raise ValueError(f"the rows of the {name} matrix are not contiguous: the cpu kernels read whole rows")
-        self.threads = torch.get_num_threads()
-        _use_threads(self.threads)
-        self.dtype = x.dtype
+    def __init__(self, x: Tensor, weights: FFNWeights, wanted: Tensor, threshold: Tensor | None, width: int) -> None:
+        self.weights = weight_arrays(weights)
+        self.threads = use_threads()
+        self.dtype, self.neurons, self.down_bias = x.dtype, weights.neurons, weights.down_bias
         self.x = x.detach().float().contiguous().numpy()
-        biases = [_NONE if bias is None else bias.detach().float().numpy() for bias in (gate_bias, up_bias)]
-        biased = (gate_bias is not None) + 2 * (up_bias is not None)
-        up_words = _array(up)
-        gate_words = up_words if gate is None else _array(gate)
-        self.weights = gate is not None, gate_words, up_words, _array(down), *biases, biased
         self.choice = wanted.numpy(), _bits(threshold)
-        rows, self.neurons = self.x.shape[0], up.shape[0]
-        self.index, self.count, self.cut = _lists(rows, width)
+        self.index, self.count, self.cut = _lists(self.x.shape[0], width)
         self.out = numpy.empty_like(self.x)
 
     def parts(self) -> Iterator[tuple[slice, Any, tuple[Any, ...]]]:
@@ -144,96 +76,67 @@ class _Call:
             lists = self.index[part], self.count[part], self.cut[part]
             yield part, x, (key, numpy.empty_like(key), *lists, self.out[part])
 
-    def finish(self, down_bias: Tensor | None) -> _Parts:
+    def finish(self) -> TokenRows:
         """The results as tensors."""
         out = torch.from_numpy(self.out)
-        if down_bias is not None:
-            out += down_bias.detach().float()
-        return out.to(self.dtype), *_tensors(self.index, self.count, self.cut)
+        if self.down_bias is not None:
+            out += self.down_bias.detach().float()
+        return TokenRows(out.to(self.dtype), *_tensors(self.index, self.count, self.cut))
 
 
-def _gated(
+@gated_operator("gated_rows_cpu", direct=True)
+def gated_rows(
     x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
+    weights: FFNWeights,
     index: Tensor,
     count: Tensor,
     slots: Tensor,
     wanted: Tensor,
     threshold: Tensor | None,
     importance: Tensor | None,
-    act: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> TokenRows:
+    """Token gate, fused: see `selector_ops.gated_rows`. Rows of the weights must be contiguous."""
     from dartprune.ffn.cpu import selector_kernels as kernels
 
-    call = _Call(x, (gate, up, down, gate_bias, up_bias), wanted, threshold, index.shape[1])
+    call = _Call(x, weights, wanted, threshold, index.shape[1])
     weight = _NO_IMPORTANCE if importance is None else importance.float().numpy()
-    lists, counts, owners, kind = index.numpy(), count.numpy(), slots.numpy(), kernels.ACTIVATIONS[act]
+    lists, counts, owners = index.numpy(), count.numpy(), slots.numpy()
+    kind = kernels.ACTIVATIONS[weights.activation]
     for part, rows, results in call.parts():
         given = rows, call.weights, (lists, counts, owners[part]), call.choice, weight
         if call.threads == 1:
             kernels.gate_rows_alone(*given, kind, *results)
         else:
             kernels.gate_rows(*given, kind, call.threads, *results)
-    return call.finish(down_bias)
+    return call.finish()
 
 
-# plain calls leave out the operator's dispatch, 50 us; torch.compile needs it
-_gated_operator = torch.library.custom_op("dartprune::gated_rows_cpu", _gated, mutates_args=())
-
-
-@_gated_operator.register_fake
-def _(x: Tensor, *others: Any) -> _Parts:
-    return like(x, others[6].shape[1])
-
-
-def _sketched(
+@sketched_operator("sketched_rows_cpu", direct=True)
+def sketched_rows(
     x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gate_planes: Tensor | None,
-    gate_scale: Tensor | None,
-    up_planes: Tensor,
-    up_scale: Tensor,
-    activation_bits: int,
-    outliers: int,
+    weights: FFNWeights,
+    sketch: FFNSketch,
     slots: Tensor,
     wanted: Tensor,
-    threshold: Tensor | None,
     importance: Tensor,
     width: int,
-    act: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    threshold: Tensor | None,
+) -> TokenRows:
+    """Sketch, fused: see `selector_ops.sketched_rows`. Rows of the weights must be contiguous."""
     from dartprune.ffn.cpu import selector_kernels as kernels
 
-    call = _Call(x, (gate, up, down, gate_bias, up_bias), wanted, threshold, width)
-    up_sketch = up_planes.numpy(), up_scale.numpy()
-    first = up_sketch if gate_planes is None or gate_scale is None else (gate_planes.numpy(), gate_scale.numpy())
-    weight, owners, kind = importance.float().numpy(), slots.numpy(), kernels.ACTIVATIONS[act]
-    rounding = _rounding(activation_bits, outliers)
+    call = _Call(x, weights, wanted, threshold, width)
+    up = sketch.up.planes.numpy(), sketch.up.scale.numpy()
+    gate = up if sketch.gate is None else (sketch.gate.planes.numpy(), sketch.gate.scale.numpy())
+    weight, owners, kind = importance.float().numpy(), slots.numpy(), kernels.ACTIVATIONS[weights.activation]
+    rounding = _rounding(sketch.activation_bits, sketch.outliers)
     for part, rows, results in call.parts():
-        given = rows, call.weights, rounding, (*first, *up_sketch), call.choice, owners[part], weight, kind
+        given = rows, call.weights, rounding, (*gate, *up), call.choice, owners[part], weight, kind
         if call.threads == 1:
             kernels.sketch_rows_alone(*given, *results)
         else:
             kernels.sketch_rows(*given, call.threads, *results)
-    return call.finish(down_bias)
-
-
-_sketched_operator = torch.library.custom_op("dartprune::sketched_rows_cpu", _sketched, mutates_args=())
-
-
-@_sketched_operator.register_fake
-def _(x: Tensor, *others: Any) -> _Parts:
-    return like(x, others[-2])
+    return call.finish()
 
 
 def _lists(rows: int, width: int) -> tuple[Any, Any, Any]:

@@ -9,20 +9,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dartprune.ffn.backend import row_bytes, same_shape
+from dartprune.ffn.backend import row_bytes
+from dartprune.ffn.operators import ffn_operator
 from dartprune.ffn.weights import FFNWeights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST = (7, 0)  # compute capability that Triton compiles for
 
 
-def ready(x: Tensor, *matrices: Tensor | None) -> Tensor:
+def ready(x: Tensor, weights: FFNWeights) -> Tensor:
     """X as the kernels take it, contiguous and aligned.
 
     Raises:
         ValueError: a matrix is not contiguous.
     """
-    if not all(matrix is None or matrix.is_contiguous() for matrix in matrices):
+    if not all(matrix is None or matrix.is_contiguous() for matrix in (weights.gate, weights.up, weights.down)):
         raise ValueError("the gpu kernel needs weights whose rows are contiguous, one after another")
     rows = x.detach().contiguous()
     # or the kernels would be compiled again, for unaligned memory
@@ -32,32 +33,15 @@ def ready(x: Tensor, *matrices: Tensor | None) -> Tensor:
 # A custom operator, not `triton_op`: torch.compile then calls it as it stands, so the blocks stay those measured at
 # attach (Inductor would tune the kernels again inside the graph), nothing is compiled anew when a batch or a list
 # changes its width, and it runs under the interpreter. Launches inside it are captured by a CUDA graph like any other.
-@torch.library.custom_op("dartprune::ffn_gpu", mutates_args=())
-def _ffn_gpu(
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    index: Tensor,
-    count: Tensor,
-    slots: Tensor,
-    act: str,
-) -> Tensor:
+@ffn_operator("ffn_gpu")
+def _pruned_ffn(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
     from dartprune.ffn.gpu import kernels as gpu_kernels
     from dartprune.ffn.gpu import tuning as gpu_tuning
 
-    rows = ready(x, gate, up, down)
+    rows = ready(x, weights)
     lists = (index.contiguous(), count.contiguous(), slots.contiguous())
     with torch.cuda.device_of(x):
-        return gpu_kernels.pruned_ffn(
-            rows, gate, up, down, gate_bias, up_bias, down_bias, *lists, act, gpu_tuning.config(gate, up)
-        )
-
-
-_ffn_gpu.register_fake(same_shape)
+        return gpu_kernels.pruned_ffn(rows, weights, *lists, gpu_tuning.config(weights.gate, weights.up))
 
 
 class GpuBackend:
@@ -107,8 +91,7 @@ class GpuBackend:
 
     def ffn(self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
         """Compute the pruned FFN of x [N, H]; see `Backend.ffn`."""
-        out: Tensor = _ffn_gpu(x, *weights.tensors(), index, count, slots, weights.activation)
-        return out
+        return _pruned_ffn(x, weights, index, count, slots)
 
     def bytes_read(self, weights: FFNWeights, kept: Sequence[Tensor]) -> int:
         """Every sequence reads its own rows, once however many candidate tokens it has."""

@@ -29,6 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dartprune.ffn.weights import FFNWeights
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -270,26 +272,14 @@ def launch_sum(partial: Tensor, down_bias: Tensor | None, out: Tensor) -> None:
     )
 
 
-def pruned_ffn(
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    index: Tensor,
-    count: Tensor,
-    slots: Tensor,
-    act: str,
-    config: Config,
-) -> Tensor:
+def pruned_ffn(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor, config: Config) -> Tensor:
     """The pruned FFN of x [N, H], all tensors contiguous; see `Backend.ffn`."""
     rows, hidden = x.shape
     acts = torch.empty(rows, index.shape[1], dtype=torch.float32, device=x.device)
     partial = torch.empty(config.parts(rows), rows, hidden, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x)
-    launch_up(x, gate, up, gate_bias, up_bias, index, count, slots, acts, act, config.up)
+    gate, up, down, gate_bias, up_bias, down_bias = weights.tensors()
+    launch_up(x, gate, up, gate_bias, up_bias, index, count, slots, acts, weights.activation, config.up)
     launch_down(acts, down, index, count, slots, partial, config.down)
     launch_sum(partial, down_bias, out)
     return out

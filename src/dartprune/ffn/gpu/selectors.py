@@ -4,8 +4,8 @@ A sketched row takes six launches, one after another on the current stream:
 
 1. `round_kernel`: x as bit planes; it also clears the counts that the cut begins with;
 2. `score_kernel`: products of planes by AND and population count (exact integers), then every neuron's key;
-3. `cut_kernel`: the chosen neurons of each row, ascending (see `gpu_cut`);
-4. to 6. the kernels of `gpu_kernels` over the rows' own lists.
+3. `cut_kernel`: the chosen neurons of each row, ascending (see `cut.py`);
+4. to 6. the kernels of `kernels.py` over the rows' own lists.
 
 A gated row takes five and one fill: `gate_kernel` reads the candidates' gate rows, the cut hands the activations of the
 chosen ones on, `chosen_up_kernel` reads their up rows alone, and the down rows are summed as ever. In a plain FFN the
@@ -16,7 +16,7 @@ Bytes that must move for one row that chooses k of I neurons, H wide, weights of
   and `2 k H w`;
 - gate with C candidates: `(C + 2 k) H w` and `4 C` of importance; a plain FFN `(C + k) H w`.
 The rest stays in the L2 cache: keys (written once, read three times by the cut, `16 I`), a gate's values (`8 C`), 24 KB
-of counts, lists, and what `gpu_kernels` names. The cut is one program for each row: it reads little, but at a batch of
+of counts, lists, and what `kernels.py` names. The cut is one program for each row: it reads little, but at a batch of
 one it has the device for itself.
 
 Launch sizes come from shapes alone and nothing is read back, so a captured CUDA graph follows lists, rates and slots
@@ -27,66 +27,17 @@ bits alone and in a batch. Each row reads its own neurons; rows of a batch find 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dartprune.ffn.gpu.backend import ready
-from dartprune.ffn.selector_ops import FFNSketch, InputPlanes, SketchPlanes, TokenRows
-from dartprune.ffn.selector_reference import like
+from dartprune.ffn.operators import gated_operator, room_for_rows, sketched_operator
+from dartprune.ffn.selector_ops import TokenRows
+from dartprune.ffn.sketch import FFNSketch, InputPlanes, SketchPlanes
 from dartprune.ffn.weights import FFNWeights
 
-_Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # of a TokenRows
 MOST_ROWS = 32  # computed at a time: the partial sums of so many rows fit into memory beside any model
-
-
-def gated_rows(
-    x: Tensor,
-    weights: FFNWeights,
-    index: Tensor,
-    count: Tensor,
-    slots: Tensor,
-    wanted: Tensor,
-    threshold: Tensor | None = None,
-    importance: Tensor | None = None,
-) -> TokenRows:
-    """Token gate: see `selector_ops.gated_rows`. The weights must be contiguous."""
-    parts: _Parts = _gated(
-        x, *weights.tensors(), index, count, slots, wanted, threshold, importance, weights.activation
-    )
-    return TokenRows(*parts)
-
-
-def sketched_rows(
-    x: Tensor,
-    weights: FFNWeights,
-    sketch: FFNSketch,
-    slots: Tensor,
-    wanted: Tensor,
-    importance: Tensor,
-    width: int,
-    threshold: Tensor | None = None,
-) -> TokenRows:
-    """Sketch: see `selector_ops.sketched_rows`. The weights must be contiguous."""
-    gate = sketch.gate
-    parts: _Parts = _sketched(
-        x,
-        *weights.tensors(),
-        None if gate is None else gate.planes,
-        None if gate is None else gate.scale,
-        sketch.up.planes,
-        sketch.up.scale,
-        sketch.activation_bits,
-        sketch.outliers,
-        slots,
-        wanted,
-        threshold,
-        importance,
-        width,
-        weights.activation,
-    )
-    return TokenRows(*parts)
 
 
 def room_for_planes(x: Tensor, activation_bits: int, outliers: int) -> InputPlanes:
@@ -111,8 +62,8 @@ class _Group:
     def __init__(self, call: _Call, first: int) -> None:
         part = slice(first, first + MOST_ROWS)
         self.call = call
-        self.x, self.slots, self.out = call.x[part], call.slots[part], call.out[part]
-        self.index, self.count, self.cut = call.index[part], call.count[part], call.cut[part]
+        self.x, self.slots, self.out = call.x[part], call.slots[part], call.rows.out[part]
+        self.index, self.count, self.cut = call.rows.index[part], call.rows.count[part], call.rows.cut[part]
         self.owners = torch.empty_like(self.slots)
         self.acts = torch.empty(self.index.shape, dtype=torch.float32, device=self.x.device)
 
@@ -140,7 +91,7 @@ class _Call:
     def __init__(
         self,
         x: Tensor,
-        matrices: tuple[Tensor | None, Tensor, Tensor],
+        weights: FFNWeights,
         slots: Tensor,
         wanted: Tensor,
         threshold: Tensor | None,
@@ -148,47 +99,39 @@ class _Call:
     ) -> None:
         from dartprune.ffn.gpu import tuning as gpu_tuning
 
-        self.x = ready(x, *matrices)
-        self.config = gpu_tuning.config(*matrices[:2])
+        self.x = ready(x, weights)
+        self.config = gpu_tuning.config(weights.gate, weights.up)
         self.slots, self.wanted = slots.contiguous(), wanted.contiguous()
         self.threshold = None if threshold is None else threshold.float().contiguous()
-        self.out, self.index, self.count, self.cut = like(self.x, width)
+        self.rows = TokenRows(*room_for_rows(self.x, width))
 
     def groups(self) -> Iterator[_Group]:
         """The rows, as many at a time as are computed together."""
         return (_Group(self, first) for first in range(0, self.x.shape[0], MOST_ROWS))
 
-    def results(self) -> _Parts:
-        """In the order of `TokenRows`."""
-        return self.out, self.index, self.count, self.cut
 
-
-# custom operators for the reasons that `gpu.py` gives
-@torch.library.custom_op("dartprune::gated_rows_gpu", mutates_args=())
-def _gated(
+# custom operators for the reasons that `backend.py` gives
+@gated_operator("gated_rows_gpu")
+def gated_rows(
     x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
+    weights: FFNWeights,
     index: Tensor,
     count: Tensor,
     slots: Tensor,
     wanted: Tensor,
     threshold: Tensor | None,
     importance: Tensor | None,
-    act: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> TokenRows:
+    """Token gate: see `selector_ops.gated_rows`. The weights must be contiguous."""
     from dartprune.ffn.gpu import cut as gpu_cut
     from dartprune.ffn.gpu import gate as gpu_gate
 
+    gate, up, down, gate_bias, up_bias, down_bias = weights.tensors()
     matrix, bias = (up, up_bias) if gate is None else (gate, gate_bias)
     lists = index.contiguous(), count.contiguous()
     weight = None if importance is None else importance.float().contiguous()
     with torch.cuda.device_of(x):
-        call = _Call(x, (gate, up, down), slots, wanted, threshold, index.shape[1])
+        call = _Call(x, weights, slots, wanted, threshold, index.shape[1])
         blocks = call.config.up
         for group in call.groups():
             rows, neurons = group.x.shape[0], up.shape[0]
@@ -197,66 +140,51 @@ def _gated(
             tally, key = zeros.split((rows * gpu_cut.TALLY, rows * neurons))
             key = key.view(rows, neurons)
             value = torch.empty(key.shape, dtype=torch.float32, device=x.device)
-            gpu_gate.launch_gate(group.x, matrix, bias, weight, *lists, group.slots, key, value, tally, act, blocks)
+            gpu_gate.launch_gate(
+                *(group.x, matrix, bias, weight, *lists, group.slots, key, value, tally),
+                *(weights.activation, blocks),
+            )
             group.choose(key, tally, value)
             if gate is not None:
                 gpu_gate.launch_chosen_up(group.x, up, up_bias, group.index, group.count, group.acts, blocks)
             group.add_down(down, down_bias)
-    return call.results()
+    return call.rows
 
 
-@_gated.register_fake
-def _(x: Tensor, *others: Any) -> _Parts:
-    return like(x, others[6].shape[1])
-
-
-@torch.library.custom_op("dartprune::sketched_rows_gpu", mutates_args=())
-def _sketched(
+@sketched_operator("sketched_rows_gpu")
+def sketched_rows(
     x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gate_planes: Tensor | None,
-    gate_scale: Tensor | None,
-    up_planes: Tensor,
-    up_scale: Tensor,
-    activation_bits: int,
-    outliers: int,
+    weights: FFNWeights,
+    sketch: FFNSketch,
     slots: Tensor,
     wanted: Tensor,
-    threshold: Tensor | None,
     importance: Tensor,
     width: int,
-    act: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    threshold: Tensor | None,
+) -> TokenRows:
+    """Sketch: see `selector_ops.sketched_rows`. The weights must be contiguous."""
     from dartprune.ffn.gpu import cut as gpu_cut
     from dartprune.ffn.gpu import kernels as gpu_kernels
     from dartprune.ffn.gpu import sketch as gpu_sketch
 
-    hidden, neurons = x.shape[1], up.shape[0]
-    first = None
-    if gate_planes is not None and gate_scale is not None:
-        first = SketchPlanes(gate_planes.contiguous(), gate_scale.contiguous(), hidden)
-    sketch = FFNSketch(first, SketchPlanes(up_planes.contiguous(), up_scale.contiguous(), hidden))
+    gate, up, down, gate_bias, up_bias, down_bias = weights.tensors()
+    act, biases = weights.activation, (gate_bias, up_bias)
+    planes = FFNSketch(None if sketch.gate is None else _contiguous(sketch.gate), _contiguous(sketch.up))
     weight = importance.float().contiguous()
     with torch.cuda.device_of(x):
-        call = _Call(x, (gate, up, down), slots, wanted, threshold, width)
+        call = _Call(x, weights, slots, wanted, threshold, width)
         for group in call.groups():
-            rounded = room_for_planes(group.x, activation_bits, outliers)
-            key = torch.empty(group.x.shape[0], neurons, dtype=torch.int32, device=x.device)
+            rounded = room_for_planes(group.x, sketch.activation_bits, sketch.outliers)
+            key = torch.empty(group.x.shape[0], weights.neurons, dtype=torch.int32, device=x.device)
             tally = torch.empty(group.x.shape[0], gpu_cut.TALLY, dtype=torch.int32, device=x.device)
             gpu_sketch.launch_round(group.x, rounded, tally)
-            gpu_sketch.launch_score(rounded, sketch, gate_bias, up_bias, weight, group.slots, key, tally, act)
+            gpu_sketch.launch_score(rounded, planes, *biases, weight, group.slots, key, tally, act)
             group.choose(key, tally, None)
             lists = group.index, group.count, group.owners
-            gpu_kernels.launch_up(group.x, gate, up, gate_bias, up_bias, *lists, group.acts, act, call.config.up)
+            gpu_kernels.launch_up(group.x, gate, up, *biases, *lists, group.acts, act, call.config.up)
             group.add_down(down, down_bias)
-    return call.results()
+    return call.rows
 
 
-@_sketched.register_fake
-def _(x: Tensor, *others: Any) -> _Parts:
-    return like(x, others[-2])
+def _contiguous(planes: SketchPlanes) -> SketchPlanes:
+    return SketchPlanes(planes.planes.contiguous(), planes.scale.contiguous(), planes.hidden)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dartprune.ffn.gpu.cut import TALLY, store_keys
 from dartprune.ffn.gpu.kernels import Blocks, activate
-from dartprune.ffn.selector_ops import GAUSSIAN_STEP, FFNSketch, InputPlanes
+from dartprune.ffn.sketch import GAUSSIAN_STEP, FFNSketch, InputPlanes
 
 _LOW = tl.constexpr(0x7FFFFFFF)
 

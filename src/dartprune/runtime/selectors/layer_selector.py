@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from dartprune.ffn.operators import estimated
 from dartprune.ffn.selector_kernels import SelectorKernels
 from dartprune.ffn.selector_ops import TokenRows, chosen_mask, chosen_rows
-from dartprune.ffn.selector_reference import estimated
 from dartprune.ffn.sketch import FFNSketch
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.layer import Layer

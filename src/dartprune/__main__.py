@@ -1,0 +1,5 @@
+"""`python -m dartprune`: the command line."""
+
+from dartprune.cli.main import main
+
+main()

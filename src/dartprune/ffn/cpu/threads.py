@@ -1,0 +1,27 @@
+"""How many threads the kernels use: as many as torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def use_threads() -> int:
+    """Let Numba use as many threads as torch does; gives their number."""
+    import numba
+
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    return threads
+
+
+@contextmanager
+def kept_threads() -> Iterator[None]:
+    """Leave torch its number of threads: both may sit on one OpenMP runtime, where Numba's start sets it anew."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,181 @@
+"""The operators of a pruned FFN as torch.compile sees them, the same for every backend.
+
+An operator takes tensors, numbers and strings alone. Here, and nowhere else, stands how weights and sketches are taken
+apart into its arguments and put together again; a backend writes functions of `FFNWeights` and `FFNSketch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dartprune.ffn import sketch as oracle
+from dartprune.ffn.backend import activation, exactly
+from dartprune.ffn.selector_ops import TokenRows
+from dartprune.ffn.sketch import FFNSketch, SketchPlanes
+from dartprune.ffn.weights import FFNWeights
+
+FFNCall = Callable[[Tensor, FFNWeights, Tensor, Tensor, Tensor], Tensor]
+TokenRowsCall = Callable[..., TokenRows]
+_Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # of a TokenRows
+
+_WEIGHTS = (
+    "Tensor x, Tensor? gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act"
+)
+_SKETCH = "Tensor? gate_planes, Tensor? gate_scale, Tensor up_planes, Tensor up_scale, SymInt bits, SymInt outliers"
+_FFN = f"({_WEIGHTS}, Tensor index, Tensor count, Tensor slots) -> Tensor"
+_GATED = (
+    f"({_WEIGHTS}, Tensor index, Tensor count, Tensor slots, Tensor wanted, Tensor? threshold, Tensor? importance) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_SKETCHED = (
+    f"({_WEIGHTS}, {_SKETCH}, Tensor slots, Tensor wanted, Tensor importance, SymInt width, Tensor? threshold) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_OF_WEIGHTS, _OF_SKETCH = 7, 6  # arguments
+
+
+def ffn_operator(name: str) -> Callable[[FFNCall], FFNCall]:
+    """Decorator: send a function (x, weights, index, count, slots) -> [N, H] through an operator of that name."""
+
+    def register(work: FFNCall) -> FFNCall:
+        def flat(x: Tensor, *given: Any) -> Tensor:
+            return work(x, _weights(given), *given[_OF_WEIGHTS:])
+
+        def fake(x: Tensor, *given: Any) -> Tensor:
+            return x.new_empty(x.shape)
+
+        operator = _operator(name, _FFN, flat, fake)
+
+        def call(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
+            out: Tensor = operator(x, *weights.tensors(), weights.activation, index, count, slots)
+            return out
+
+        return call
+
+    return register
+
+
+def gated_operator(name: str, *, direct: bool = False) -> Callable[[TokenRowsCall], TokenRowsCall]:
+    """Decorator: send a function with the signature of `selector_ops.gated_rows` through an operator of that name.
+
+    direct: outside torch.compile call the function itself, which leaves out the operator's dispatch, 50 us.
+    """
+
+    def register(work: TokenRowsCall) -> TokenRowsCall:
+        def flat(x: Tensor, *given: Any) -> _Parts:
+            return _parts(work(x, _weights(given), *given[_OF_WEIGHTS:]))
+
+        def fake(x: Tensor, *given: Any) -> _Parts:
+            return room_for_rows(x, given[_OF_WEIGHTS].shape[1])
+
+        operator = _operator(name, _GATED, flat, fake)
+
+        def call(
+            x: Tensor,
+            weights: FFNWeights,
+            index: Tensor,
+            count: Tensor,
+            slots: Tensor,
+            wanted: Tensor,
+            threshold: Tensor | None = None,
+            importance: Tensor | None = None,
+        ) -> TokenRows:
+            lists = index, count, slots, wanted, threshold, importance
+            if direct and not torch.compiler.is_compiling():
+                return work(x, weights, *lists)
+            return TokenRows(*operator(x, *weights.tensors(), weights.activation, *lists))
+
+        return call
+
+    return register
+
+
+def sketched_operator(name: str, *, direct: bool = False) -> Callable[[TokenRowsCall], TokenRowsCall]:
+    """Decorator: the same for functions with the signature of `selector_ops.sketched_rows`."""
+
+    def register(work: TokenRowsCall) -> TokenRowsCall:
+        def flat(x: Tensor, *given: Any) -> _Parts:
+            planes = given[_OF_WEIGHTS : _OF_WEIGHTS + _OF_SKETCH]
+            return _parts(work(x, _weights(given), _sketch(x, planes), *given[_OF_WEIGHTS + _OF_SKETCH :]))
+
+        def fake(x: Tensor, *given: Any) -> _Parts:
+            return room_for_rows(x, given[-2])
+
+        operator = _operator(name, _SKETCHED, flat, fake)
+
+        def call(
+            x: Tensor,
+            weights: FFNWeights,
+            sketch: FFNSketch,
+            slots: Tensor,
+            wanted: Tensor,
+            importance: Tensor,
+            width: int,
+            threshold: Tensor | None = None,
+        ) -> TokenRows:
+            choice = slots, wanted, importance, width, threshold
+            if direct and not torch.compiler.is_compiling():
+                return work(x, weights, sketch, *choice)
+            gate, up = sketch.gate, sketch.up
+            planes = (None, None) if gate is None else (gate.planes, gate.scale)
+            rounding = sketch.activation_bits, sketch.outliers
+            flattened = *weights.tensors(), weights.activation, *planes, up.planes, up.scale, *rounding
+            return TokenRows(*operator(x, *flattened, *choice))
+
+        return call
+
+    return register
+
+
+def estimated(x: Tensor, planes: SketchPlanes, activation_bits: int, outliers: int) -> Tensor:
+    """Products of x [N, H] with a sketched matrix, float32 [N, I]; see `sketch.sketch_dots`."""
+    dots: Tensor = _estimated(x, planes.planes, planes.scale, activation_bits, outliers)
+    return dots
+
+
+def room_for_rows(x: Tensor, width: int | torch.SymInt) -> _Parts:
+    """The tensors of a `TokenRows` for x [N, H], not filled."""
+    rows = x.shape[0]
+    index, count = x.new_empty(rows, width, dtype=torch.int32), x.new_empty(rows, dtype=torch.int32)
+    return x.new_empty(x.shape), index, count, x.new_empty(rows, dtype=torch.float32)
+
+
+def _operator(name: str, schema: str, work: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register an operator, and for torch.compile what its results look like."""
+    operator = torch.library.custom_op(f"dartprune::{name}", exactly(work), mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    return operator
+
+
+def _weights(given: tuple[Any, ...]) -> FFNWeights:
+    gate, up, down, gate_bias, up_bias, down_bias, act = given[:_OF_WEIGHTS]
+    return FFNWeights(gate, up, down, gate_bias, up_bias, down_bias, act, partial(activation, act))
+
+
+def _sketch(x: Tensor, given: tuple[Any, ...]) -> FFNSketch:
+    gate, gate_scale, up, up_scale, bits, outliers = given
+    hidden = x.shape[1]
+    first = None if gate is None else SketchPlanes(gate, gate_scale, hidden)
+    return FFNSketch(first, SketchPlanes(up, up_scale, hidden), bits, outliers)
+
+
+def _parts(rows: TokenRows) -> _Parts:
+    return rows.out, rows.index, rows.count, rows.cut
+
+
+def _estimate(x: Tensor, planes: Tensor, scale: Tensor, activation_bits: int, outliers: int) -> Tensor:
+    rounded = oracle.quantise_input(x, activation_bits, outliers)
+    return oracle.sketch_dots(rounded, SketchPlanes(planes, scale, x.shape[1]))
+
+
+_estimated = _operator(
+    "estimated",
+    "(Tensor x, Tensor planes, Tensor scale, SymInt activation_bits, SymInt outliers) -> Tensor",
+    _estimate,
+    lambda x, planes, *_: x.new_empty(x.shape[0], planes.shape[0], dtype=torch.float32),
+)
