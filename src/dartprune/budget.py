@@ -13,6 +13,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from dartprune.errors import UserError, UserTypeError
 from dartprune.names import Registry
 
 DOWN_SQUARE = "down_square"  # what a budget asks for to know the mean squared norm of the down projection's columns
@@ -26,9 +27,9 @@ def sensitivity(angle: Tensor, change: Tensor) -> Tensor:
 
 def _check(sparsity: float, min_sparsity: float = 0.0, max_sparsity: float = 1.0) -> None:
     if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be a number in [0, 1), got {sparsity!r}; 0.7 leaves out 70 % of the neurons")
+        raise UserError(f"sparsity must be a number in [0, 1), got {sparsity!r}; 0.7 leaves out 70 % of the neurons")
     if not 0 <= min_sparsity <= max_sparsity <= 1:
-        raise ValueError(f"layer bounds must satisfy 0 <= min <= max <= 1, got [{min_sparsity!r}, {max_sparsity!r}]")
+        raise UserError(f"layer bounds must satisfy 0 <= min <= max <= 1, got [{min_sparsity!r}, {max_sparsity!r}]")
 
 
 def distribute(pressure: Tensor, sparsity: float, min_sparsity: float = 0.1, max_sparsity: float = 0.9) -> Tensor:
@@ -166,14 +167,14 @@ def _entries(table: str) -> list[tuple[str, int, int | None, str]]:
     for entry in (part.strip() for part in table.split(",")):
         match = re.fullmatch(r"(all|(\d+)(?:-(\d+))?)\s*:\s*(\d+\.\d*|\.\d+|\d+)", entry)
         if match is None:
-            raise ValueError(f"budget entry {entry!r} cannot be read: write layer:share, first-last:share or all:share")
+            raise UserError(f"budget entry {entry!r} cannot be read: write layer:share, first-last:share or all:share")
         where, first, last, amount = match.groups()
         if where == "all":
             out.append((entry, 0, None, amount))
             continue
         begin, end = int(first), int(last or first)
         if begin > end:
-            raise ValueError(f"budget entry {entry!r} names the range backwards: write {end}-{begin}")
+            raise UserError(f"budget entry {entry!r} names the range backwards: write {end}-{begin}")
         out.append((entry, begin, end, amount))
     return out
 
@@ -197,17 +198,15 @@ def parse_table(table: str, neurons: Sequence[int]) -> Tensor:
     for entry, begin, last, amount in _entries(table):
         end = layers - 1 if last is None else last
         if end >= layers:
-            raise ValueError(f"budget entry {entry!r} names layer {end}, but the model has layers 0 to {layers - 1}")
+            raise UserError(f"budget entry {entry!r} names layer {end}, but the model has layers 0 to {layers - 1}")
         for layer in range(begin, end + 1):
             keep = float(amount) if "." in amount else int(amount) / neurons[layer]
             if keep > 1:
-                raise ValueError(
-                    f"budget entry {entry!r} keeps more than the {neurons[layer]} neurons of layer {layer}"
-                )
+                raise UserError(f"budget entry {entry!r} keeps more than the {neurons[layer]} neurons of layer {layer}")
             out[layer] = 1 - keep
     missing = [layer for layer, value in enumerate(out) if math.isnan(value)]
     if missing:
-        raise ValueError(f"the budget table names no share for layer {missing[0]}: add it, or 'all:SHARE' in front")
+        raise UserError(f"the budget table names no share for layer {missing[0]}: add it, or 'all:SHARE' in front")
     return torch.tensor(out, dtype=torch.float32, device="cpu")
 
 
@@ -295,9 +294,9 @@ class DepthAware(Budget):
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"DepthAware: {name} must lie in [0, 1], got {value!r}")
+                raise UserError(f"DepthAware: {name} must lie in [0, 1], got {value!r}")
         if self.min_sparsity > self.max_sparsity:
-            raise ValueError(
+            raise UserError(
                 f"DepthAware: min_sparsity {self.min_sparsity!r} is above max_sparsity {self.max_sparsity!r}"
             )
 
@@ -337,7 +336,7 @@ class Global(Budget):
     def __post_init__(self) -> None:
         value = self.max_sparsity
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"Global: max_sparsity must lie in [0, 1], got {value!r}")
+            raise UserError(f"Global: max_sparsity must lie in [0, 1], got {value!r}")
 
     def pruned(self, facts: BudgetFacts, sparsity: float) -> Tensor:
         """Pruned fractions [L] from each layer's contributions [I]."""
@@ -366,7 +365,7 @@ class Table(Budget):
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, str):
-            raise TypeError(f"Table: keep must be text such as '0:0.9,1-3:0.82,all:0.3', got {self.keep!r}")
+            raise UserTypeError(f"Table: keep must be text such as '0:0.9,1-3:0.82,all:0.3', got {self.keep!r}")
         _entries(self.keep)
 
     def pruned(self, facts: BudgetFacts, sparsity: float) -> Tensor:

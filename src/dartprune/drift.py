@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dartprune.errors import UserError
+
 KEPT_WINDOWS = 32
 
 
@@ -53,10 +55,10 @@ class AttentionDrift:
         """
         for name, whole in (("window", window), ("patience", patience)):
             if isinstance(whole, bool) or not isinstance(whole, int) or whole < 1:
-                raise ValueError(f"detector: {name} must be a whole number of at least 1, got {whole!r}")
+                raise UserError(f"detector: {name} must be a whole number of at least 1, got {whole!r}")
         for name, value in (("delta", delta), ("min_drop", min_drop)):
             if not math.isfinite(value) or value < 0:
-                raise ValueError(f"detector: {name} must be a number of at least 0, got {value!r}")
+                raise UserError(f"detector: {name} must be a number of at least 0, got {value!r}")
         self.window = window
         self.delta = delta
         self.min_drop = min_drop

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dartprune.demo import model_folder
+from dartprune.errors import UserError
 
 DEMO = "demo"
 _HUB_SECONDS = 10.0
@@ -28,12 +29,12 @@ def load(name_or_path: str | None = None, *, dtype: str = "auto", device: str | 
     import torch
 
     if dtype != "auto" and not _is_float(getattr(torch, dtype, None)):
-        raise ValueError(f"unknown dtype {dtype!r}: write auto, float32, bfloat16 or float16")
+        raise UserError(f"unknown dtype {dtype!r}: write auto, float32, bfloat16 or float16")
     source, local = _source(name_or_path)
     model, tokenizer = _load(source, dtype, local)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer of {source!r} has neither a padding nor an end token: set tokenizer.pad_token"
             )
         tokenizer.pad_token = tokenizer.eos_token
@@ -44,7 +45,7 @@ def load(name_or_path: str | None = None, *, dtype: str = "auto", device: str | 
         try:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {device!r} cannot be used: {_one_line(error)}") from error
+            raise UserError(f"device {device!r} cannot be used: {_one_line(error)}") from error
     return model.eval(), tokenizer
 
 
@@ -61,12 +62,12 @@ def _source(name_or_path: str | None) -> tuple[str, bool]:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"{name_or_path!r} holds no config.json: give the folder that save_pretrained() wrote")
+            raise UserError(f"{name_or_path!r} holds no config.json: give the folder that save_pretrained() wrote")
         return str(path), True
     parts = name_or_path.split("/")
     is_name = len(parts) <= 2 and all(parts) and not name_or_path.startswith((".", "~"))
     if path.exists() or not is_name:
-        raise ValueError(f"there is no model folder at {name_or_path!r}, and it is no name on the Hugging Face hub")
+        raise UserError(f"there is no model folder at {name_or_path!r}, and it is no name on the Hugging Face hub")
     return name_or_path, not _hub_has(name_or_path)
 
 
@@ -81,7 +82,7 @@ def _hub_has(name: str) -> bool:
     try:
         HfApi().model_info(name, timeout=_HUB_SECONDS)
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ValueError(
+        raise UserError(
             f"no model could be loaded from {name!r}: there is no such folder, and no such model on the Hugging Face "
             "hub; check the spelling, or log in with `hf auth login` if the model is private"
         ) from error
@@ -100,12 +101,12 @@ def _load(source: str, dtype: str, local: bool) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(source, **options)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(f"a {config.model_type} model is no decoder-only language model")
+            raise UserError(f"a {config.model_type} model is no decoder-only language model")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
         missing = sorted(found["missing_keys"])
         if missing:  # transformers fills these with random numbers and goes on
-            raise ValueError(f"{len(missing)} weights are not in its files, the first is {missing[0]}")
+            raise UserError(f"{len(missing)} weights are not in its files, the first is {missing[0]}")
     except (OSError, HTTPError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = _one_line(error)
         if local and isinstance(error, OSError) and not Path(source).is_dir():
@@ -113,7 +114,7 @@ def _load(source: str, dtype: str, local: bool) -> tuple[Any, Any]:
                 "there is no such folder, the Hugging Face hub cannot be reached, and the cache does not hold it: "
                 f"connect, give a folder, or write {DEMO!r} for the model inside the package"
             )
-        raise ValueError(f"no model could be loaded from {source!r}: {reason}") from error
+        raise UserError(f"no model could be loaded from {source!r}: {reason}") from error
     return model, tokenizer
 
 

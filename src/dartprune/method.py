@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from dartprune.budget import Budget, DepthAware, budget_kinds
 from dartprune.drift import AttentionDrift
+from dartprune.errors import UserError, UserTypeError
 from dartprune.names import unknown
 from dartprune.refresh import Never, Refresh, refresh_kinds
 from dartprune.scoring import scorer
@@ -30,7 +31,7 @@ def choice(owner: str, name: str, value: object, allowed: tuple[object, ...]) ->
 def whole(owner: str, name: str, value: object, least: int) -> None:
     """Check that a value is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{owner}: {name} must be a whole number of at least {least}, got {value!r}")
+        raise UserError(f"{owner}: {name} must be a whole number of at least {least}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Method:
         owner = type(self).__name__
         rho = self.sparsity
         if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not math.isfinite(rho) or not 0 <= rho < 1:
-            raise ValueError(
+            raise UserError(
                 f"{owner}: sparsity must be a number in [0, 1), got {rho!r}; 0.7 leaves out 70 % of the neurons"
             )
         scorer(self.scorer)
@@ -103,17 +104,17 @@ class Method:
         whole(owner, "skip_first", self.skip_first, 0)
         whole(owner, "seed", self.seed, 0)
         if not 0 < self.decay < 1:
-            raise ValueError(f"{owner}: decay must lie in (0, 1), got {self.decay!r}")
+            raise UserError(f"{owner}: decay must lie in (0, 1), got {self.decay!r}")
         if not isinstance(self.refresh, Refresh):
-            raise TypeError(f"{owner}: refresh must be a Refresh such as Replay() or Never(), got {self.refresh!r}")
+            raise UserTypeError(f"{owner}: refresh must be a Refresh such as Replay() or Never(), got {self.refresh!r}")
         if not isinstance(self.detector, Detector):
-            raise TypeError(f"{owner}: detector must be a Detector, got {self.detector!r}")
+            raise UserTypeError(f"{owner}: detector must be a Detector, got {self.detector!r}")
         if not isinstance(self.budget, Budget):
-            raise TypeError(f"{owner}: budget must be a Budget such as DepthAware() or Uniform(), got {self.budget!r}")
+            raise UserTypeError(f"{owner}: budget must be a Budget such as Global(), got {self.budget!r}")
         self._check_token(owner)
         replay = self.refresh.replay_tokens
         if self.refresh.detects and replay % self.detector.window:
-            raise ValueError(
+            raise UserError(
                 f"{owner}: replay of {replay} tokens is no multiple of the detector's window of {self.detector.window}"
             )
 
@@ -121,14 +122,14 @@ class Method:
         if self.token is None:
             return
         if not isinstance(self.token, TokenSelector):
-            raise TypeError(f"{owner}: token must be a TokenSelector such as TokenGate() or None, got {self.token!r}")
+            raise UserTypeError(f"{owner}: token must be None or one such as TokenGate(), got {self.token!r}")
         kind = type(self.token).__name__
         if self.selection != "topk":
-            raise ValueError(f"{owner}: {kind} takes a number of neurons from the budget: selection must be 'topk'")
+            raise UserError(f"{owner}: {kind} takes a number of neurons from the budget: selection must be 'topk'")
         if self.compensate is not None:
-            raise ValueError(f"{owner}: {kind} drops other neurons for each token: compensate must be None")
+            raise UserError(f"{owner}: {kind} drops other neurons for each token: compensate must be None")
         if not self.token.context and self.refresh.replay_tokens:
-            raise ValueError(f"{owner}: {kind} needs no context, so a replay would change nothing: use refresh=Never()")
+            raise UserError(f"{owner}: {kind} needs no context, so a replay would change nothing: use refresh=Never()")
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -160,14 +161,14 @@ class Method:
 def settings_from(data: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a Method from its dict form; ValueError naming the nearest key for an unknown one."""
     if not isinstance(data, Mapping):
-        raise TypeError(f"a pruner is read from a mapping of its settings, got {data!r}")
+        raise UserTypeError(f"a pruner is read from a mapping of its settings, got {data!r}")
     known = [item.name for item in fields(Method)]
     for key in data:
         if key not in (*known, "version", "preset"):
             raise unknown("pruner setting", key, known)
     if data.get("version") != VERSION:
         given = f"pruner version {data['version']!r} is not known" if "version" in data else "the pruner has no version"
-        raise ValueError(f"{given}: this release reads version {VERSION}; write 'version': {VERSION}")
+        raise UserError(f"{given}: this release reads version {VERSION}; write 'version': {VERSION}")
     out: dict[str, Any] = {}
     for key, value in data.items():
         if key in ("version", "preset"):
@@ -186,13 +187,13 @@ def settings_from(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kind(owner: str, value: Any) -> str:
     if not isinstance(value, Mapping) or "kind" not in value:
-        raise ValueError(f"{owner} must be a mapping with a 'kind', got {value!r}")
+        raise UserError(f"{owner} must be a mapping with a 'kind', got {value!r}")
     return str(value["kind"])
 
 
 def _part(owner: str, cls: Any, value: Any) -> Any:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{owner} must be a mapping of its settings, got {value!r}")
+        raise UserError(f"{owner} must be a mapping of its settings, got {value!r}")
     known = [item.name for item in fields(cls)]
     options = {key: v for key, v in value.items() if key != "kind"}
     for key in options:

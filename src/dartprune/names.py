@@ -40,7 +40,7 @@ class Registry(Generic[T]):
     def register(self, name: str, value: T) -> T:
         """Add a value; ValueError if the name is taken."""
         if name in self._values:
-            raise ValueError(f"{self.kind} {name!r} is registered already: choose another name")
+            raise UserError(f"{self.kind} {name!r} is registered already: choose another name")
         self._values[name] = value
         return value
 

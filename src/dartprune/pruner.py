@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from dartprune.budget import Budget, DepthAware, Global, Uniform
+from dartprune.errors import UserError
 from dartprune.method import Method, settings_from
 from dartprune.names import Registry
 from dartprune.refresh import Clock as ClockRefresh
@@ -170,4 +171,4 @@ class Dense(Pruner):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sparsity != 0:
-            raise ValueError(f"Dense: sparsity is 0 by definition, got {self.sparsity!r}")
+            raise UserError(f"Dense: sparsity is 0 by definition, got {self.sparsity!r}")

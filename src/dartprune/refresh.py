@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, TypeVar
 
+from dartprune.errors import UserError
 from dartprune.names import Registry
 
 
@@ -26,7 +27,7 @@ class Action(Enum):
 def _positive(owner: str, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{owner}: {name} must be a whole number of at least 1, got {value!r}")
+            raise UserError(f"{owner}: {name} must be a whole number of at least 1, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,9 @@ class Replay(Refresh):
     def __post_init__(self) -> None:
         _positive("Replay", tokens=self.tokens)
         if not 0 <= self.memory < 1:
-            raise ValueError(f"Replay: memory must lie in [0, 1), got {self.memory!r}")
+            raise UserError(f"Replay: memory must lie in [0, 1), got {self.memory!r}")
         if isinstance(self.settle, bool) or not isinstance(self.settle, int) or self.settle < 0:
-            raise ValueError(f"Replay: settle must be a whole number of tokens, 0 for none, got {self.settle!r}")
+            raise UserError(f"Replay: settle must be a whole number of tokens, 0 for none, got {self.settle!r}")
 
     @property
     def detects(self) -> bool:
@@ -205,9 +206,9 @@ class Clock(Refresh):
     def __post_init__(self) -> None:
         _positive("Clock", every=self.every, dense=self.dense, replay=self.replay)
         if (self.dense is None) == (self.replay is None):
-            raise ValueError(f"Clock: give either dense or replay, got dense={self.dense!r} and replay={self.replay!r}")
+            raise UserError(f"Clock: give either dense or replay, got dense={self.dense!r} and replay={self.replay!r}")
         if not 0 <= self.memory < 1:
-            raise ValueError(f"Clock: memory must lie in [0, 1), got {self.memory!r}")
+            raise UserError(f"Clock: memory must lie in [0, 1), got {self.memory!r}")
 
     @property
     def replay_tokens(self) -> int:

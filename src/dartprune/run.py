@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dartprune.errors import UserError
 from dartprune.method import Method
 from dartprune.model.apart import apart
 from dartprune.model.changes import Changes
@@ -46,7 +47,7 @@ class Run(Refuses):
             decoder = describe(model)
             self._core = core_of(model)
             if self._core.training:
-                raise ValueError("the model is in training mode: call model.eval() before attaching")
+                raise UserError("the model is in training mode: call model.eval() before attaching")
             self._attached = False
             self._callbacks: list[Callable[[Event], None]] = []
             claim(self._core, method.name, self)
@@ -162,7 +163,7 @@ class Run(Refuses):
             ValueError: unknown phase.
         """
         if phase not in ("prefill", "decode"):
-            raise ValueError(f"unknown phase {phase!r}: write 'prefill' or 'decode'")
+            raise UserError(f"unknown phase {phase!r}: write 'prefill' or 'decode'")
         with self._live.phases.say((Phase(phase), tuple(slots) if slots is not None else None)):
             yield
 
@@ -206,7 +207,7 @@ class Run(Refuses):
         """The slots of a cache's lines; ValueError if the run does not know it."""
         ids = self._pool.of(cache)
         if ids is None:
-            raise ValueError("this cache was not filled inside the block, so it has no slots yet")
+            raise UserError("this cache was not filled inside the block, so it has no slots yet")
         return ids
 
     def selection(self, slot: int) -> list[Tensor | None]:

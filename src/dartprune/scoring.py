@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dartprune.errors import UserError
 from dartprune.names import Registry
 
 STATISTICS = ("energy", "normalised_energy", "normalised_peak", "average")
@@ -47,7 +48,7 @@ def register_scorer(name: str) -> Callable[[Callable[..., Tensor]], Callable[...
         allowed = (*STATISTICS, *WEIGHT_FACTS, NOISE, LAYER)
         for given in inputs:
             if given not in allowed:
-                raise ValueError(f"scorer {name!r} asks for {given!r}: its parameters may be {', '.join(allowed)}")
+                raise UserError(f"scorer {name!r} asks for {given!r}: its parameters may be {', '.join(allowed)}")
         _scorers.register(name, Scorer(name, function, inputs))
         return function
 

@@ -21,6 +21,7 @@ from dartprune.bench.result import Result, Row
 from dartprune.bench.share import ffn_alone, ffn_share
 from dartprune.bench.stepping import read, steps
 from dartprune.bench.timing import Turns, alternate
+from dartprune.errors import UserError
 from dartprune.pruner import Pruner
 from dartprune.report import Report
 from dartprune.run import Run
@@ -40,7 +41,7 @@ class Load:
     def __post_init__(self) -> None:
         for name in ("batch", "prompt", "new"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def context(self) -> int:
@@ -67,7 +68,7 @@ def paced(pruners: Mapping[str, Pruner], every: int | None) -> dict[str, Pruner]
     if every is None:
         return dict(pruners)
     if not any(pruner.refresh.replay_tokens for pruner in pruners.values()):
-        raise ValueError(f"a refresh every {every} tokens: none of {', '.join(pruners)} replays; add 'dart'")
+        raise UserError(f"a refresh every {every} tokens: none of {', '.join(pruners)} replays; add 'dart'")
     out: dict[str, Pruner] = {}
     for name, pruner in pruners.items():
         tokens = pruner.refresh.replay_tokens
@@ -83,9 +84,9 @@ def check(pruners: Mapping[str, Pruner], load: Load, device: torch.device) -> No
     """ValueError, before a model is built, for what cannot be measured."""
     for name, pruner in pruners.items():
         if name in ("dense", "ffn share", "stream"):
-            raise ValueError(f"no method can be called {name!r}: an arm has that name already")
+            raise UserError(f"no method can be called {name!r}: an arm has that name already")
         if isinstance(pruner.refresh, Paced) and pruner.refresh.every > load.new:
-            raise ValueError(f"{name}: no refresh would come within {load.new} new tokens: raise --new")
+            raise UserError(f"{name}: no refresh would come within {load.new} new tokens: raise --new")
         check_prompt(pruner, load.prompt)
     if load.graphs:
         check_graphs(device, {name: pruner.refresh for name, pruner in pruners.items()})
@@ -94,7 +95,7 @@ def check(pruners: Mapping[str, Pruner], load: Load, device: torch.device) -> No
 def check_prompt(pruner: Pruner, prompt: int) -> None:
     """ValueError for a prompt from which no mask could be made."""
     if prompt < pruner.min_traced + pruner.skip_first:
-        raise ValueError(
+        raise UserError(
             f"a prompt of {prompt} tokens makes no mask: {pruner.min_traced + pruner.skip_first} are needed"
         )
 

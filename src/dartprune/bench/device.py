@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dartprune.bench.timing import Spread, seconds_per_call
+from dartprune.errors import UserError
 
 STREAM = 512 * 2**20  # bytes, at least
 UNKNOWN_CACHE = 64 * 2**20
@@ -25,9 +26,9 @@ def device_of(name: str | None) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
+        raise UserError(f"device {name!r} cannot be used: {reason}") from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} cannot be measured: write cpu or cuda")
+        raise UserError(f"device {name!r} cannot be measured: write cpu or cuda")
     return device
 
 
@@ -70,7 +71,7 @@ def resident_bytes() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
         if not _has_psutil():
-            raise ValueError("resident memory cannot be read on this system: pip install psutil") from None
+            raise UserError("resident memory cannot be read on this system: pip install psutil") from None
         return int(_psutil().Process().memory_info().rss)
     return pages * os.sysconf("SC_PAGE_SIZE")
 

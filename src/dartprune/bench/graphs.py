@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dartprune.errors import UserError
 from dartprune.model.families import describe
 from dartprune.refresh import Refresh, Release
 
@@ -33,10 +34,10 @@ def capture(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 def check_graphs(device: torch.device, refreshes: dict[str, Refresh]) -> None:
     """ValueError unless every method can run as a graph: on CUDA, with nothing but replays between steps."""
     if device.type != "cuda":
-        raise ValueError(f"--graphs needs CUDA, the device is {device}: leave it out to measure without graphs")
+        raise UserError(f"--graphs needs CUDA, the device is {device}: leave it out to measure without graphs")
     for name, refresh in refreshes.items():
         if refresh.dense_tokens or isinstance(refresh, Release):
-            raise ValueError(f"--graphs cannot run {name}: it returns to dense steps, which another graph would need")
+            raise UserError(f"--graphs cannot run {name}: it returns to dense steps, which another graph would need")
 
 
 class GraphedForward:

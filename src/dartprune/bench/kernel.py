@@ -15,6 +15,7 @@ from dartprune.bench.device import Stream, device_of, free_bytes, last_level_cac
 from dartprune.bench.models import dtype_of, fill
 from dartprune.bench.result import Result, Row
 from dartprune.bench.timing import Turns, Work, alternate, seconds_per_call
+from dartprune.errors import UserError
 from dartprune.ffn import Backend, FFNWeights, choose
 from dartprune.ffn.backend import activation, row_bytes
 from dartprune.ffn.masked import apply_mask
@@ -39,9 +40,9 @@ class Case:
     def __post_init__(self) -> None:
         for name in ("hidden", "neurons", "batch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must lie in [0, 1), got {self.sparsity}")
+            raise UserError(f"sparsity must lie in [0, 1), got {self.sparsity}")
         dtype_of(self.dtype)
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
@@ -146,7 +147,7 @@ def _check_room(case: Case, layers: int, device: torch.device) -> None:
     needed = layers * case.weight_bytes * (1 + (1 / 3 if case.gated else 1 / 2) + case.batch * case.kept / case.neurons)
     free = free_bytes(device)
     if free is not None and needed > 0.9 * free:
-        raise ValueError(
+        raise UserError(
             f"{case}: {layers} layers need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
             "take fewer --layers or a smaller FFN"
         )
@@ -157,7 +158,7 @@ def _backend(case: Case, name: str, device: torch.device) -> Backend:
     matrix = torch.empty(case.neurons, case.hidden, dtype=dtype_of(case.dtype), device=device)
     chosen, reason = choose(name, RandomFFNs.weights(case, [matrix] * 3), device)
     if not chosen.gathers:
-        raise ValueError(f"no backend reads single rows here: {reason or f'{chosen.name} computes all neurons'}")
+        raise UserError(f"no backend reads single rows here: {reason or f'{chosen.name} computes all neurons'}")
     return chosen
 
 

@@ -18,6 +18,7 @@ from dartprune.bench.models import Subject, prompts
 from dartprune.bench.result import MemoryRow, Result
 from dartprune.bench.stepping import read, steps
 from dartprune.bench.timing import Spread, alternate
+from dartprune.errors import UserError
 from dartprune.pruner import Pruner
 from dartprune.report import Report
 from dartprune.run import Run
@@ -30,7 +31,7 @@ def check(pruners: Mapping[str, Pruner], batch: int, prompt: int, new: int) -> N
     Load(batch, prompt, new)
     for pruner in pruners.values():
         if not pruner.prunes:
-            raise ValueError(f"{pruner.name} holds nothing for a sequence: there is no memory to measure; use 'dart'")
+            raise UserError(f"{pruner.name} holds nothing for a sequence: there is no memory to measure; use 'dart'")
         check_prompt(pruner, prompt)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.bench.device import device_of, free_bytes
+from dartprune.errors import UserError
 from dartprune.model.context import context_length
 from dartprune.names import Registry, unknown
 
@@ -151,7 +152,7 @@ def config_of(shape: str, layers: int | None = None) -> Any:
     whole = int(config.num_hidden_layers)
     if layers is not None:
         if not 1 <= layers <= whole:
-            raise ValueError(f"{shape} has {whole} layers: --layers must lie between 1 and {whole}, got {layers}")
+            raise UserError(f"{shape} has {whole} layers: --layers must lie between 1 and {whole}, got {layers}")
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
@@ -198,10 +199,10 @@ def subject(
     """The model to measure: a named shape, or one from disk or hub (None: the small one inside the package)."""
     if shape is not None:
         if model is not None:
-            raise ValueError("give either --model or --shape, not both")
+            raise UserError("give either --model or --shape, not both")
         return build(shape, dtype="bfloat16" if dtype == "auto" else dtype, layers=layers, device=device)
     if layers is not None:
-        raise ValueError("--layers goes with --shape: a loaded model has the layers it has")
+        raise UserError("--layers goes with --shape: a loaded model has the layers it has")
     from dartprune.loading import load
 
     place = device_of(device)
@@ -214,7 +215,7 @@ def check_room(what: str, needed: int, device: torch.device) -> None:
     """ValueError, before anything is allocated, if so many bytes of weights do not fit."""
     free = free_bytes(device)
     if free is not None and ROOM * needed > free:
-        raise ValueError(
+        raise UserError(
             f"{what} needs {ROOM * needed / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free: "
             "take fewer --layers or a smaller shape"
         )
@@ -250,7 +251,7 @@ def prompts(model: Any, batch: int, tokens: int) -> Tensor:
     """Random token ids [batch, tokens], the same at every call; ValueError for more than the context holds."""
     most = context_length(model)
     if most is not None and tokens > most:
-        raise ValueError(f"{tokens} tokens are more than the model's context of {most}")
+        raise UserError(f"{tokens} tokens are more than the model's context of {most}")
     generator = torch.Generator().manual_seed(0)
     high = math.ceil(
         0.99 * int(model.config.get_text_config().vocab_size)

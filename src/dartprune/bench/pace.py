@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from dartprune.errors import UserError
 from dartprune.refresh import Action, Replay
 
 
@@ -19,7 +20,7 @@ class Paced(Replay):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.every < 1:
-            raise ValueError(f"a refresh every {self.every} tokens makes no sense: give at least 1")
+            raise UserError(f"a refresh every {self.every} tokens makes no sense: give at least 1")
 
     def due(self, decoded: int, since_mask: int, fired: bool) -> Action | None:
         """A replay when the time has come, whatever the detector says."""

@@ -18,6 +18,7 @@ from dartprune.bench.pace import Paced
 from dartprune.bench.result import Result, Row
 from dartprune.bench.stepping import read, steps
 from dartprune.bench.timing import Turns, alternate
+from dartprune.errors import UserError
 from dartprune.pruner import Pruner
 
 STEPS = 4  # dense steps, and replays, of a block
@@ -80,10 +81,10 @@ def check(pruner: Pruner, batch: int, prompt: int) -> None:
     Load(batch, prompt, STEPS)
     tokens = pruner.refresh.replay_tokens
     if not tokens:
-        raise ValueError(f"{pruner.name} never replays: there is no refresh to measure; use 'dart'")
+        raise UserError(f"{pruner.name} never replays: there is no refresh to measure; use 'dart'")
     check_prompt(pruner, prompt)
     if prompt < tokens:
-        raise ValueError(f"a prompt of {prompt} tokens is too short for a replay of {tokens}: give at least {tokens}")
+        raise UserError(f"a prompt of {prompt} tokens is too short for a replay of {tokens}: give at least {tokens}")
 
 
 @torch.no_grad()

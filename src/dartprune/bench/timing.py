@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
+from dartprune.errors import UserError
+
 Work = Callable[[], Any]
 
 
@@ -58,7 +60,7 @@ def alternate(arms: Mapping[str, Callable[[], float]], turns: int) -> Turns:
         turns: how often, at least 1.
     """
     if turns < 1:
-        raise ValueError(f"turns must be at least 1, got {turns}")
+        raise UserError(f"turns must be at least 1, got {turns}")
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     order: list[str] = []
     for turn in range(turns):

@@ -11,6 +11,7 @@ from dartprune.bench.models import Subject, prompts
 from dartprune.bench.result import Result, Row
 from dartprune.bench.stepping import read
 from dartprune.bench.timing import Spread, Turns, alternate
+from dartprune.errors import UserError
 from dartprune.pruner import Pruner
 from dartprune.run import Run
 
@@ -40,9 +41,9 @@ class LazyRun:
 def check(pruner: Pruner, lengths: Sequence[int], batch: int) -> None:
     """ValueError, before a model is built, for what cannot be measured."""
     if not lengths or min(*lengths, batch) < 1:
-        raise ValueError(f"prompt and batch must be at least 1, got {list(lengths)} and {batch}")
+        raise UserError(f"prompt and batch must be at least 1, got {list(lengths)} and {batch}")
     if not pruner.prunes:
-        raise ValueError(f"{pruner.name} traces nothing: there is no overhead to measure; use 'dart'")
+        raise UserError(f"{pruner.name} traces nothing: there is no overhead to measure; use 'dart'")
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dartprune.budget import DepthAware, Uniform
+from dartprune.errors import UserError
 from dartprune.evaluation.calibration import Calibration
 from dartprune.method import Detector
 from dartprune.names import Registry, comma_list, unknown
@@ -150,7 +151,7 @@ def arm(name: str, calibration: Calibration | None = None) -> Arm:
     head = FORMER.get(head, head)
     if head in presets.names():
         if at:
-            raise ValueError(f"arm {name!r}: {head} takes no number; write {head}")
+            raise UserError(f"arm {name!r}: {head} takes no number; write {head}")
         cls = presets.get(head)
         return Arm(head, lambda sparsity: cls(sparsity=sparsity) if cls.prunes else cls(), prunes=cls.prunes)
     if head not in arm_kinds.names():
@@ -158,7 +159,7 @@ def arm(name: str, calibration: Calibration | None = None) -> Arm:
     kind = arm_kinds.get(head)
     number = _number(name, head, at, tail, kind.number)
     if kind.calibrated and calibration is None:
-        raise ValueError(
+        raise UserError(
             f"arm {name!r} needs a calibration text: give --calibration FILE, which dartprune compare takes"
         )
     return Arm(head + at + tail, lambda sparsity: kind.build(sparsity, number, calibration))
@@ -167,14 +168,14 @@ def arm(name: str, calibration: Calibration | None = None) -> Arm:
 def _number(name: str, head: str, at: str, tail: str, default: int | None) -> int:
     if default is None:
         if at:
-            raise ValueError(f"arm {name!r}: {head} takes no number; write {head}")
+            raise UserError(f"arm {name!r}: {head} takes no number; write {head}")
         return 0
     if not at:
         if default == 0:
-            raise ValueError(f"arm {name!r} needs a number of tokens: write {head}@100")
+            raise UserError(f"arm {name!r} needs a number of tokens: write {head}@100")
         return default
     if not tail.isascii() or not tail.isdigit() or int(tail) < 1:
-        raise ValueError(f"arm {name!r}: after @ comes a whole number of tokens of at least 1, as in {head}@100")
+        raise UserError(f"arm {name!r}: after @ comes a whole number of tokens of at least 1, as in {head}@100")
     return int(tail)
 
 
@@ -192,7 +193,7 @@ def check_arms(names: Sequence[str], *, calibrated: bool) -> None:
         arm(name, Calibration(None, []) if calibrated else None)  # stands in for the text until a model is there
     known = [name for name in arm_kinds.names() if arm_kinds.get(name).calibrated]
     if calibrated and not set(known) & set(names):
-        raise ValueError(
+        raise UserError(
             f"a calibration text is given, but no arm is made from it: add one of {', '.join(known)} to --method"
         )
 
@@ -200,7 +201,7 @@ def check_arms(names: Sequence[str], *, calibrated: bool) -> None:
 def check_once(names: Sequence[str]) -> None:
     """ValueError for a name that stands twice."""
     if len(set(names)) < len(names):
-        raise ValueError(f"every arm must be named once, got {', '.join(names)}")
+        raise UserError(f"every arm must be named once, got {', '.join(names)}")
 
 
 def arm_list(text: str) -> list[str]:
@@ -222,7 +223,7 @@ def arm_list(text: str) -> list[str]:
             base, end = names[-1].partition("@")[0], int(part)
             if step is not None:
                 if step < 1 or end <= numbers[-1]:
-                    raise ValueError(f"numbers must rise across '...', got {numbers} and then {end}")
+                    raise UserError(f"numbers must rise across '...', got {numbers} and then {end}")
                 names += [f"{base}@{number}" for number in range(numbers[-1] + step, end, step)]
                 step = None
             numbers.append(end)
@@ -232,7 +233,7 @@ def arm_list(text: str) -> list[str]:
             numbers = [int(number)] if number.isdigit() else []
             names.append(part)
     if step is not None:
-        raise ValueError(f"'...' needs a number after it, as in {names[-1]},...,600")
+        raise UserError(f"'...' needs a number after it, as in {names[-1]},...,600")
     return names
 
 
@@ -244,7 +245,7 @@ def parse_arms(text: str, sparsity: float) -> list[ArmAt]:
     """
     names = arm_list(text)
     if not names:
-        raise ValueError("no arms: write such as dense,dart-frozen,dart-release@100,200,...,600,dart")
+        raise UserError("no arms: write such as dense,dart-frozen,dart-release@100,200,...,600,dart")
     arms = [arm(name).at(sparsity) for name in names]
     check_once([one.name for one in arms])
     return [arm("dense").at(0.0), *(one for one in arms if one.name != "dense")]
@@ -261,5 +262,5 @@ def arms_at(names: Sequence[str], sparsities: Sequence[float]) -> dict[str, Prun
     for sparsity in sparsities:
         out |= {f"{one.name} {sparsity:g}": one.build(sparsity) for one in arms if one.prunes}
     if not out:
-        raise ValueError("nothing to measure: give at least one method, and a sparsity if it prunes")
+        raise UserError("nothing to measure: give at least one method, and a sparsity if it prunes")
     return out

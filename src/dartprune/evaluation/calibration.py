@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dartprune.budget import Uniform
+from dartprune.errors import UserError
 from dartprune.pruner import Static
 from dartprune.scoring import register_scorer, scorer_names
 
@@ -61,7 +62,7 @@ def cut(tokens: Sequence[int]) -> list[list[int]]:
         ValueError: too few tokens to calibrate anything.
     """
     if len(tokens) < LEAST:
-        raise ValueError(f"the calibration text has {len(tokens)} tokens: give at least {LEAST}")
+        raise UserError(f"the calibration text has {len(tokens)} tokens: give at least {LEAST}")
     starts = range(0, max(1, len(tokens) - WINDOW + 1), WINDOW)
     return [list(tokens[start : start + WINDOW]) for start in starts[:: -(-len(starts) // PIECES)]]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from dartprune.errors import UserError
 from dartprune.pruner import Pruner
 from dartprune.report import Report
 from dartprune.run import Run
@@ -36,9 +37,9 @@ def forced_steps(
     """
     length = int(tokens.shape[1])
     if not 2 <= context < length:
-        raise ValueError(f"context must lie between 2 and {length - 1} tokens for texts of {length}, got {context}")
+        raise UserError(f"context must lie between 2 and {length - 1} tokens for texts of {length}, got {context}")
     if block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
+        raise UserError(f"block must be at least 1, got {block}")
     tokens = tokens.to(next(model.parameters()).device)
     cache = run.prefill(tokens[:, : context - 1])
     for first in range(context - 1, length - 1, block):

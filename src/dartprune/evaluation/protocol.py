@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dartprune.errors import UserError
 from dartprune.evaluation.lines import Lines
 from dartprune.evaluation.tally import Tally
 from dartprune.pruner import Pruner
@@ -85,7 +86,7 @@ class Protocol:
             ValueError: a batch below 1.
         """
         if batch < 1:
-            raise ValueError(f"the batch must hold at least 1 context, got {batch}")
+            raise UserError(f"the batch must hold at least 1 context, got {batch}")
         self.model, self.pruner, self.padding, self.batch, self.backend = model, pruner, padding, batch, backend
         self.tally = Tally()
 
@@ -111,7 +112,7 @@ class Protocol:
         contexts: dict[Tokens, _Context] = {}
         for number, (before, answer) in enumerate(questions):
             if not before or not answer:
-                raise ValueError(f"question {number}: a context and an answer need at least one token each")
+                raise UserError(f"question {number}: a context and an answer need at least one token each")
             context = contexts.setdefault(tuple(before), _Context(tuple(before)))
             context.stems.setdefault(tuple(answer[:-1]), []).append((answer[-1], number))
         self.tally.contexts += len(contexts)
@@ -157,9 +158,9 @@ class Protocol:
             ValueError: an empty context, or nothing to write.
         """
         if most < 1:
-            raise ValueError(f"at least one token must be written, got {most}")
+            raise UserError(f"at least one token must be written, got {most}")
         if not all(contexts):
-            raise ValueError("a context needs at least one token")
+            raise UserError("a context needs at least one token")
         self.tally.contexts += len(contexts)
         out: dict[int, Written] = {}
         numbered = [(number, tuple(context)) for number, context in enumerate(contexts)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dartprune.errors import user_file
+from dartprune.errors import UserError, user_file
 
 SEPARATOR = "<|doc|>"  # a line of its own between the documents of a file
 _SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz")
@@ -51,7 +51,7 @@ def read_texts(sources: Sequence[str | Path], *, split: str | None = None) -> di
             if text.strip():
                 documents.setdefault(domain, []).append(text.strip())
     if not documents:
-        raise ValueError(f"no text in {', '.join(map(str, sources)) or 'nothing'}: give files or folders of .txt files")
+        raise UserError(f"no text in {', '.join(map(str, sources)) or 'nothing'}: give files or folders of .txt files")
     return documents
 
 
@@ -64,12 +64,12 @@ def _files(sources: Sequence[str | Path], split: str | None) -> list[Path]:
                 inside = [p for p in inside if split in p.name.split(".")[1:]]
             if not inside:
                 wanted = "" if split is None else f" of the split {split!r}"
-                raise ValueError(f"{source}: the folder holds no .txt or .jsonl files{wanted}")
+                raise UserError(f"{source}: the folder holds no .txt or .jsonl files{wanted}")
             files += inside
         elif not source.is_file():
-            raise ValueError(f"{source}: there is no such file or folder")
+            raise UserError(f"{source}: there is no such file or folder")
         elif not source.name.endswith(_SUFFIXES):
-            raise ValueError(f"{source}: the name must end in one of {', '.join(_SUFFIXES)}")
+            raise UserError(f"{source}: the name must end in one of {', '.join(_SUFFIXES)}")
         else:
             files.append(source)
     return files
@@ -82,7 +82,7 @@ def _documents(path: Path) -> Iterator[tuple[str, str]]:
             raw = path.read_bytes()
         text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
     except (lzma.LZMAError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text ({error})") from None
+        raise UserError(f"{path}: cannot be read as text ({error})") from None
     if ".jsonl" not in path.suffixes:
         # split at whole lines only: the mark may stand inside a text that is about it
         yield from ((domain, part) for part in ("\n" + text + "\n").split(f"\n{SEPARATOR}\n"))
@@ -99,10 +99,10 @@ def json_lines(text: str, path: str | Path, *fields: str) -> Iterator[dict[str, 
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in fields):
             named = "text under " + " and ".join(map(repr, fields)) if fields else "an object"
-            raise ValueError(f"{path}, line {number}: needs {named}")
+            raise UserError(f"{path}, line {number}: needs {named}")
         yield row
 
 
@@ -121,7 +121,7 @@ def pieces(documents: Mapping[str, Sequence[str]], tokenizer: Any, length: int) 
                 out.setdefault(domain, []).append(current)
                 current = []
     if not out:
-        raise ValueError(f"no domain has a text of {length} tokens: give longer texts or ask for shorter streams")
+        raise UserError(f"no domain has a text of {length} tokens: give longer texts or ask for shorter streams")
     return out
 
 
@@ -146,9 +146,9 @@ def streams(
         ValueError: lengths that make no stream, too few domains, a text shorter than a stretch.
     """
     if len(lengths) not in (1, 2) or any(length < 2 for length in lengths):
-        raise ValueError(f"lengths must be one or two numbers of at least 2, got {list(lengths)}")
+        raise UserError(f"lengths must be one or two numbers of at least 2, got {list(lengths)}")
     if len(tokens) < len(lengths):
-        raise ValueError(f"a change of topic needs two domains, the texts have {len(tokens)}: {', '.join(tokens)}")
+        raise UserError(f"a change of topic needs two domains, the texts have {len(tokens)}: {', '.join(tokens)}")
     generator = torch.Generator().manual_seed(seed)
     orders = list(permutations(tokens, len(lengths)))
     order = torch.randperm(len(orders), generator=generator).tolist()
@@ -162,7 +162,7 @@ def streams(
             head = [] if separator is None else [separator]
             needed = length - len(head)
             if len(text) < needed:
-                raise ValueError(f"a text of {domain} has {len(text)} tokens, a stretch needs {needed}")
+                raise UserError(f"a text of {domain} has {len(text)} tokens, a stretch needs {needed}")
             start = int(torch.randint(len(text) - needed + 1, (), generator=generator))
             row += [*head, *text[start : start + needed]]
         out.append(Stream(tuple(row), tuple(domains), lengths[0] if len(lengths) == 2 else None))
@@ -173,5 +173,5 @@ def batch(drawn: Sequence[Stream]) -> Tensor:
     """Streams of equal length as int64 [B, T]; ValueError if they differ in length."""
     sizes = {len(stream.tokens) for stream in drawn}
     if len(sizes) != 1:
-        raise ValueError(f"streams of one batch must have one length, got {sorted(sizes)}")
+        raise UserError(f"streams of one batch must have one length, got {sorted(sizes)}")
     return torch.tensor([stream.tokens for stream in drawn])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dartprune.errors import UserError
 from dartprune.ffn.backend import Backend
 from dartprune.ffn.cpu.backend import CpuBackend
 from dartprune.ffn.gpu.backend import GpuBackend
@@ -44,7 +45,7 @@ def choose(name: str, weights: FFNWeights | str, device: torch.device) -> tuple[
         backend = _backends.get(name)
         reason = backend.reason_against(weights, device)
         if reason is not None:
-            raise ValueError(f"backend {name!r} cannot be used: {reason}; backend='auto' falls back to 'masked'")
+            raise UserError(f"backend {name!r} cannot be used: {reason}; backend='auto' falls back to 'masked'")
         return backend, None
     backend = _backends.get(_AUTOMATIC.get(device.type, "cpu"))
     reason = backend.reason_against(weights, device)

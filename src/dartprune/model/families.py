@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from dartprune.errors import UserError
 from dartprune.model.calls import bare
 from dartprune.model.layer import Decoder, Layer, activation_name, check_single, sizes
 from dartprune.model.lookup import Family, at, core_of, first_of, refuse_by_kind
@@ -82,7 +83,7 @@ def register_family(model_type: str, family: Family) -> None:
         ValueError: there is a row already.
     """
     if model_type in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"family {model_type!r} has a row already: remove it from dartprune.model.families.FAMILIES first"
         )
     FAMILIES[model_type] = family
@@ -141,5 +142,5 @@ def _shape(down: nn.Module) -> tuple[int, int]:
     """(H, I) of a down projection of any kind."""
     size = sizes(down)
     if size is None:
-        raise ValueError(f"the down projection is a {type(down).__name__}, whose width cannot be read")
+        raise UserError(f"the down projection is a {type(down).__name__}, whose width cannot be read")
     return size[1], size[0]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dartprune.errors import UserError
 from dartprune.model.calls import bare, quietly
 
 
@@ -109,7 +110,7 @@ def check_single(layers: Iterable[Layer]) -> None:
         for part in filter(None, dict.fromkeys((layer.entry, layer.down, layer.norm, layer.contribution))):
             first = owner.setdefault(part, layer.index)
             if first != layer.index:
-                raise ValueError(
+                raise UserError(
                     f"layers {first} and {layer.index} share one {type(part).__name__} in or around their FFN: "
                     "they cannot be pruned apart; give each a module of its own, whose weights may be tied"
                 )

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, nn
 
+from dartprune.errors import UserError
 from dartprune.model.calls import StandIn
 from dartprune.model.families import Decoder, Layer
 
@@ -282,7 +283,7 @@ def claim(model: nn.Module, owner: str, run: Any) -> None:
     """Mark a model as attached by a run; ValueError if it is already."""
     with _lock:
         if model in _attached:
-            raise ValueError(
+            raise UserError(
                 f"the model is already attached (by {_attached[model][0]}): call dartprune.detach(model), "
                 f"or detach() of that run, before attaching {owner}"
             )

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from dartprune.errors import UserError, UserTypeError
+
 
 @dataclass(frozen=True)
 class Family:
@@ -43,7 +45,7 @@ def at(module: nn.Module, path: str) -> Any:
     part: Any = module
     for name in path.split("."):
         if not hasattr(part, name):
-            raise ValueError(f"{type(module).__name__} has no {path!r} ({type(part).__name__} has no {name!r})")
+            raise UserError(f"{type(module).__name__} has no {path!r} ({type(part).__name__} has no {name!r})")
         part = getattr(part, name)
     return part
 
@@ -56,7 +58,7 @@ def first_of(module: nn.Module, paths: str) -> Any:
             part = getattr(part, name, None)
         if part is not None:
             return part
-    raise ValueError(f"{type(module).__name__} has none of {', '.join(paths.split('|'))}")
+    raise UserError(f"{type(module).__name__} has none of {', '.join(paths.split('|'))}")
 
 
 def core_of(model: Any) -> Any:
@@ -75,7 +77,7 @@ def core_of(model: Any) -> Any:
             break
         core = inner
     if not isinstance(core, nn.Module) or not hasattr(core, "config"):
-        raise TypeError(f"a transformers model is needed, got {type(model).__name__}")
+        raise UserTypeError(f"a transformers model is needed, got {type(model).__name__}")
     return core
 
 
@@ -84,14 +86,14 @@ def refuse_by_kind(core: Any) -> None:
     config = core.config
     name = type(core).__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder-decoder model: only decoder-only models can be pruned")
+        raise UserError(f"{name} is an encoder-decoder model: only decoder-only models can be pruned")
     text = config.get_text_config()
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
         value = getattr(text, key, None)
         if isinstance(value, int) and value > 1:
-            raise ValueError(f"{name} is a mixture-of-experts model ({key}={value}): only dense FFNs can be pruned")
+            raise UserError(f"{name} is a mixture-of-experts model ({key}={value}): only dense FFNs can be pruned")
     if not callable(getattr(core, "generate", None)) or _encodes(core):
-        raise ValueError(f"{name} is no model that generates text: load it with AutoModelForCausalLM")
+        raise UserError(f"{name} is no model that generates text: load it with AutoModelForCausalLM")
 
 
 def _encodes(core: Any) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
+from dartprune.errors import UserError
 from dartprune.model.apart import apart
 from dartprune.model.layer_site import Forward, Patch, Refuses
 
@@ -290,7 +291,7 @@ def _named(wrapper: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 def _split_inputs(inputs: dict[str, Any], split: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs of the first `split` tokens and of the rest."""
     if inputs.get("output_attentions"):
-        raise ValueError("output_attentions cannot be given together with candidates while a pruner is attached")
+        raise UserError("output_attentions cannot be given together with candidates while a pruner is attached")
     head, tail = dict(inputs), dict(inputs)
     candidates = int(inputs["input_ids"].shape[1]) - split
     for name in ("input_ids", "position_ids", "token_type_ids"):

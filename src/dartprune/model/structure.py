@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dartprune.errors import UserError
 from dartprune.model.apart import apart
 from dartprune.model.calls import unobserved
 from dartprune.model.layer import Decoder, Layer, check_single, held
@@ -40,7 +41,7 @@ def by_structure(model: Any, family: str) -> Decoder:
             return known[1]
         layers = _watched(root, found, int(model.config.get_text_config().vocab_size))
     except Unusual as why:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} (model type {family!r}) has no row in the table of families and is not the "
             f"usual decoder: {why}. Looked for: one list of layers, in each one FFN ({', '.join(map(str, PATTERNS))}) "
             f"with its activation ({', '.join(ACTIVATIONS)}) and one attention with an output projection "

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dartprune.errors import UserError
+
 VERSION = 1
 FIRST = b'{"journal": '
 
@@ -52,13 +54,13 @@ class Journal:
         try:
             head, *rows = [json.loads(line) for line in whole.decode().splitlines()]
         except ValueError:
-            raise ValueError(f"{path}: not a journal of results; remove it or choose another folder") from None
+            raise UserError(f"{path}: not a journal of results; remove it or choose another folder") from None
         if not isinstance(head, dict) or head.get("journal") != VERSION:
-            raise ValueError(f"{path}: not a journal of this version; remove it or choose another folder")
+            raise UserError(f"{path}: not a journal of this version; remove it or choose another folder")
         if head["settings"] != self._settings:
             names = sorted({*head["settings"], *self._settings})
             other = [n for n in names if head["settings"].get(n) != self._settings.get(n)]
-            raise ValueError(
+            raise UserError(
                 f"{path}: holds results of other settings ({', '.join(other)}); remove it or choose another folder"
             )
         self._done = {row["key"]: row["value"] for row in rows}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dartprune.budget import DOWN_SQUARE, NEURON_LEVEL, BudgetFacts, keep_counts
+from dartprune.errors import UserError
 from dartprune.method import Method
 from dartprune.runtime.device_values import DeviceValues
 from dartprune.runtime.layer_hooks import LiveLayer
@@ -45,7 +46,7 @@ class Masks:
         overhead = sum(layer.fixed_share * layer.size for layer in layers) / self._size
         self.target = method.sparsity + overhead  # what a selector reads beside the weights is left out of them
         if self.target >= 1:
-            raise ValueError(
+            raise UserError(
                 f"{method.name}: sparsity {method.sparsity:g} cannot be reached: the sketch alone reads "
                 f"{overhead:.3f} of the FFN's bytes; use fewer bits or a lower sparsity"
             )

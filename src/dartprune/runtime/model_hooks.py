@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dartprune.errors import UserError
 from dartprune.method import Method
 from dartprune.model.changes import Changes
 from dartprune.model.context import context_length
@@ -141,13 +142,13 @@ class LiveModel(Refuses):
             first = not self._generation.begun or not known
         elif explicit is None:
             if not self.phases.paused:
-                raise ValueError(WHAT_PHASE)
+                raise UserError(WHAT_PHASE)
             explicit = (Phase.DECODE, None)
         asked = call.get("use_cache")
         self._check_usable(getattr(self._core.config, "use_cache", True) if asked is None else asked)
         tokens = call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
         if tokens is None:
-            raise ValueError("the forward got neither input_ids nor inputs_embeds")
+            raise UserError("the forward got neither input_ids nor inputs_embeds")
         self._begin(cache, tokens, call.get("attention_mask"), first=first, explicit=explicit)
 
     def concerns(self, call: dict[str, Any]) -> bool:
@@ -260,7 +261,7 @@ class LiveModel(Refuses):
     def _slots(self, cache: Any, lines: int, past: int, given: tuple[int, ...] | None) -> tuple[int, ...]:
         if given is not None:
             if len(given) != lines or any(i not in self._pool.live for i in given):
-                raise ValueError(f"slots {list(given)} do not fit {lines} lines: use run.slots_of(cache)")
+                raise UserError(f"slots {list(given)} do not fit {lines} lines: use run.slots_of(cache)")
             return given
         known = None if cache is None else self._pool.lines_of(cache, lines, past)
         if known is not None:
@@ -311,24 +312,24 @@ class LiveModel(Refuses):
 
     def _check_usable(self, cached: bool) -> None:
         if self._core.training:
-            raise ValueError("the model is in training mode: call model.eval() before decoding")
+            raise UserError("the model is in training mode: call model.eval() before decoding")
         if not cached:
-            raise ValueError(NO_CACHE)
+            raise UserError(NO_CACHE)
 
     def _check_unchanged(self) -> None:
         for layer in self._layers:
             if place(layer.parts) != layer.place:
                 device, dtype = place(layer.parts)
-                raise ValueError(
+                raise UserError(
                     f"the model was moved to {device}, {str(dtype).removeprefix('torch.')} while attached: "
                     "call run.detach(), move it, and attach again"
                 )
         change = self._changes.found()
         if change is not None:
-            raise ValueError(f"{change} while attached: call run.detach(), change the model, and attach again")
+            raise UserError(f"{change} while attached: call run.detach(), change the model, and attach again")
         if self._changes.written():
             if self._method.token is not None:
-                raise ValueError(
+                raise UserError(
                     "weights of the FFN were written to while attached, so that the token selector knows others: "
                     "call run.detach() and attach again"
                 )

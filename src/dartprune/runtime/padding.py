@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dartprune.errors import UserError
+
 
 def real_tokens(mask: Any, lines: int, tokens: int, past: int) -> Tensor | None:
     """Which tokens of the forward count, bool [B, T] on the host; None if all do.
@@ -25,9 +27,7 @@ def real_tokens(mask: Any, lines: int, tokens: int, past: int) -> Tensor | None:
         return None
     real = _of_lines(mask, tokens, past) if mask.dim() == 2 else _of_pairs(mask, tokens, past)
     if real is None or real.shape[0] not in (1, lines) or real.shape[1] != tokens:
-        raise ValueError(
-            f"an attention mask of shape {tuple(mask.shape)} does not fit {lines} lines of {tokens} tokens"
-        )
+        raise UserError(f"an attention mask of shape {tuple(mask.shape)} does not fit {lines} lines of {tokens} tokens")
     return None if bool(real.all()) else real.expand(lines, -1)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dartprune.drift import AttentionDrift
+from dartprune.errors import UserError
 from dartprune.model.apart import apart
 from dartprune.model.caches import follow, unfollow
 from dartprune.report import Event
@@ -261,7 +262,7 @@ class SlotPool:
         if tie is None or len(tie.ids) == lines:
             return None if tie is None else tie.ids
         if lines % len(tie.ids):
-            raise ValueError(f"this cache has {len(tie.ids)} sequences, the forward has {lines} lines")
+            raise UserError(f"this cache has {len(tie.ids)} sequences, the forward has {lines} lines")
         tie.repeated(lines // len(tie.ids))
         return tie.ids
 

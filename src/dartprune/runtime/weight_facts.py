@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.budget import DOWN_SQUARE
+from dartprune.errors import UserError
 from dartprune.model.probe import down_norms, down_square
 from dartprune.model.proxy import cached_forward_proxy, forward_proxy_flops
 from dartprune.runtime.layer_hooks import LiveLayer
@@ -35,7 +36,7 @@ class WeightFacts:
     def _check(self, layers: Sequence[LiveLayer], needed: Sequence[str]) -> None:
         for layer in layers:
             if isinstance(layer.weights, str):
-                raise ValueError(
+                raise UserError(
                     f"a scorer that reads the down projection cannot be used here: {layer.weights}; use 'magnitude'"
                 )
         if any(name.startswith("proxy") for name in needed):
@@ -64,7 +65,7 @@ class WeightFacts:
                 self._known[key] = down_norms(layer.parts, layer.weights, *layer.place)
             else:
                 if isinstance(layer.weights, str):
-                    raise ValueError(f"{name} is not known: {layer.weights}")
+                    raise UserError(f"{name} is not known: {layer.weights}")
                 highest, mean = cached_forward_proxy(layer.weights.down, self._unembedding())
                 self._known[layer.index, "proxy_max"] = highest.to(layer.trace.device)
                 self._known[layer.index, "proxy_mean"] = mean.to(layer.trace.device)
@@ -73,10 +74,10 @@ class WeightFacts:
     def _unembedding(self) -> Tensor:
         head = self._core.get_output_embeddings()  # type: ignore[operator]
         if head is None:
-            raise ValueError("the model has no output embeddings, which forward-proxy scores need: use 'magnitude'")
+            raise UserError("the model has no output embeddings, which forward-proxy scores need: use 'magnitude'")
         weight = getattr(head, "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"the output embeddings are a {type(head).__name__} without plain weights, which forward-proxy scores "
                 "need: use 'magnitude'"
             )

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+from dartprune.errors import UserError, UserTypeError
 from dartprune.names import Registry, unknown
 
 IMPORTANCES = ("weights", "down", "none")
@@ -76,7 +77,7 @@ class TokenGate(TokenSelector):
 
     def __post_init__(self) -> None:
         if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 < self.rate <= 1:
-            raise ValueError(f"TokenGate: rate must lie in (0, 1], got {self.rate!r}")
+            raise UserError(f"TokenGate: rate must lie in (0, 1], got {self.rate!r}")
         if self.importance not in IMPORTANCES:
             raise unknown("importance for TokenGate", self.importance, IMPORTANCES)
 
@@ -107,13 +108,13 @@ class Sketch(TokenSelector):
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or self.bits not in ("auto", 1, 2, 3, 4):
-            raise ValueError(f"Sketch: bits must be 1, 2, 3, 4 or 'auto', got {self.bits!r}")
+            raise UserError(f"Sketch: bits must be 1, 2, 3, 4 or 'auto', got {self.bits!r}")
         for name, least, most in (("activation_bits", 2, 8), ("outliers", 0, 64)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise ValueError(f"Sketch: {name} must be a whole number from {least} to {most}, got {value!r}")
+                raise UserError(f"Sketch: {name} must be a whole number from {least} to {most}, got {value!r}")
         if self.file is not None and not isinstance(self.file, str):
-            raise TypeError(f"Sketch: file must be a path as text or None, got {self.file!r}")
+            raise UserTypeError(f"Sketch: file must be a path as text or None, got {self.file!r}")
 
     def split(self, rows: float, neurons: int, *, gated: bool) -> tuple[int, int]:
         """Every neuron is a candidate; what the sketch itself costs was taken off the budget before."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dartprune.errors import UserError
 from dartprune.ffn.planes import build_planes
 from dartprune.ffn.sketch import SKETCH_BITS, WORD, FFNSketch, SketchPlanes, sketch_dots
 from dartprune.ffn.sketch import quantise_input as rounded
@@ -160,30 +161,30 @@ class SketchFile:
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
-            raise ValueError(f"sketch file {path}: there is no such file; make it with dartprune.selectors.save_sketch")
+            raise UserError(f"sketch file {path}: there is no such file; make it with dartprune.selectors.save_sketch")
         self.path = path
         try:
             with safe_open(path, framework="pt") as file:
                 self._facts = dict(file.metadata() or {})
                 self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"sketch file {path}: no safetensors file ({error})") from None
+            raise UserError(f"sketch file {path}: no safetensors file ({error})") from None
         if self._facts.get("format") != FORMAT or self._facts.get("version") != VERSION:
-            raise ValueError(f"sketch file {path}: no {FORMAT} file of version {VERSION}: make it anew")
+            raise UserError(f"sketch file {path}: no {FORMAT} file of version {VERSION}: make it anew")
         self.bits = int(self._facts["bits"])
 
     def check(self, settings: Sketch, decoder: Decoder) -> None:
         """ValueError where the file does not fit the settings or the shape of the model."""
         if settings.bits not in ("auto", self.bits):
-            raise ValueError(f"sketch file {self.path}: it holds {self.bits} bits, the pruner asks for {settings.bits}")
+            raise UserError(f"sketch file {self.path}: it holds {self.bits} bits, the pruner asks for {settings.bits}")
         held = sum(name.endswith(".up.planes") for name in self._tensors)
         if held != len(decoder.layers):
-            raise ValueError(f"sketch file {self.path}: it holds {held} layers, the model has {len(decoder.layers)}")
+            raise UserError(f"sketch file {self.path}: it holds {held} layers, the model has {len(decoder.layers)}")
 
     def planes(self, layer: Layer, parts: Matrices) -> tuple[SketchPlanes | None, SketchPlanes]:
         """The planes of one layer, on its device; ValueError where they were made from other weights."""
         if self._facts.get(f"weights.{layer.index}") != digest(parts):
-            raise ValueError(
+            raise UserError(
                 f"sketch file {self.path}: it was made from other weights (layer {layer.index}): make it anew"
             )
         up = self._planes(f"{layer.index}.up", layer, parts.up.device)
@@ -222,14 +223,14 @@ def save_sketch(model: nn.Module, path: str | Path, bits: int, progress: Progres
     from safetensors.torch import save_file
 
     if isinstance(bits, bool) or bits not in SKETCH_BITS:
-        raise ValueError(f"bits must be one of {SKETCH_BITS}, got {bits!r}")
+        raise UserError(f"bits must be one of {SKETCH_BITS}, got {bits!r}")
     layers = describe(model).layers
     tensors: dict[str, Tensor] = {}
     facts = {"format": FORMAT, "version": VERSION, "bits": str(bits)}
     for layer in layers:
         weights = row_weights(layer)
         if isinstance(weights, str):
-            raise ValueError(f"no sketch file of this model: {weights}")
+            raise UserError(f"no sketch file of this model: {weights}")
         parts = Matrices(weights.gate, weights.up, None, None)
         for name, matrix in (("gate", parts.gate), ("up", parts.up)):
             if matrix is not None:

@@ -24,6 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from dartprune.errors import UserError
 from dartprune.evaluation.benchmarks.perplexity import windows
 from dartprune.evaluation.protocol import Protocol, end_tokens
 from dartprune.evaluation.tally import Tally
@@ -85,7 +86,7 @@ class DartLM(TemplateLM):  # type: ignore[misc]
         """
         super().__init__()
         if max_batch_size is not None:
-            raise ValueError("max_batch_size bounds an automatic batch size, and there is none here: give batch_size")
+            raise UserError("max_batch_size bounds an automatic batch size, and there is none here: give batch_size")
         self.pruner = pruner if pruner is not None else pruner_from(method, sparsity, settings)
         if tokenizer is None:
             pretrained, tokenizer = load(pretrained, dtype=dtype, device=device)
@@ -124,7 +125,7 @@ class DartLM(TemplateLM):  # type: ignore[misc]
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id):
             if token is not None:
                 return int(token)
-        raise ValueError("the tokenizer has no token to begin a text with: set tokenizer.bos_token")
+        raise UserError("the tokenizer has no token to begin a text with: set tokenizer.bos_token")
 
     @property
     def tokenizer_name(self) -> str:
@@ -216,7 +217,7 @@ class DartLM(TemplateLM):  # type: ignore[misc]
         stops = [s for s in handle_stop_sequences(settings.pop("until"), eos=None) if s]
         most = settings.pop("max_gen_toks")
         if not 0 < most < self.max_length:
-            raise ValueError(f"max_gen_toks={most} leaves no room for a context in {self.max_length} tokens")
+            raise UserError(f"max_gen_toks={most} leaves no room for a context in {self.max_length} tokens")
         written = self._protocol.write(
             [self._cut(self.tok_encode(context), most) for context in contexts],
             most,
@@ -250,7 +251,7 @@ class DartLM(TemplateLM):  # type: ignore[misc]
         """The end of a context that leaves room for as many tokens."""
         most = self.max_length - room
         if most < 1:
-            raise ValueError(f"an answer of {room} tokens does not fit the model's {self.max_length}")
+            raise UserError(f"an answer of {room} tokens does not fit the model's {self.max_length}")
         if len(context) > most:
             self._shortened.add(tuple(context))
         return context[-most:]
@@ -307,9 +308,7 @@ def _batch_size(size: int | str | None) -> int:
     try:
         return 1 if size is None else int(size)
     except ValueError:
-        raise ValueError(
-            f"batch_size must be a number of contexts, got {size!r}: none is found automatically"
-        ) from None
+        raise UserError(f"batch_size must be a number of contexts, got {size!r}: none is found automatically") from None
 
 
 def chooser(settings: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dartprune.errors import UserError
 from dartprune.evaluation.protocol import Progress, Protocol
 
 
@@ -49,7 +50,7 @@ def cut(documents: Sequence[str], tokenizer: Any, size: int, limit: int | None =
     tokens = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
     cuts = windows(tokens, size)
     if not cuts:
-        raise ValueError(f"the text has {len(tokens)} tokens: nothing is left to score after a context")
+        raise UserError(f"the text has {len(tokens)} tokens: nothing is left to score after a context")
     if limit is not None and limit < len(cuts):
         cuts = [cuts[i * len(cuts) // limit] for i in range(limit)]
     return cuts

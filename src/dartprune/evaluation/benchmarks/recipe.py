@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
+from dartprune.errors import UserError
 from dartprune.evaluation.arms import arms_at
 from dartprune.evaluation.benchmarks.tasks import suite
 from dartprune.names import unknown
@@ -47,11 +48,11 @@ class Recipe:
         if self.measure not in MEASURES:
             raise unknown("measure", self.measure, MEASURES)
         if not self.what:
-            raise ValueError(f"{self.measure}: say what to measure")
+            raise UserError(f"{self.measure}: say what to measure")
         for name, least in (("limit", 1), ("batch", 1), ("window", 4), ("input_tokens", 16), ("output_tokens", 1)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name.replace('_', ' ')} must be a whole number of at least {least}, got {value!r}")
+                raise UserError(f"{name.replace('_', ' ')} must be a whole number of at least {least}, got {value!r}")
         if self.measure != "layers":
             arms_at(self.methods, self.sparsities)
 

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dartprune.errors import read_user_text
+from dartprune.errors import UserError, read_user_text
 from dartprune.evaluation.texts import json_lines, read_texts
 from dartprune.names import unknown
 
@@ -48,7 +48,7 @@ SUMMARIES = {
 def require(module: str, what: str) -> None:
     """ValueError if a package of the extra `eval` is missing."""
     if importlib.util.find_spec(module) is None:
-        raise ValueError(f"{what} needs the package {module}: pip install 'dartprune[eval]'")
+        raise UserError(f"{what} needs the package {module}: pip install 'dartprune[eval]'")
 
 
 def corpus(name: str) -> dict[str, list[str]]:
@@ -83,7 +83,7 @@ def named_texts(name: str, *, split: str, field: str = "text", documents: int = 
     rows = _rows(name, Source(path, config or None, split, (field,)), documents)
     if not rows or not isinstance(rows[0].get(field), str):
         has = ", ".join(rows[0]) if rows else "no rows"
-        raise ValueError(f"{name}: no text in a field {field!r}; it has {has}")
+        raise UserError(f"{name}: no text in a field {field!r}; it has {has}")
     return [row[field] for row in rows if row[field].strip()]
 
 
@@ -99,11 +99,11 @@ def summaries(name: str) -> list[tuple[str, str]]:
     _check_local(name, "summaries", list(SUMMARIES))
     path = Path(name)
     if path.suffix != ".jsonl":
-        raise ValueError(f"{name}: summaries are read from JSON lines, a file that ends in .jsonl")
+        raise UserError(f"{name}: summaries are read from JSON lines, a file that ends in .jsonl")
     rows = json_lines(read_user_text(path), name, "document", "summary")
     pairs = [(row["document"], row["summary"]) for row in rows]
     if not pairs:
-        raise ValueError(f"{name}: holds no line")
+        raise UserError(f"{name}: holds no line")
     return pairs
 
 
@@ -111,7 +111,7 @@ def _check_local(name: str, what: str, known: list[str]) -> None:
     if Path(name).exists():
         return
     if any(mark in name for mark in ("/", "\\", ".")):
-        raise ValueError(f"{name}: there is no such file or folder")
+        raise UserError(f"{name}: there is no such file or folder")
     raise unknown(f"source of {what}", name, known)
 
 
@@ -139,7 +139,7 @@ def _rows(name: str, source: Source, most: int | None = None) -> Any:
         )
         return rows if most is None else list(islice(iter(rows), most))
     except (OSError, DatasetsError, HTTPError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{name}: {why(error)}; connect, or give a local file") from error
+        raise UserError(f"{name}: {why(error)}; connect, or give a local file") from error
 
 
 def _ask(name: str) -> None:
@@ -150,9 +150,9 @@ def _ask(name: str) -> None:
     try:
         HfApi().dataset_info(name, timeout=SECONDS)
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"there is no data set {name!r} on the Hugging Face hub: check the spelling") from error
+        raise UserError(f"there is no data set {name!r} on the Hugging Face hub: check the spelling") from error
     except (HTTPError, OSError) as error:
-        raise ValueError(f"{name}: the Hugging Face hub cannot be reached; connect, or give a local file") from error
+        raise UserError(f"{name}: the Hugging Face hub cannot be reached; connect, or give a local file") from error
 
 
 def why(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dartprune.errors import UserError
 from dartprune.evaluation.protocol import Progress, Protocol, end_tokens
 from dartprune.evaluation.stats import standard_error
 from dartprune.model.context import context_length
@@ -29,17 +30,17 @@ def prompts(documents: Sequence[str], tokenizer: Any, *, most: int = 1024, chat:
     text = INSTRUCTION
     if chat:
         if tokenizer.chat_template is None:
-            raise ValueError("--chat: this model's tokenizer has no chat template")
+            raise UserError("--chat: this model's tokenizer has no chat template")
         message = [{"role": "user", "content": INSTRUCTION}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     if text.count(_MARK) != 1:
-        raise ValueError("--chat: the chat template does not hold the message as it is, once")
+        raise UserError("--chat: the chat template does not hold the message as it is, once")
     before, after = text.split(_MARK)
     head = tokenizer(before, add_special_tokens=not chat, verbose=False)["input_ids"]
     tail = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]
     room = most - len(head) - len(tail)
     if room < 1:
-        raise ValueError(f"the instruction takes {len(head) + len(tail)} of {most} tokens: no room for the document")
+        raise UserError(f"the instruction takes {len(head) + len(tail)} of {most} tokens: no room for the document")
     cut = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:room] for text in documents]
     return [[*head, *document, *tail] for document in cut]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dartprune.errors import UserError
 from dartprune.evaluation.benchmarks.sources import require, why
 from dartprune.names import unknown
 from dartprune.pruner import Pruner
@@ -66,7 +67,7 @@ def load_tasks(tasks: Mapping[str, int | None], include_path: str | None = None)
         try:
             loaded[name] = manager.load([name])
         except (OSError, DatasetsError, HTTPError, RuntimeError, ValueError) as error:
-            raise ValueError(f"task {name}: {why(error)}; connect, or give a local task with --include-path") from error
+            raise UserError(f"task {name}: {why(error)}; connect, or give a local task with --include-path") from error
         for task in loaded[name]["tasks"].values():
             if task.get_config("num_fewshot") is None or (shots is not None and task.get_config("num_fewshot") != 0):
                 task.set_config(key="num_fewshot", value=shots or 0)
@@ -79,7 +80,7 @@ def _manager(names: Mapping[str, Any], include_path: str | None) -> Any:
 
     if include_path is not None:
         if not Path(include_path).is_dir():
-            raise ValueError(f"--include-path {include_path}: there is no such folder")
+            raise UserError(f"--include-path {include_path}: there is no such folder")
         manager = TaskManager(include_path=include_path, include_defaults=False)
         if set(names) <= set(manager.all_tasks):
             return manager  # reading lm_eval's fourteen thousand tasks takes many seconds
@@ -96,7 +97,7 @@ def _unknown_task(name: str, known: set[str]) -> ValueError:
 
     near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(map(repr, near))}? " if near else ""
-    return ValueError(
+    return UserError(
         f"unknown task {name!r}: {hint}lm_eval knows {len(known)}: `dartprune lm-eval ls tasks` shows them"
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dartprune.errors import UserError
 from dartprune.evaluation.forced import forced_losses, forced_steps, step_losses
 from dartprune.pruner import Dense, Pruner
 from dartprune.report import Report
@@ -125,13 +126,13 @@ def check_masks(name: str, nominal: float, measured: BatchMeasures, dense: Refer
     if nominal <= 0:
         return
     if report.pruned_tokens == 0 or report.realised_sparsity <= 0:
-        raise ValueError(
+        raise UserError(
             f"arm {name!r} was built for a sparsity of {nominal:g} and pruned none of {report.dense_tokens} decoded "
             "tokens: it would be compared as dense; give longer prompts or streams, or leave it out"
         )
     change = float((measured.losses - dense.losses.cpu()).abs().mean())
     if change <= ALIKE.get(dtype, ALIKE_16_BIT):
-        raise ValueError(
+        raise UserError(
             f"arm {name!r} reports a realised sparsity of {report.realised_sparsity:.3f}, but its losses are the dense "
             f"model's (mean change {change:.1e} nats): its masks do not act; it cannot be compared"
         )

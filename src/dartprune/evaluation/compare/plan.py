@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dartprune.errors import UserError
 from dartprune.evaluation.texts import Stream, pieces, streams
 from dartprune.names import unknown
 
@@ -40,25 +41,25 @@ class Plan:
         for name, least in (("prompt", 2), ("count", 1), ("batch", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+                raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if len(self.lengths) != 2 or any(not isinstance(n, int) or n < 2 for n in self.lengths):
-            raise ValueError(f"lengths must be two whole numbers of at least 2, got {list(self.lengths)}")
+            raise UserError(f"lengths must be two whole numbers of at least 2, got {list(self.lengths)}")
         if self.prompt >= self.lengths[0]:
-            raise ValueError(
+            raise UserError(
                 f"the prompt of {self.prompt} tokens leaves nothing of the first topic's {self.lengths[0]} to decode"
             )
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
-            raise ValueError(f"kinds must name one kind of streams or two different ones, got {list(self.kinds)}")
+            raise UserError(f"kinds must name one kind of streams or two different ones, got {list(self.kinds)}")
         for kind in self.kinds:
             if kind not in KINDS:
                 raise unknown("kind of streams", kind, KINDS)
         if not self.sparsities or len(set(self.sparsities)) < len(self.sparsities):
-            raise ValueError(f"sparsities must be different numbers, at least one, got {list(self.sparsities)}")
+            raise UserError(f"sparsities must be different numbers, at least one, got {list(self.sparsities)}")
         for value in self.sparsities:
             if not math.isfinite(value) or not 0 < value < 1:
-                raise ValueError(f"sparsities must lie between 0 and 1, got {value!r}; 0.7 leaves out 70 %")
+                raise UserError(f"sparsities must lie between 0 and 1, got {value!r}; 0.7 leaves out 70 %")
         if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance must lie between 0 and 1, got {self.tolerance!r}")
+            raise UserError(f"tolerance must lie between 0 and 1, got {self.tolerance!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """What the streams depend on, as plain data."""
@@ -118,7 +119,7 @@ def material(documents: Mapping[str, Sequence[str]], tokenizer: Any, plan: Plan)
     tokens = pieces(documents, tokenizer, length)
     if CHANGING in plan.kinds and len(tokens) < 2:
         short = sorted(set(documents) - set(tokens))
-        raise ValueError(
+        raise UserError(
             f"a change of topic needs two domains with a text of {length} tokens, there is one: {', '.join(tokens)}"
             + (f" (too short: {', '.join(short)})" if short else "")
             + "; give more texts, or --kinds one-topic"

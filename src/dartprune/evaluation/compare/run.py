@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import dartprune
+from dartprune.errors import UserError
 from dartprune.evaluation.arms import Arm, check_once
 from dartprune.evaluation.arms import arm as arm_named
 from dartprune.evaluation.compare.measures import BatchMeasures, Reference, bytes_saved, check_masks, measure, reference
@@ -86,7 +87,7 @@ def compare(
     """
     check_once([a.name for a in arms])
     if not any(a.prunes for a in arms):
-        raise ValueError("there is nothing to compare: name an arm that prunes beside dense")
+        raise UserError("there is nothing to compare: name an arm that prunes beside dense")
     journal = Journal(None, {}) if journal is None else journal
     work = _Work(model, material, plan, journal, backend, watcher)
     pruning = [a for a in arms if a.prunes]
@@ -131,7 +132,7 @@ class _Work:
         vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0))
         needed = min(plan.batch, plan.count) * plan.steps * vocabulary * 2
         if needed > HELD:
-            raise ValueError(
+            raise UserError(
                 f"the dense distributions of a batch of {plan.batch} streams take {needed / 1e9:.1f} GB, more than "
                 f"{HELD / 1e9:.1f} GB: a batch of {max(1, plan.batch * HELD // needed)} would do, or shorter streams"
             )

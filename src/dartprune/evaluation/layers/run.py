@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dartprune.budget import Table, Uniform
+from dartprune.errors import UserError
 from dartprune.evaluation.forced import forced_losses
 from dartprune.evaluation.layers.overlap import overlaps
 from dartprune.evaluation.stats import standard_error
@@ -157,10 +158,10 @@ def study_layers(
 def settings_of(layers: int, keeps: Sequence[float], groups: Mapping[str, tuple[int, int]]) -> dict[str, str]:
     """Every budget table of a study by name; ValueError for a share or a group that cannot be."""
     if not keeps or any(not 0 < keep < 1 for keep in keeps):
-        raise ValueError(f"shares of neurons to keep must lie between 0 and 1, got {list(keeps)}")
+        raise UserError(f"shares of neurons to keep must lie between 0 and 1, got {list(keeps)}")
     for name, (first, last) in groups.items():
         if not 0 <= first <= last < layers:
-            raise ValueError(f"{name}: the model has layers 0 to {layers - 1}")
+            raise UserError(f"{name}: the model has layers 0 to {layers - 1}")
     out = {}
     for keep in keeps:
         share = f"{keep:.6f}"
@@ -178,7 +179,7 @@ def impacts(model: Any, streams: Sequence[Stream], prompt: int, size: int, backe
     parts = []
     pruner = Static(sparsity=0.5, budget=Uniform())
     if prompt - 1 - pruner.skip_first < pruner.min_traced:
-        raise ValueError(f"a prompt of {prompt} tokens makes no mask: give at least {pruner.min_traced + 2}")
+        raise UserError(f"a prompt of {prompt} tokens makes no mask: give at least {pruner.min_traced + 2}")
     with pruner(model, backend=backend) as run:
         for i in range(0, len(streams), size):
             rows = batch(streams[i : i + size])[:, :prompt].to(model.device)

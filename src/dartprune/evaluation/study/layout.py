@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dartprune.errors import UserError
 from dartprune.evaluation.study.lockstep import Choose
 from dartprune.evaluation.study.prompts import TopicPrompt
 from dartprune.evaluation.study.settings import Settings
@@ -61,15 +62,15 @@ def forced_texts(
         ValueError: fewer than two topics, two with the same text, or texts that are too short.
     """
     if len(documents) < 2:
-        raise ValueError(f"a change of topic needs two different topics, got only {', '.join(documents)}")
+        raise UserError(f"a change of topic needs two different topics, got only {', '.join(documents)}")
     for a, b in combinations(documents, 2):
         if list(documents[a]) == list(documents[b]):
-            raise ValueError(f"topics {a!r} and {b!r} have the same text: a change of topic needs two different ones")
+            raise UserError(f"topics {a!r} and {b!r} have the same text: a change of topic needs two different ones")
     mark = tokenizer.bos_token_id if separator else None
     first, second = settings.prompt - 1 + settings.before, settings.after + 1
     enough = pieces(documents, tokenizer, max(first, second))
     if len(documents) == 2 and len(enough) < 2:
-        raise ValueError(
+        raise UserError(
             f"the text of {next(name for name in documents if name not in enough)!r} is too short: "
             f"{max(first, second)} tokens are needed; give longer texts or a smaller --before and --after"
         )
@@ -106,11 +107,9 @@ def free_texts(
         start = tokenizer(prompt.prompt if whole else prompt.opening, verbose=False)["input_ids"]
         bridge = [] if whole else tokenizer(prompt.bridge, add_special_tokens=False, verbose=False)["input_ids"]
         if len(start) < 2:
-            raise ValueError(f"prompt {number + 1} has {len(start)} tokens: a prompt needs at least 2")
+            raise UserError(f"prompt {number + 1} has {len(start)} tokens: a prompt needs at least 2")
         if len(bridge) > settings.after - settings.window:
-            raise ValueError(
-                f"prompt {number + 1}: its bridge of {len(bridge)} tokens leaves nothing to write after it"
-            )
+            raise UserError(f"prompt {number + 1}: its bridge of {len(bridge)} tokens leaves nothing to write after it")
         script = [CHOOSE] * settings.steps
         script[settings.before - 1 : settings.before - 1 + len(bridge)] = bridge
         texts.append(Text(tuple(start), tuple(script), (prompt.first, prompt.second), number))
@@ -126,7 +125,7 @@ def check_length(texts: Mapping[str, Sequence[Text]], config: Any) -> None:
     longest = max(len(text.prompt) + len(text.script) for group in texts.values() for text in group)
     most = context_length(config)
     if most is not None and most < longest:
-        raise ValueError(f"texts of {longest} tokens are longer than the model's context of {most}: shorten --after")
+        raise UserError(f"texts of {longest} tokens are longer than the model's context of {most}: shorten --after")
 
 
 def fingerprint(texts: Mapping[str, Sequence[Text]]) -> int:

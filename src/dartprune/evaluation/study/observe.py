@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dartprune.errors import UserError
 from dartprune.model.families import Decoder, Layer, describe
 
 
@@ -39,7 +40,7 @@ def points_of(model: nn.Module, layers: Sequence[str], spaces: Sequence[str]) ->
     for text in layers:
         index = named.get(text, int(text) if text.isdigit() else -1)
         if not 0 <= index < count:
-            raise ValueError(f"unknown layer {text!r}: write first, middle, last, or 0 to {count - 1}")
+            raise UserError(f"unknown layer {text!r}: write first, middle, last, or 0 to {count - 1}")
         indices.append(index)
     return [Point(index, space) for index in sorted(set(indices)) for space in spaces]
 
@@ -54,7 +55,7 @@ class Observer:
             ValueError: a compiled model, in which hooks that come later are silently ignored.
         """
         if hasattr(model, "_orig_mod"):
-            raise ValueError("a compiled model cannot be observed: give the model as it was before torch.compile")
+            raise UserError("a compiled model cannot be observed: give the model as it was before torch.compile")
         self.points = list(points)
         self._decoder: Decoder = describe(model)
         self._handles: list[Any] = []

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dartprune.errors import read_user_text
+from dartprune.errors import UserError, read_user_text
 from dartprune.evaluation.texts import json_lines
 from dartprune.names import unknown
 
@@ -93,7 +93,7 @@ def generate_prompts(count: int = 100, seed: int = 7) -> list[TopicPrompt]:
         for a in firsts for b in seconds
     ]  # fmt: skip
     if not 1 <= count <= len(pairs):
-        raise ValueError(f"prompts must be 1 to {len(pairs)}, got {count}")
+        raise UserError(f"prompts must be 1 to {len(pairs)}, got {count}")
     rng = random.Random(seed)
 
     def draw(options: Sequence[str]) -> str:
@@ -119,26 +119,26 @@ def read_prompts(path: Path) -> list[TopicPrompt]:
     try:
         rows = json.loads(text) if text.lstrip().startswith("[") else list(json_lines(text, path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"{path}: not JSON ({error})") from None
     if not rows:
-        raise ValueError(f"{path}: holds no prompts")
+        raise UserError(f"{path}: holds no prompts")
     return [_read(row, f"{path}, prompt {number}") for number, row in enumerate(rows, 1)]
 
 
 def _read(row: object, where: str) -> TopicPrompt:
     names = list(TopicPrompt.__dataclass_fields__)
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: needs the fields {', '.join(names)}")
+        raise UserError(f"{where}: needs the fields {', '.join(names)}")
     for key, value in row.items():
         if key not in names:
             raise unknown(f"field in {where}:", key, names)
         if not isinstance(value, str):
-            raise ValueError(f"{where}: {key} must be text, got {value!r}")
+            raise UserError(f"{where}: {key} must be text, got {value!r}")
     made = TopicPrompt(**{name: row.get(name, "") for name in names})
     if not made.first.strip() or not made.second.strip():
-        raise ValueError(f"{where}: name both topics as 'first' and 'second'")
+        raise UserError(f"{where}: name both topics as 'first' and 'second'")
     if made.first.strip().lower() == made.second.strip().lower():
-        raise ValueError(f"{where}: both topics are {made.first!r}; a change of topic needs two different ones")
+        raise UserError(f"{where}: both topics are {made.first!r}; a change of topic needs two different ones")
     if not made.prompt.strip() and not (made.opening.strip() and made.bridge.strip()):
-        raise ValueError(f"{where}: needs a 'prompt' that asks for both topics, or an 'opening' and a 'bridge'")
+        raise UserError(f"{where}: needs a 'prompt' that asks for both topics, or an 'opening' and a 'bridge'")
     return made

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dartprune.errors import UserError
 from dartprune.evaluation.arms import ArmAt
 from dartprune.evaluation.stats import Array
 from dartprune.evaluation.study.layout import CHOOSE, Text, batches, check_length, chooser, fingerprint
@@ -119,7 +120,7 @@ class _Units:
                 save_unit(unit, self._file(label))
             self._journal.add(label, unit.facts() | {"pruner": arm.pruner.to_dict()})
         if self._journal[label]["pruner"] != arm.pruner.to_dict():
-            raise ValueError(f"the folder holds arm {arm.name!r} with other settings: choose another folder")
+            raise UserError(f"the folder holds arm {arm.name!r} with other settings: choose another folder")
 
     def arrays(self, label: str) -> dict[str, Array]:
         """What a finished unit measured."""
@@ -130,7 +131,7 @@ class _Units:
             with np.load(path) as file:
                 return dict(file)
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}: a finished unit cannot be read ({error}); remove the folder and start again"
             ) from None
 

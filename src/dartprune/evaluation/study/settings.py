@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dartprune.errors import UserError
 from dartprune.evaluation.arms import ArmAt
 from dartprune.names import unknown
 
@@ -55,24 +56,24 @@ class Settings:
             if space not in SPACES:
                 raise unknown("space", space, SPACES)
         if not self.spaces or not self.layers:
-            raise ValueError("nothing to look at: name at least one layer and one space")
+            raise UserError("nothing to look at: name at least one layer and one space")
         least = {"prompt": 4, "window": 1, "top": 1, "early": 1, "horizon": 1, "resamples": 100, "seed": 0}
         for name, smallest in least.items():
             value = getattr(self, name)
             if value < smallest:
-                raise ValueError(f"{name} must be at least {smallest}, got {value}")
+                raise UserError(f"{name} must be at least {smallest}, got {value}")
         for name in ("before", "after"):
             value = getattr(self, name)
             if value < 2 * self.window:
-                raise ValueError(
+                raise UserError(
                     f"the text {name} the change has {value} decoded tokens, fewer than two windows of {self.window}"
                 )
             if value % self.window:
-                raise ValueError(f"{name} must be a multiple of the window of {self.window} tokens, got {value}")
+                raise UserError(f"{name} must be a multiple of the window of {self.window} tokens, got {value}")
         if not 0 < self.recovered <= 1:
-            raise ValueError(f"recovered must lie in (0, 1], got {self.recovered}")
+            raise UserError(f"recovered must lie in (0, 1], got {self.recovered}")
         if not self.temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+            raise UserError(f"temperature must be at least 0, got {self.temperature}")
 
     @property
     def steps(self) -> int:
@@ -88,7 +89,7 @@ class Settings:
         """ValueError for a release after the end of the text, or too near to it to be judged."""
         for arm in arms:
             if arm.release is not None and arm.release > self.steps - self.window:
-                raise ValueError(
+                raise UserError(
                     f"arm {arm.name!r}: the text ends at decoded token {self.steps}, and a release needs a window of "
                     f"{self.window} tokens behind it"
                 )

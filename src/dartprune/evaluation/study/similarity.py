@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dartprune.errors import UserError
+
 COVERED = 0.7  # cosine from which a sentence counts as said
 
 
@@ -23,7 +25,7 @@ class Encoder:
             ValueError: no folder of an encoder.
         """
         if not (folder / "config.json").is_file():
-            raise ValueError(
+            raise UserError(
                 f"--similarity {folder}: holds no encoder; give the local folder of one, such as a "
                 "sentence-transformers model, or leave the option out"
             )
@@ -33,7 +35,7 @@ class Encoder:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"--similarity {folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
+            raise UserError(f"--similarity {folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
         self._longest = min(
             self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 512)
         )
