@@ -65,7 +65,7 @@ def test_they_are_values():
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
-        (lambda: Dart(token="gate"), TypeError, "token must be a TokenSelector"),
+        (lambda: Dart(token="gate"), TypeError, "token must be None or one such as TokenGate"),
         (lambda: SketchDart(refresh=Replay()), ValueError, "Sketch needs no context, so a replay would change nothing"),
         (lambda: GatedDart(selection="threshold"), ValueError, "selection must be 'topk'"),
         (lambda: GatedDart(compensate="mean"), ValueError, "compensate must be None"),

@@ -77,7 +77,7 @@ def test_after_the_hook_is_gone_rows_are_read_again(kind):
     with Static(sparsity=0.5)(model) as run:
         generated(model)
         saved = run.report().bytes_saved
-        assert saved > 0.4
+        assert saved > 0.3  # a batch reads the union
         if kind == "global":
             handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
         else:
