@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -181,8 +182,10 @@ class Run(Refuses):
         """
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
+        if "logits_to_keep" in inspect.signature(self._core.forward).parameters:
+            inputs.setdefault("logits_to_keep", 1)
         with self.phase("prefill"):
-            return self._core(input_ids=input_ids, use_cache=True, logits_to_keep=1, **inputs).past_key_values
+            return self._core(input_ids=input_ids, use_cache=True, **inputs).past_key_values
 
     @contextmanager
     def dense(self) -> Iterator[None]:

@@ -32,6 +32,19 @@ class CacheListener(Protocol):
         """A deep copy was made; nobody listens to it yet."""
 
 
+def cache_of(output: Any) -> Any:
+    """The cache in what a forward gave, a tuple with a loss in front included; None if there is none."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is None and isinstance(output, tuple):
+        cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
+    return cache
+
+
+def is_static(cache: Any) -> bool:
+    """Whether a cache has its full size from the beginning, and keeps its length on the device."""
+    return bool(getattr(cache, "is_compileable", False)) and type(cache).__name__ != "DynamicCache"
+
+
 def follow(cache: Any, listener: CacheListener) -> None:
     """Tell `listener` of everything that moves the cache's lines or tokens, until `unfollow`.
 

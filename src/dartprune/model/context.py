@@ -19,3 +19,9 @@ def context_length(model: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def depth(core: Any) -> int | None:
+    """How many layers the model's configuration has run."""
+    layers = getattr(core.config.get_text_config(), "num_hidden_layers", None)
+    return layers if isinstance(layers, int) else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from dartprune.errors import UserError
 from dartprune.method import Method
+from dartprune.model.caches import cache_of, is_static
 from dartprune.model.changes import Changes
-from dartprune.model.context import context_length
+from dartprune.model.context import context_length, depth
 from dartprune.model.layer import place
 from dartprune.model.layer_site import Refuses
 from dartprune.model.rows import Phase, Rows
@@ -24,7 +24,7 @@ from dartprune.runtime.forward import Forwards
 from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.masks import Masks
 from dartprune.runtime.padding import real_tokens
-from dartprune.runtime.phases import Explicit, Phases
+from dartprune.runtime.phases import Explicit, Generation, Phases
 from dartprune.runtime.slots import Slot, SlotPool
 from dartprune.runtime.weight_facts import WeightFacts
 from dartprune.scoring import NOISE
@@ -41,19 +41,6 @@ def _outside_graphs(method: _Method) -> _Method:
     """Keep torch.compile out of a method."""
     disabled: _Method = torch.compiler.disable(method)
     return disabled
-
-
-@dataclass
-class Generation:
-    """One call of `generate()`; it may lie inside another one.
-
-    prompt: tokens of the text it was given, None if that is not known.  begun: whether its text was read.
-    ended: lines that are over, bool [B].
-    """
-
-    prompt: int | None
-    begun: bool = False
-    ended: Tensor | None = None
 
 
 class LiveModel(Refuses):
@@ -89,7 +76,7 @@ class LiveModel(Refuses):
         self._account = account
         self._masks = masks
         self._noisy = NOISE in masks.scorer.inputs
-        self._depth = _depth(core)
+        self._depth = depth(core)
         self._changes = changes
         self._facts = facts
         self._cache: Any = None  # of the forward under way
@@ -162,7 +149,7 @@ class LiveModel(Refuses):
         with self.state:
             self.armed = False
             if self._unbound is not None:
-                self._cache = _cache_of(output)
+                self._cache = cache_of(output)
                 if self._cache is not None:
                     self._pool.bind(self._cache, self._unbound)
                 self._unbound = None
@@ -207,7 +194,7 @@ class LiveModel(Refuses):
     @property
     def _drafts(self) -> bool:
         """Whether the first layers alone draft candidates (early exit): plain, and no text of its own."""
-        return bool(self._generations) and _depth(self._core) != self._depth
+        return bool(self._generations) and depth(self._core) != self._depth
 
     @property
     def _generation(self) -> Generation:
@@ -229,7 +216,7 @@ class LiveModel(Refuses):
             tie = self._pool.tie(cache) if cache is not None else None
             in_loop = length == 1 and not first and (explicit is None or explicit[0] is Phase.DECODE)
             # a static cache keeps its length on the device, which a decoding step must not wait for
-            if tie is not None and in_loop and tie.length and _is_static(cache):
+            if tie is not None and in_loop and tie.length and is_static(cache):
                 past = tie.length
             else:
                 past = 0 if cache is None else int(cache.get_seq_length())
@@ -353,21 +340,3 @@ def _phase(explicit: Explicit | None, *, first: bool, past: int, tokens: int) ->
     if first or past == 0:
         return Phase.PREFILL
     return Phase.DECODE if tokens == 1 else Phase.VERIFY
-
-
-def _depth(core: Any) -> int | None:
-    """How many layers the model's configuration has run."""
-    depth = getattr(core.config.get_text_config(), "num_hidden_layers", None)
-    return depth if isinstance(depth, int) else None
-
-
-def _cache_of(output: Any) -> Any:
-    """The cache in what a forward gave, a tuple with a loss in front included; None if there is none."""
-    cache = getattr(output, "past_key_values", None)
-    if cache is None and isinstance(output, tuple):
-        cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
-    return cache
-
-
-def _is_static(cache: Any) -> bool:
-    return bool(getattr(cache, "is_compileable", False)) and type(cache).__name__ != "DynamicCache"

@@ -6,12 +6,28 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from dartprune.model.rows import Phase
 
 Explicit = tuple[
     Phase, tuple[int, ...] | None
 ]  # what the tokens of a direct call are, and its lines' slots where given
+
+
+@dataclass
+class Generation:
+    """One call of `generate()`; it may lie inside another one.
+
+    prompt: tokens of the text it was given, None if that is not known.  begun: whether its text was read.
+    ended: lines that are over, bool [B].
+    """
+
+    prompt: int | None
+    begun: bool = False
+    ended: Tensor | None = None
 
 
 class Phases:
