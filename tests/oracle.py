@@ -100,7 +100,7 @@ def rule_of(pruner: Any, run: Any) -> Rule | None:
         if isinstance(selector, Exact):
             scores = a.abs() * norms
         elif isinstance(selector, Sketch):
-            scores = _sketched(run.layers[layer.index].selector.sketch, layer, x) * norms
+            scores = _sketched(run.layers[layer.index].selector, layer, x) * norms
         elif layer.gated:
             gate, _ = _gate_and_up(layer, x)
             rows = _gate_and_up(layer, torch.eye(layer.hidden))[1] - _gate_and_up(layer, torch.zeros(layer.hidden))[1]
@@ -125,27 +125,45 @@ def _gate_and_up(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
     return _plain(layer.gate, x), up
 
 
-def _sketched(sketch: FFNSketch, layer: Layer, x: Tensor) -> Tensor:
-    """`|act(g^) u^|` from the sketch's matrices and rounded inputs, both written out."""
+def sketch_products(sketch: FFNSketch, layer: Layer, x: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Gate (None for a plain FFN) and up from the sketch's matrices and rounded inputs [N, H], both written out."""
 
     def whole(planes: SketchPlanes) -> Tensor:
         bits = (planes.planes[..., None] >> torch.arange(64)) & 1
         code = (bits * (2 ** torch.arange(planes.bits))[:, None, None]).sum(1).flatten(1)[:, : layer.hidden]
         return planes.scale[:, None] * (2 * code - (2**planes.bits - 1))
 
-    rows = x.reshape(-1, layer.hidden)
-    rounded = quantise_input(rows, sketch.activation_bits, sketch.outliers)
-    rest = rows.scatter(1, rounded.outlier_index, 0.0)
+    rounded = quantise_input(x, sketch.activation_bits, sketch.outliers)
+    rest = x.scatter(1, rounded.outlier_index, 0.0)
     top = 2 ** (sketch.activation_bits - 1) - 1
     near = (rest / rounded.step[:, None]).round().clamp(-top, top) * rounded.step[:, None]
     near = near.scatter(1, rounded.outlier_index, rounded.outlier_value)
     zero = torch.zeros(layer.hidden)
     up = near @ whole(sketch.up).t()
     if sketch.gate is None:
-        return layer.act(up + _plain(layer.up, zero)).abs().reshape(*x.shape[:2], -1)
+        return None, up + _plain(layer.up, zero)
     gate_bias, up_bias = _gate_and_up(layer, zero)
-    gate = near @ whole(sketch.gate).t() + gate_bias
-    return (layer.act(gate) * (up + up_bias)).abs().reshape(*x.shape[:2], -1)
+    return near @ whole(sketch.gate).t() + gate_bias, up + up_bias
+
+
+def _sketched(selector: Any, layer: Layer, x: Tensor) -> Tensor:
+    """`|act(g^) u^|`, or what is expected of it under the errors that each line's context has shown."""
+    products = sketch_products(selector.sketch, layer, x.reshape(-1, layer.hidden))
+    gate, up = (None if part is None else part.reshape(*x.shape[:2], -1) for part in products)
+    if not selector.learns:
+        return (layer.act(up) if gate is None else layer.act(gate) * up).abs()
+    # [B, 1, I] each: the lines are in the slots 0, 1, ...
+    errors = [part[:, None] for part in selector.errors[: x.shape[0]].unbind(1)]
+
+    def mean_square(value: Tensor, mean: Tensor, square: Tensor) -> Tensor:
+        spread = (square - mean**2).clamp_min(0.0).sqrt()
+        points = ((0.0, 4.0), (3**0.5, 1.0), (-(3**0.5), 1.0))
+        return sum(w * layer.act(value + mean + z * spread) ** 2 for z, w in points) / 6
+
+    if gate is None:
+        return mean_square(up, *errors).sqrt()
+    second = (up + errors[2]) ** 2 + errors[3] - errors[2] ** 2
+    return (mean_square(gate, *errors[:2]) * second).sqrt()
 
 
 def _plain(module: nn.Module, x: Tensor) -> Tensor:

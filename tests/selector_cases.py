@@ -35,6 +35,14 @@ def case(seed, hidden=HIDDEN, neurons=NEURONS, most_rows=9):
     return rng, w, x, slots, wanted, threshold, importance
 
 
+def errors_of(w, slots=3):
+    """Moments of the errors of a sketch's estimates, of each slot: [S, 4 or 2, I]; some neurons have no error."""
+    mean = torch.randn(slots, w.matrices - 1, w.neurons) * 0.3
+    square = mean.square() + torch.rand_like(mean)
+    square[..., ::5] = mean[..., ::5].square()
+    return torch.stack((mean, square), dim=2).flatten(1, 2)
+
+
 def gate_scores(x, w, slots, importance):
     """What the gate would give every neuron, were it a candidate."""
     matrix, bias = (w.up, w.up_bias) if w.gate is None else (w.gate, w.gate_bias)

@@ -238,9 +238,11 @@ class Budget(ABC):
     """Base of all budgets: a frozen dataclass, made known by `register_budget`.
 
     kind: its registered name.  inputs: facts that its contributions are made from, see `BudgetFacts`.
+    context: whether it looks at the context at all.
     """
 
     kind: ClassVar[str] = ""
+    context: ClassVar[bool] = True
     inputs: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -349,6 +351,7 @@ class Uniform(Budget):
     """The same share in every layer."""
 
     kind: ClassVar[str] = "uniform"
+    context: ClassVar[bool] = False
 
     def pruned(self, facts: BudgetFacts, sparsity: float) -> Tensor:
         """Pruned fractions [L], all `sparsity`."""
@@ -361,6 +364,7 @@ class Table(Budget):
     """What each layer keeps, given by hand; the sparsity of the pruner is not looked at."""
 
     kind: ClassVar[str] = "table"
+    context: ClassVar[bool] = False
     keep: str = "all:1.0"
 
     def __post_init__(self) -> None:

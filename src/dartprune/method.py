@@ -64,7 +64,7 @@ class Method:
     budget: neurons each layer keeps.  selection: `topk` or `threshold` (all with at least the mean score; no budget).
     refresh: what happens when the topic has moved.  detector: how that is noticed.
     start: decode forwards that stay dense and traced before the masks act.
-    min_traced: tokens that must have been traced before a mask is made.
+    min_traced: tokens that must have been traced before a mask is made; a selector that needs no mask takes fewer.
     skip_first: tokens at the beginning of a text that do not count in the neuron statistics.
     impact: `ffn_output` or `residual`, see `dartprune.runtime.trace.impact_terms`.
     compensate: None, or `mean`: add what the dropped neurons gave on average.
@@ -128,8 +128,10 @@ class Method:
             raise UserError(f"{owner}: {kind} takes a number of neurons from the budget: selection must be 'topk'")
         if self.compensate is not None:
             raise UserError(f"{owner}: {kind} drops other neurons for each token: compensate must be None")
-        if not self.token.context and self.refresh.replay_tokens:
-            raise UserError(f"{owner}: {kind} needs no context, so a replay would change nothing: use refresh=Never()")
+        if not self.token.context and not self.token.learns and self.refresh.replay_tokens:
+            raise UserError(
+                f"{owner}: {kind} learns nothing from the context, so a replay would change nothing: use refresh=Never()"
+            )
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -139,6 +141,13 @@ class Method:
         if self.compensate == "mean":
             names = (*names, "total")
         return names if self.token is None else (*names, *self.token.statistics)
+
+    @property
+    def least_traced(self) -> int:
+        """Tokens that must have been traced before the first masks: `min_traced`, or what a selector makes do with."""
+        if self.token is None or self.token.context or self.budget.context:
+            return self.min_traced
+        return 1 if self.token.learns else 0
 
     @property
     def name(self) -> str:

@@ -237,7 +237,7 @@ class Run(Refuses):
 
     def _new_slot(self, slot: int, sequence: int) -> Slot:
         state = State.LEARNING if self.method.prunes else State.DENSE
-        return Slot(slot, sequence, state, Detection(self.method.detector.build()), self.method.min_traced)
+        return Slot(slot, sequence, state, Detection(self.method.detector.build()), self.method.least_traced)
 
     def _announce(self, logged: LoggedEvent) -> None:
         if self._callbacks:

@@ -66,7 +66,12 @@ def test_they_are_values():
     ("make", "error", "says"),
     [
         (lambda: Dart(token="gate"), TypeError, "token must be None or one such as TokenGate"),
-        (lambda: SketchDart(refresh=Replay()), ValueError, "Sketch needs no context, so a replay would change nothing"),
+        (
+            lambda: SketchDart(token=Sketch(calibrate=False), refresh=Replay()),
+            ValueError,
+            "Sketch learns nothing from the context, so a replay would change nothing",
+        ),
+        (lambda: Sketch(calibrate=1), TypeError, "calibrate must be True or False"),
         (lambda: GatedDart(selection="threshold"), ValueError, "selection must be 'topk'"),
         (lambda: GatedDart(compensate="mean"), ValueError, "compensate must be None"),
         (lambda: TokenGate(rate=0.0), ValueError, r"rate must lie in \(0, 1\]"),

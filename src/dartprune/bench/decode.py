@@ -94,9 +94,9 @@ def check(pruners: Mapping[str, Pruner], load: Load, device: torch.device) -> No
 
 def check_prompt(pruner: Pruner, prompt: int) -> None:
     """ValueError for a prompt from which no mask could be made."""
-    if prompt < pruner.min_traced + pruner.skip_first:
+    if prompt < pruner.least_traced + pruner.skip_first:
         raise UserError(
-            f"a prompt of {prompt} tokens makes no mask: {pruner.min_traced + pruner.skip_first} are needed"
+            f"a prompt of {prompt} tokens makes no mask: {pruner.least_traced + pruner.skip_first} are needed"
         )
 
 

@@ -60,8 +60,8 @@ def _look(model: Any, tokenizer: Any, content: str, pruner: Any, backend: str) -
     shape = Shape.of(model)
     most = min((context_length(model) or 1025) - 1, 1024)
     tokens = tokenizer(content, return_tensors="pt", truncation=True, max_length=most)["input_ids"]
-    if tokens.shape[1] < pruner.min_traced + 2:
-        raise UserError(f"the text has {tokens.shape[1]} tokens: {pruner.min_traced + 2} are needed to see anything")
+    if tokens.shape[1] < pruner.least_traced + 2:
+        raise UserError(f"the text has {tokens.shape[1]} tokens: {pruner.least_traced + 2} are needed to see anything")
     with torch.no_grad(), pruner(model, backend=backend) as run:
         cache = run.prefill(tokens[:, :-1].to(model.device))
         with run.phase("decode"):

@@ -92,7 +92,7 @@ class Protocol:
 
     def too_short(self, context: Sequence[int]) -> bool:
         """Whether no mask could be in force for the last token of a context."""
-        return len(context) - 1 - self.pruner.skip_first < self.pruner.min_traced
+        return len(context) - 1 - self.pruner.skip_first < self.pruner.least_traced
 
     def score(
         self, questions: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Progress | None = None

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dartprune.ffn import sketch as oracle
 from dartprune.ffn.backend import activation, exactly
+from dartprune.ffn.planes import estimates
 from dartprune.ffn.selector_ops import TokenRows
 from dartprune.ffn.sketch import FFNSketch, SketchPlanes
 from dartprune.ffn.weights import FFNWeights
@@ -33,8 +33,8 @@ _GATED = (
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _SKETCHED = (
-    f"({_WEIGHTS}, {_SKETCH}, Tensor slots, Tensor wanted, Tensor importance, SymInt width, Tensor? threshold) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    f"({_WEIGHTS}, {_SKETCH}, Tensor slots, Tensor wanted, Tensor importance, SymInt width, Tensor? threshold, "
+    "Tensor? errors) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _OF_WEIGHTS, _OF_SKETCH = 7, 6  # arguments
 
@@ -104,7 +104,7 @@ def sketched_operator(name: str, *, direct: bool = False) -> Callable[[TokenRows
             return _parts(work(x, _weights(given), _sketch(x, planes), *given[_OF_WEIGHTS + _OF_SKETCH :]))
 
         def fake(x: Tensor, *given: Any) -> _Parts:
-            return room_for_rows(x, given[-2])
+            return room_for_rows(x, given[-3])
 
         operator = _operator(name, _SKETCHED, flat, fake)
 
@@ -117,8 +117,9 @@ def sketched_operator(name: str, *, direct: bool = False) -> Callable[[TokenRows
             importance: Tensor,
             width: int,
             threshold: Tensor | None = None,
+            errors: Tensor | None = None,
         ) -> TokenRows:
-            choice = slots, wanted, importance, width, threshold
+            choice = slots, wanted, importance, width, threshold, errors
             if direct and not torch.compiler.is_compiling():
                 return work(x, weights, sketch, *choice)
             gate, up = sketch.gate, sketch.up
@@ -169,8 +170,7 @@ def _parts(rows: TokenRows) -> _Parts:
 
 
 def _estimate(x: Tensor, planes: Tensor, scale: Tensor, activation_bits: int, outliers: int) -> Tensor:
-    rounded = oracle.quantise_input(x, activation_bits, outliers)
-    return oracle.sketch_dots(rounded, SketchPlanes(planes, scale, x.shape[1]))
+    return estimates(x, SketchPlanes(planes, scale, x.shape[1]), activation_bits, outliers)
 
 
 _estimated = _operator(

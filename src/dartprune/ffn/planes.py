@@ -1,4 +1,4 @@
-"""Bit planes of weights, by the quickest way there is: Numba on a CPU that has it, plain torch elsewhere."""
+"""Bit planes of weights and products with them, by the quickest way there is; plain torch where there is no other."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def build_planes(weight: Tensor, bits: int) -> SketchPlanes:
     with kept_threads():
         _fill(weight.detach(), empty)
     return empty
+
+
+def estimates(x: Tensor, planes: SketchPlanes, activation_bits: int, outliers: int) -> Tensor:
+    """Products of rows x [N, H], rounded, with a sketched matrix, float32 [N, I]: see `sketch.sketch_dots`."""
+    if x.is_cuda and importlib.util.find_spec("triton") is not None:
+        from dartprune.ffn.gpu import selectors as gpu_selectors
+
+        return gpu_selectors.estimates(x, planes, activation_bits, outliers)
+    if x.device.type == "cpu" and importlib.util.find_spec("numba") is not None:
+        from dartprune.ffn.cpu import selectors as cpu_selectors
+
+        with kept_threads():
+            return cpu_selectors.estimates(x, planes, activation_bits, outliers)
+    return sketch.sketch_dots(sketch.quantise_input(x, activation_bits, outliers), planes)
 
 
 def _fill(weight: Tensor, into: SketchPlanes) -> None:

@@ -32,23 +32,25 @@ class SelectorKernels:
     saves_time: bool
     reads_union: bool
 
-    def prepare(self, weights: FFNWeights, sketch: FFNSketch | None) -> None:
+    def prepare(self, weights: FFNWeights, sketch: FFNSketch | None, *, calibrated: bool = False) -> None:
         """Compile what must be compiled for these weights, so that no token waits for it."""
         if not self.saves_time:
             return
         with kept_threads():
             for rows in (1, 2):
                 x = torch.zeros(rows, weights.hidden, dtype=weights.up.dtype, device=weights.up.device)
-                self._call(x, weights, sketch)
+                self._call(x, weights, sketch, calibrated)
 
-    def _call(self, x: Tensor, weights: FFNWeights, sketch: FFNSketch | None) -> None:
+    def _call(self, x: Tensor, weights: FFNWeights, sketch: FFNSketch | None, calibrated: bool) -> None:
         slots = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         one = torch.ones(1, dtype=torch.int32, device=x.device)
         importance = torch.ones(1, weights.neurons, dtype=torch.float32, device=x.device)
         if sketch is None:
             self.gated_rows(x, weights, torch.zeros_like(one)[None], one, slots, one, importance=importance)
         else:
-            self.sketched_rows(x, weights, sketch, slots, one, importance, weights.neurons)
+            moments = 2 * (weights.matrices - 1)
+            errors = importance.new_zeros(1, moments, weights.neurons) if calibrated else None
+            self.sketched_rows(x, weights, sketch, slots, one, importance, weights.neurons, None, errors)
 
 
 _REFERENCE = SelectorKernels(

@@ -85,6 +85,7 @@ def sketched_rows(
     importance: Tensor,
     width: int,
     threshold: Tensor | None = None,
+    errors: Tensor | None = None,
 ) -> TokenRows:
     """Sketch: estimate every neuron from bit planes, compute the highest exactly (method section 4a).
 
@@ -97,11 +98,14 @@ def sketched_rows(
         importance: float32 [S, I], or [1, I] for all slots alike: the norms of the down rows (0: never chosen).
         width: the most neurons that a row may choose, W of the result.
         threshold: float32 [S] or None, the least score that is chosen, in place of `wanted`.
+        errors: float32 [S, 4, I] (a plain FFN: [S, 2, I]) or None, moments of each slot's errors of estimate, see
+            `expected.expected_sizes`.
 
     Returns:
         `TokenRows`, its index ascending.
     """
-    score = sketch_scores(x, weights, sketch, _by_row(importance, slots))
+    known = None if errors is None else errors[slots]
+    score = sketch_scores(x, weights, sketch, _by_row(importance, slots), known)
     return _finish(x, weights, score, wanted, slots, width, threshold)
 
 

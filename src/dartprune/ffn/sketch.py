@@ -5,7 +5,9 @@ Plain torch (method section 4a): right on every device, the oracle of every kern
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dartprune.ffn.backend import activation
+from dartprune.ffn.expected import expected_sizes
 from dartprune.ffn.weights import FFNWeights
 
 WORD = 64  # bits of one word of a plane
@@ -185,18 +188,31 @@ def sketch_dots(x: InputPlanes, sketch: SketchPlanes) -> Tensor:
     return dots * sketch.scale
 
 
-def sketch_scores(x: Tensor, weights: FFNWeights, sketch: FFNSketch, importance: Tensor) -> Tensor:
-    """Estimated weight of each neuron, float32 [N, I]: `|act(g^ + bias) (u^ + bias)| * importance` [N, I]."""
+def sketch_scores(
+    x: Tensor, weights: FFNWeights, sketch: FFNSketch, importance: Tensor, errors: Tensor | None = None
+) -> Tensor:
+    """Estimated weight of each neuron, float32 [N, I]: `|act(g^ + bias) (u^ + bias)| * importance` [N, I].
+
+    With errors float32 [N, 4 or 2, I], what is expected under them: see `expected.expected_sizes`.
+    """
     rounded = quantise_input(x, sketch.activation_bits, sketch.outliers)
+    act = partial(activation, weights.activation)
     a = sketch_dots(rounded, sketch.up)
     if weights.up_bias is not None:
         a = a + weights.up_bias.float()
-    if sketch.gate is None:
-        return activation(weights.activation, a).abs() * importance
-    g = sketch_dots(rounded, sketch.gate)
-    if weights.gate_bias is not None:
-        g = g + weights.gate_bias.float()
-    return (activation(weights.activation, g) * a).abs() * importance
+    g = None
+    if sketch.gate is not None:
+        g = sketch_dots(rounded, sketch.gate)
+        if weights.gate_bias is not None:
+            g = g + weights.gate_bias.float()
+    return estimated_sizes(act, g, a, errors) * importance
+
+
+def estimated_sizes(act: Callable[[Tensor], Tensor], gate: Tensor | None, up: Tensor, errors: Tensor | None) -> Tensor:
+    """Estimated size of each neuron's activation, float32 [N, I], from estimated products with biases added."""
+    if errors is not None:
+        return expected_sizes(act, gate, up, errors)
+    return act(up).abs() if gate is None else (act(gate) * up).abs()
 
 
 def _fitted(weight: Tensor, scale: Tensor, top: int) -> Tensor:

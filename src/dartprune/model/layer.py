@@ -79,18 +79,21 @@ class Layer:
         gate: Tensor = quietly(self.up, x).chunk(2, dim=-1)[0] if self.gate is None else quietly(self.gate, x)
         return self.activated(gate)
 
+    def products(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Gate (None for a plain FFN) and up of FFN inputs [..., H], bias included: [..., I] each, unheard by hooks."""
+        up: Tensor = quietly(self.up, x)
+        if self.fused:
+            gate, up = up.chunk(2, dim=-1)
+            return gate, up
+        return None if self.gate is None else quietly(self.gate, x), up
+
     def activations(self, x: Tensor) -> Tensor:
         """The input of the down projection, [..., I], for FFN inputs [..., H]; runs the modules, whatever they are.
 
         No hook of the user's hears of it, nor changes it: this is no call of the model's.
         """
-        up: Tensor = quietly(self.up, x)
-        if self.fused:
-            gate, up = up.chunk(2, dim=-1)
-            return up * self.activated(gate)
-        if self.gate is not None:
-            return self.activated(quietly(self.gate, x)) * up
-        return self.activated(up)
+        gate, up = self.products(x)
+        return self.activated(up) if gate is None else self.activated(gate) * up
 
     def activated(self, a: Tensor) -> Tensor:
         """The activation of `a`, unheard by hooks."""

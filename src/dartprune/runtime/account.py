@@ -80,7 +80,7 @@ class Account:
         total = 0
         for number, (layer, size) in enumerate(zip(self.parts.layers, self._layer_bytes, strict=True)):
             if layer.selector is not None:
-                total += layer.selector.fixed_bytes(self._candidates(number, layer, slots))
+                total += layer.selector.fixed_bytes(self._candidates(number, layer, slots), len(slots))
             elif layer.backend.gathers and not isinstance(layer.weights, str):
                 total += layer.backend.bytes_read(layer.weights, _lists(number, layer, slots))
             else:

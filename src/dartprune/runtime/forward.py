@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dartprune.runtime.events import Events
 from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.prompt import prefilled
 from dartprune.runtime.rows_or_dense import RowsOrDense
+from dartprune.runtime.sample import Sample, sample
 from dartprune.runtime.selectors.spending import Spending
 from dartprune.runtime.slots import Slot, State
 from dartprune.runtime.step import Planner
@@ -55,7 +57,8 @@ class Forwards:
         self._spending = spending
         self._ring = method.refresh.replay_tokens
         states = {layer.trace.device: layer.state for layer in layers}
-        self._planner = Planner(states, self._ring, method.skip_first)
+        self._learns = any(layer.selector is not None and layer.selector.learns for layer in layers)
+        self._planner = Planner(states, self._ring, method.skip_first, learns=self._learns)
         self.rows: Rows | None = None  # of the forward under way
         self._slots: list[Slot] = []
         self._ended: Tensor | None = None
@@ -108,6 +111,8 @@ class Forwards:
         if attention is not None:
             attention = attention.reshape(len(rows.slots), rows.tokens, -1)
         spent = self._spending.spent(len(rows.slots)) if self._spending is not None else None
+        if self._planner.sample is not None and rows.phase is not Phase.VERIFY and not self._paused:
+            self._teach(self._planner.sample, self._ended if rows.phase is Phase.DECODE else None)
         if rows.phase is Phase.PREFILL:
             prefilled(self._slots, rows, self._traced, attention, self._ring)
         elif rows.phase is Phase.DECODE:
@@ -144,6 +149,22 @@ class Forwards:
             slot.ring.retreat(tokens, self._ring)
             slot.finished = False
 
+    def _teach(self, taught: Sample, ended: Tensor | None) -> None:
+        """Let the selectors learn from what the layers have put aside; `ended` bool [B], lines that are over."""
+        began = perf_counter()
+        on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        for layer in self.layers:
+            x, layer.sampled = layer.sampled, None
+            if layer.selector is None or x is None:
+                continue
+            if x.device not in on:
+                weight = taught.weight.to(x.device)
+                if ended is not None:
+                    weight = weight * (~ended.to(x.device)).float()[:, None]
+                on[x.device] = taught.slots.to(x.device), weight
+            layer.selector.learn(x.view(*taught.rows.shape, -1), *on[x.device])
+        self.layers[-1].state.tracing_seconds += perf_counter() - began
+
     def _decoded(
         self, slots: list[Slot], tokens: int, attention: Tensor | None, ended: Tensor | None, spent: Tensor | None
     ) -> None:
@@ -160,6 +181,7 @@ class Forwards:
         learning = torch.tensor([slot.state is State.LEARNING for slot in slots], dtype=torch.float32, device="cpu")
         weight = learning[:, None].expand(-1, stayed)
         ids = torch.tensor(waiting.rows.slots, dtype=torch.int64, device="cpu")
+        taught = sample(block, slots, weight) if self._learns else None
         for layer in self.layers:
             assert layer.staged is not None
             device = layer.trace.device
@@ -171,4 +193,8 @@ class Forwards:
                 layer.trace.add(layer.parts.activations(x), rows, counted)
                 if layer.staged_impact is not None:
                     layer.trace.add_impact(layer.staged_impact[:, :stayed], rows, counted, counted)
+            if taught is not None:
+                layer.sampled = x.reshape(-1, x.shape[-1]).index_select(0, taught.rows.flatten().to(device))
             layer.staged = layer.staged_impact = None
+        if taught is not None:
+            self._teach(taught, None)

@@ -52,6 +52,7 @@ class LiveLayer:
         self.selector = selector
         self.staged: Tensor | None = None
         self.staged_impact: Tensor | None = None
+        self.sampled: Tensor | None = None
         self._y: Tensor | None = None
         self._x: Tensor | None = None
         self._raw: Tensor | None = None
@@ -145,6 +146,8 @@ class LiveLayer:
             self._y = x
         if step.staging:
             self.staged = x.reshape(step.slots.shape[0], -1, x.shape[-1])
+        if step.sample is not None:
+            self.sampled = x.reshape(-1, x.shape[-1]).index_select(0, step.sample)
         if step.masking and self.selector is not None:
             self._x = x
         if step.ring is not None and self.ring is not None:

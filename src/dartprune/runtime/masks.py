@@ -80,8 +80,11 @@ class Masks:
         for layer in self.layers:
             assert layer.ring is not None
             rows, where, counted = on[layer.ring.device]
-            a = layer.parts.activations(layer.ring.read(rows, where))
-            layer.trace.blend(a, rows, counted, self.method.refresh.replay_memory)
+            x, memory = layer.ring.read(rows, where), self.method.refresh.replay_memory
+            if layer.selector is not None and layer.selector.learns:
+                layer.selector.learn(x, rows, counted, memory)
+            if layer.trace.statistics:
+                layer.trace.blend(layer.parts.activations(x), rows, counted, memory)
             self.flops += 2 * (layer.parts.matrices - 1) * layer.neurons * layer.parts.hidden * length * len(slots)
         for slot in slots:
             slot.masks.former = list(slot.masks.keep) if slot.masks.keep is not None else None
@@ -102,6 +105,8 @@ class Masks:
         rows = [slot.id for slot in slots]
         for layer in self.layers:
             layer.trace.clear(rows)
+            if layer.selector is not None and layer.selector.learns:
+                layer.selector.clear(rows)
 
     # ---- budget
 

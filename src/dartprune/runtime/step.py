@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dartprune.model.rows import Phase, Rows
 from dartprune.runtime.device_values import DeviceValues
+from dartprune.runtime.sample import Sample, sample
 from dartprune.runtime.slots import Slot, State
 
 
@@ -21,7 +22,8 @@ class Step:
     slots: int64 [B].  row_slots: int64 [B * T].  weight, impact_weight: float32 [B, T] of 0 and 1, or None: not traced.
     ring: rows, slots and places for `LayerRing.write`, or None.  gathering: the backend computes the FFN from index
     lists.  masking: neurons are zeroed inside the model's own FFN.  staging: inputs are kept until it is known which
-    tokens survive.  padded: some tokens are padding, whose values mean nothing.
+    tokens survive.  padded: some tokens are padding, whose values mean nothing.  sample: int64 [n], rows whose
+    inputs are put aside to teach a selector, or None.
     """
 
     slots: Tensor
@@ -33,6 +35,7 @@ class Step:
     masking: bool = False
     staging: bool = False
     padded: bool = False
+    sample: Tensor | None = None
 
 
 class DeviceState:
@@ -50,17 +53,20 @@ Steps = dict[torch.device, Step]
 class Planner:
     """Makes steps; a decoding loop whose sequences stay as they are goes on with the step it has."""
 
-    def __init__(self, states: Mapping[torch.device, DeviceState], ring: int, skip_first: int) -> None:
+    def __init__(self, states: Mapping[torch.device, DeviceState], ring: int, skip_first: int, *, learns: bool) -> None:
         """Set up.
 
         Args:
             states: of the devices where layers compute.
             ring: length of the ring of inputs, 0 for none.
             skip_first: tokens at the head of a sequence that are not traced.
+            learns: whether a token selector learns from the context.
         """
         self._states = dict(states)
         self._ring = ring
         self._skip_first = skip_first
+        self._learns = learns
+        self.sample: Sample | None = None  # of the forward under way
         self._current: tuple[Any, Steps, list[int]] | None = None
         self._once = DeviceValues()
 
@@ -69,6 +75,7 @@ class Planner:
         step = self._step(rows, slots)
         step.weight = traced = rows.weight([max(0, self._skip_first - slot.position) for slot in slots])
         step.impact_weight = rows.weight([0] * len(slots))
+        step.sample = self._sampled(rows, slots, traced)
         self._tell(self._spread(step))
         return traced
 
@@ -84,6 +91,7 @@ class Planner:
         pruned = [slot.state is State.PRUNED for slot in slots]
         learning = [slot.state is State.LEARNING for slot in slots]
         verify = rows.phase is Phase.VERIFY
+        self.sample = None
         key = (rows.slots, rows.tokens, rows.phase, tuple(pruned), tuple(learning), gathering)
         places = [slot.ring.next for slot in slots]
         if self._current is not None and self._current[0] == key and self._current[2] == places:
@@ -97,12 +105,20 @@ class Planner:
             steps = self._spread(step)
             self._current = (key, steps, places) if rows.tokens == 1 else None
         if any(learning) and not verify:
+            fresh = torch.tensor(learning, dtype=torch.float32, device="cpu")[:, None].expand(-1, rows.tokens)
+            sampled = self._sampled(rows, slots, fresh)
             for device, step in steps.items():
+                step.sample = None if sampled is None else sampled.to(device, non_blocking=True)
                 counted = self._once(learning, device)
                 if ended is not None:
                     counted = counted & ~ended.to(device)
                 step.weight = step.impact_weight = counted.float()[:, None].expand(-1, rows.tokens)
         self._tell(steps)
+
+    def _sampled(self, rows: Rows, slots: Sequence[Slot], counted: Tensor) -> Tensor | None:
+        """The rows that teach a selector; which they are stays in `sample` until the forward is over."""
+        self.sample = sample(rows, slots, counted) if self._learns else None
+        return None if self.sample is None else self.sample.rows.flatten()
 
     def advance(self) -> None:
         """A decoding step has run: in the one that is kept, the ring's places move on by one token."""

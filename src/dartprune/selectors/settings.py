@@ -22,13 +22,19 @@ class TokenSelector(ABC):
 
     kind: its registered name.  context: whether the context's mask names the candidates; otherwise every neuron is one,
     and the mask's score is never asked for.  ceiling: whether everything is computed to know what may be left out, so
-    that no backend can save anything.  statistics: of the trace, beside the scorer's.
+    that no backend can save anything.  statistics: of the trace, beside the scorer's.  learns: whether tokens of the
+    context teach it.
     """
 
     kind: ClassVar[str] = ""
     context: ClassVar[bool] = False
     ceiling: ClassVar[bool] = False
     statistics: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def learns(self) -> bool:
+        """See the class."""
+        return False
 
     @abstractmethod
     def split(self, rows: float, neurons: int, *, gated: bool) -> tuple[int, int]:
@@ -97,13 +103,15 @@ class Sketch(TokenSelector):
 
     bits: 1 to 4 per weight of gate and up, or `auto`: chosen from the weights and the sparsity.
     activation_bits: 2 to 8 of the rounded input.  outliers: largest entries of the input that stay exact.
-    file: a sketch written by `dartprune.selectors.save_sketch`; None builds it while attaching.
+    calibrate: whether the context's tokens teach how wrong the estimates are; then neurons are ranked by what is
+    expected of them.  file: a sketch written by `dartprune.selectors.save_sketch`; None builds it while attaching.
     """
 
     kind: ClassVar[str] = "sketch"
     bits: int | str = "auto"
     activation_bits: int = 4
     outliers: int = 4
+    calibrate: bool = True
     file: str | None = None
 
     def __post_init__(self) -> None:
@@ -113,8 +121,15 @@ class Sketch(TokenSelector):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise UserError(f"Sketch: {name} must be a whole number from {least} to {most}, got {value!r}")
+        if not isinstance(self.calibrate, bool):
+            raise UserTypeError(f"Sketch: calibrate must be True or False, got {self.calibrate!r}")
         if self.file is not None and not isinstance(self.file, str):
             raise UserTypeError(f"Sketch: file must be a path as text or None, got {self.file!r}")
+
+    @property
+    def learns(self) -> bool:
+        """Where it is calibrated."""
+        return self.calibrate
 
     def split(self, rows: float, neurons: int, *, gated: bool) -> tuple[int, int]:
         """Every neuron is a candidate; what the sketch itself costs was taken off the budget before."""

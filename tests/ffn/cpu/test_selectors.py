@@ -15,7 +15,7 @@ from dartprune.ffn import sketch as sketch_oracle
 from dartprune.ffn.cpu import selectors as cpu_selectors
 from dartprune.ffn.sketch import build_planes, build_sketch
 from ffn_cases import DTYPES, lists, make
-from selector_cases import assert_agree, case, check_choice, gate_scores, same
+from selector_cases import assert_agree, case, check_choice, errors_of, gate_scores, same
 
 
 @pytest.mark.parametrize("seed", range(160))
@@ -34,8 +34,13 @@ def test_sketch_on_random_cases(seed):
     bits, activation_bits = rng.choice([1, 1, 2, 3, 4]), rng.choice([4, 4, 2, 3, 8])
     sketch = build_sketch(w, bits, activation_bits, min(w.hidden, rng.choice([0, 1, 4, 7])))
     width = rng.randint(1, w.neurons + 2)
-    call = (x, w, sketch, slots, wanted, importance, width, threshold)
-    scores = sketch_oracle.sketch_scores(x, w, sketch, importance if importance.shape[0] == 1 else importance[slots])
+    errors = errors_of(w) if rng.random() < 0.5 else None
+    call = (x, w, sketch, slots, wanted, importance, width, threshold, errors)
+    weight, known = (
+        importance[slots if importance.shape[0] > 1 else [0] * len(slots)],
+        None if errors is None else errors[slots],
+    )
+    scores = sketch_oracle.sketch_scores(x, w, sketch, weight, known)
     assert_agree(cpu_selectors.sketched_rows(*call), selector_ops.sketched_rows(*call), scores, w, x)
 
 

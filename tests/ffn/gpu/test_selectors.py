@@ -27,7 +27,7 @@ from dartprune.ffn.gpu.kernels import Blocks, Config
 from dartprune.ffn.selector_kernels import kernels_of
 from dartprune.ffn.sketch import build_planes, build_sketch
 from ffn_cases import lists, make
-from selector_cases import assert_agree, case, check_choice, gate_scores, same
+from selector_cases import assert_agree, case, check_choice, errors_of, gate_scores, same
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -72,8 +72,13 @@ def test_sketch_on_random_cases(seed, monkeypatch):
     monkeypatch.setattr(gpu_tuning, "config", lambda gate, up: rng.choice(CONFIGS))
     bits, activation_bits = rng.choice([1, 1, 2, 3, 4]), rng.choice([4, 4, 2, 3, 8])
     sketch = build_sketch(w, bits, activation_bits, min(w.hidden, rng.choice([0, 1, 4, 7])))
-    call = (x, w, sketch, slots, wanted, importance, rng.randint(1, w.neurons + 2), threshold)
-    scores = sketch_oracle.sketch_scores(x, w, sketch, importance if importance.shape[0] == 1 else importance[slots])
+    errors = errors_of(w) if rng.random() < 0.5 else None
+    call = (x, w, sketch, slots, wanted, importance, rng.randint(1, w.neurons + 2), threshold, errors)
+    weight, known = (
+        importance[slots if importance.shape[0] > 1 else [0] * len(slots)],
+        None if errors is None else errors[slots],
+    )
+    scores = sketch_oracle.sketch_scores(x, w, sketch, weight, known)
     assert_agree(on_gpu(gpu_selectors.sketched_rows, *call), selector_ops.sketched_rows(*call), scores, w, x)
 
 
@@ -300,7 +305,7 @@ def test_the_operators_are_ones_that_torch_can_trace():
     x, slots, importance = map(moved, (torch.randn(2, 16), torch.tensor([1, 0]), torch.rand(1, 20)))
     gate = (x, *w.tensors(), "gelu", index, count, slots, count, None, importance)
     planes = (sketch.gate.planes, sketch.gate.scale, sketch.up.planes, sketch.up.scale, 4, 4)
-    sketched = (x, *w.tensors(), "gelu", *planes, slots, count, importance, 20, None)
+    sketched = (x, *w.tensors(), "gelu", *planes, slots, count, importance, 20, None, errors_of(w))
     # not those that compare two calls in full: what lies past a count is not defined
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.dartprune.gated_rows_gpu.default, gate, test_utils=utilities)

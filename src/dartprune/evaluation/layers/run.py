@@ -178,8 +178,8 @@ def impacts(model: Any, streams: Sequence[Stream], prompt: int, size: int, backe
     """Mean over texts of both impact terms of each layer on the prompts, float32 [L, 2], and the layers' neurons."""
     parts = []
     pruner = Static(sparsity=0.5, budget=Uniform())
-    if prompt - 1 - pruner.skip_first < pruner.min_traced:
-        raise UserError(f"a prompt of {prompt} tokens makes no mask: give at least {pruner.min_traced + 2}")
+    if prompt - 1 - pruner.skip_first < pruner.least_traced:
+        raise UserError(f"a prompt of {prompt} tokens makes no mask: give at least {pruner.least_traced + 2}")
     with pruner(model, backend=backend) as run:
         for i in range(0, len(streams), size):
             rows = batch(streams[i : i + size])[:, :prompt].to(model.device)

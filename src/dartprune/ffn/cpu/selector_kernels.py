@@ -18,7 +18,7 @@ from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.cut import choose_part
 from dartprune.ffn.cpu.kernels import MOST_ROWS as MOST_ROWS
 from dartprune.ffn.cpu.kernels import union_of
-from dartprune.ffn.cpu.sketch import BLOCK, integers_of, round_row, score_part
+from dartprune.ffn.cpu.sketch import BLOCK, estimates_part, integers_of, round_row, score_part
 
 AHEAD = 4  # neurons between the one that is computed and the one that is fetched
 
@@ -114,6 +114,13 @@ def _down_part(first, last, down, union, index, count, value, out):
             done[n] = until
 
 
+@njit(nogil=True)
+def _share(whole, t, threads, unit):
+    """The t-th of `threads` shares of a range, cut at multiples of `unit`."""
+    units = -(-whole // unit)
+    return min(units * t // threads * unit, whole), min(units * (t + 1) // threads * unit, whole)
+
+
 # ---- what is called
 
 
@@ -135,17 +142,19 @@ def integers(planes, x, total, out):
         integers_of(0, planes.shape[0], planes, x[n], total[n], out[n])
 
 
+@kernel(parallel=True)
+def estimates(x, rounding, sketch, threads, out):
+    """`sketch.sketch_dots` of rows x float32 [N, H] into out [N, I]; sketch (planes, scale)."""
+    rounded = round_rows(x, *rounding)
+    for t in prange(threads):
+        first, last = _share(out.shape[1], t, threads, BLOCK)
+        estimates_part(first, last, rounded, sketch, out)
+
+
 @kernel()
 def choose(key, slots, wanted, least, index, count, cut):
     """`selector_ops.chosen_rows` with each slot's wanted and least score; key and least as bits, uint32."""
     choose_part(0, key.shape[0], key, slots, wanted, least, index, count, cut)
-
-
-@njit(nogil=True)
-def _share(whole, t, threads, unit):
-    """The t-th of `threads` shares of a range, cut at multiples of `unit`."""
-    units = -(-whole // unit)
-    return min(units * t // threads * unit, whole), min(units * (t + 1) // threads * unit, whole)
 
 
 @kernel()
@@ -190,16 +199,16 @@ def gate_rows(x, weights, lists, choice, importance, kind, threads, key, value, 
 
 @kernel()
 def sketch_rows_alone(
-    x, weights, rounding, sketches, choice, slots, importance, kind, key, value, index, count, cut, out
+    x, weights, rounding, sketches, choice, slots, importance, errors, kind, key, value, index, count, cut, out
 ):
     """`selector_ops.sketched_rows` for up to 64 rows in the calling thread.
 
     rounding (activation bits, Gaussian step, outliers); sketches (planes and scale of gate, of up), the
-    latter twice where there is no gate; key float32 [N, I], anything; the rest as for `gate_rows_alone`.
+    latter twice where there is no gate; errors float32 [S, 4 or 2, I] or empty; key float32 [N, I], anything; the rest as for `gate_rows_alone`.
     """
     neurons = key.shape[1]
     rounded = round_rows(x, *rounding)
-    score_part(0, neurons, rounded, weights, sketches, slots, importance, kind, key)
+    score_part(0, neurons, rounded, weights, sketches, slots, importance, errors, kind, key)
     choose_part(0, x.shape[0], key.view(np.uint32), slots, *choice, index, count, cut)
     member, union = union_of(neurons, x.shape[0], index, count, np.arange(x.shape[0]))
     _up_part(0, union.shape[0], x, weights, member, union, kind, False, value)
@@ -208,14 +217,14 @@ def sketch_rows_alone(
 
 @kernel(parallel=True)
 def sketch_rows(
-    x, weights, rounding, sketches, choice, slots, importance, kind, threads, key, value, index, count, cut, out
+    x, weights, rounding, sketches, choice, slots, importance, errors, kind, threads, key, value, index, count, cut, out
 ):
     """The same with several threads."""
     rows, hidden, neurons = x.shape[0], x.shape[1], key.shape[1]
     rounded = round_rows(x, *rounding)
     for t in prange(threads):
         first, last = _share(neurons, t, threads, BLOCK)
-        score_part(first, last, rounded, weights, sketches, slots, importance, kind, key)
+        score_part(first, last, rounded, weights, sketches, slots, importance, errors, kind, key)
     bits = key.view(np.uint32)
     for t in prange(threads):
         first, last = _share(rows, t, threads, 1)

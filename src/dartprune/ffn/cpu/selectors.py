@@ -17,6 +17,7 @@ from dartprune.ffn.sketch import GAUSSIAN_STEP, FFNSketch, InputPlanes, SketchPl
 from dartprune.ffn.weights import FFNWeights
 
 _NO_BITS, _NO_IMPORTANCE = numpy.empty(0, numpy.uint32), numpy.empty((0, 0), numpy.float32)
+_NO_ERRORS = numpy.empty((0, 0, 0), numpy.float32)
 
 
 def quantise_input(x: Tensor, activation_bits: int = 4, outliers: int = 4) -> InputPlanes:
@@ -29,6 +30,17 @@ def quantise_input(x: Tensor, activation_bits: int = 4, outliers: int = 4) -> In
 
 def _rounding(activation_bits: int, outliers: int) -> tuple[Any, ...]:
     return activation_bits, numpy.float32(GAUSSIAN_STEP[activation_bits]), outliers
+
+
+def estimates(x: Tensor, sketch: SketchPlanes, activation_bits: int, outliers: int) -> Tensor:
+    """Rows x [N, H] rounded, and their estimated products as `sketch.sketch_dots` gives them."""
+    from dartprune.ffn.cpu import selector_kernels as kernels
+
+    out = torch.empty(x.shape[0], sketch.neurons, dtype=torch.float32, device="cpu")
+    rows, rounding = x.detach().float().contiguous().numpy(), _rounding(activation_bits, outliers)
+    planes = sketch.planes.numpy(), sketch.scale.numpy()
+    kernels.estimates(rows, rounding, planes, use_threads(), out.numpy())
+    return out
 
 
 def sketch_integers(x: InputPlanes, sketch: SketchPlanes) -> Tensor:
@@ -121,6 +133,7 @@ def sketched_rows(
     importance: Tensor,
     width: int,
     threshold: Tensor | None,
+    errors: Tensor | None,
 ) -> TokenRows:
     """Sketch, fused: see `selector_ops.sketched_rows`. Rows of the weights must be contiguous."""
     from dartprune.ffn.cpu import selector_kernels as kernels
@@ -130,8 +143,9 @@ def sketched_rows(
     gate = up if sketch.gate is None else (sketch.gate.planes.numpy(), sketch.gate.scale.numpy())
     weight, owners, kind = importance.float().numpy(), slots.numpy(), kernels.ACTIVATIONS[weights.activation]
     rounding = _rounding(sketch.activation_bits, sketch.outliers)
+    known = _NO_ERRORS if errors is None else errors.numpy()
     for part, rows, results in call.parts():
-        given = rows, call.weights, rounding, (*gate, *up), call.choice, owners[part], weight, kind
+        given = rows, call.weights, rounding, (*gate, *up), call.choice, owners[part], weight, known, kind
         if call.threads == 1:
             kernels.sketch_rows_alone(*given, *results)
         else:

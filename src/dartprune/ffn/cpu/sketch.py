@@ -131,12 +131,56 @@ def _estimate(first, last, planes, scale, x, step, total, place, exact, bias, ex
 
 
 @njit(nogil=True)
-def score_part(first, last, rounded, weights, sketches, slots, importance, kind, key):
+def estimates_part(first, last, rounded, sketch, out):
+    """Estimated products of the neurons first:last with every row, without biases, to out [N, I]."""
+    matrix, scale = sketch
+    planes, step, total, place, exact = rounded
+    exactly, none = np.empty(BLOCK, np.int32), np.empty(0, np.float32)
+    for start in range(first, last, BLOCK):
+        end = min(start + BLOCK, last)
+        for n in range(planes.shape[0]):
+            row = (planes[n], step[n], total[n], place[n], exact[n])
+            _estimate(start, end, matrix, scale, *row, none, exactly, out[n, start:end])
+
+
+@njit(nogil=True)
+def _mean_square(kind, estimate, mean, square, low, high):
+    """Make the estimates [B] `expected.expected_sizes`' mean squares of the activation; low and high [B]: room."""
+    for i in range(estimate.shape[0]):
+        middle = estimate[i] + mean[i]
+        reach = np.sqrt(np.float32(3.0) * max(square[i] - mean[i] * mean[i], ZERO))
+        estimate[i], low[i], high[i] = middle, middle - reach, middle + reach
+    activate_all(kind, estimate)
+    activate_all(kind, low)
+    activate_all(kind, high)
+    for i in range(estimate.shape[0]):
+        sides = low[i] * low[i] + high[i] * high[i]
+        estimate[i] = np.float32(2 / 3) * (estimate[i] * estimate[i]) + np.float32(1 / 6) * sides
+
+
+@njit(nogil=True)
+def _expect(kind, gated, g, u, errors, low, high):
+    """Make u [B] the expected sizes, see `expected.expected_sizes`; errors [4 or 2, B]."""
+    if gated:
+        _mean_square(kind, g, errors[0], errors[1], low, high)
+        for i in range(u.shape[0]):
+            mean = errors[2, i]
+            up = u[i] + mean
+            u[i] = np.sqrt(g[i] * (up * up + max(errors[3, i] - mean * mean, ZERO)))
+    else:
+        _mean_square(kind, u, errors[0], errors[1], low, high)
+        for i in range(u.shape[0]):
+            u[i] = np.sqrt(u[i])
+
+
+@njit(nogil=True)
+def score_part(first, last, rounded, weights, sketches, slots, importance, errors, kind, key):
     """Scores of the neurons first:last for every row, to key [N, I]: see `sketch.sketch_scores`."""
     gated, _, _, _, gate_bias, up_bias, _ = weights
     gate, gate_scale, up, up_scale = sketches
     planes, step, total, place, exact = rounded
     g, u, exactly = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int32)
+    low, high = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for start in range(first, last, BLOCK):
         end = min(start + BLOCK, last)
         for n in range(planes.shape[0]):
@@ -144,6 +188,10 @@ def score_part(first, last, rounded, weights, sketches, slots, importance, kind,
             _estimate(start, end, up, up_scale, *row, up_bias, exactly, u)
             if gated:
                 _estimate(start, end, gate, gate_scale, *row, gate_bias, exactly, g)
+            if errors.shape[0]:
+                known, size = errors[slots[n], :, start:end], end - start
+                _expect(kind, gated, g[:size], u[:size], known, low[:size], high[:size])
+            elif gated:
                 activate_all(kind, g[: end - start])
                 for i in range(end - start):
                     u[i] *= g[i]

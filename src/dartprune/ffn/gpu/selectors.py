@@ -161,6 +161,7 @@ def sketched_rows(
     importance: Tensor,
     width: int,
     threshold: Tensor | None,
+    errors: Tensor | None,
 ) -> TokenRows:
     """Sketch: see `selector_ops.sketched_rows`. The weights must be contiguous."""
     from dartprune.ffn.gpu import cut as gpu_cut
@@ -170,7 +171,7 @@ def sketched_rows(
     gate, up, down, gate_bias, up_bias, down_bias = weights.tensors()
     act, biases = weights.activation, (gate_bias, up_bias)
     planes = FFNSketch(None if sketch.gate is None else _contiguous(sketch.gate), _contiguous(sketch.up))
-    weight = importance.float().contiguous()
+    weight, known = importance.float().contiguous(), None if errors is None else errors.contiguous()
     with torch.cuda.device_of(x):
         call = _Call(x, weights, slots, wanted, threshold, width)
         for group in call.groups():
@@ -178,12 +179,26 @@ def sketched_rows(
             key = torch.empty(group.x.shape[0], weights.neurons, dtype=torch.int32, device=x.device)
             tally = torch.empty(group.x.shape[0], gpu_cut.TALLY, dtype=torch.int32, device=x.device)
             gpu_sketch.launch_round(group.x, rounded, tally)
-            gpu_sketch.launch_score(rounded, planes, *biases, weight, group.slots, key, tally, act)
+            gpu_sketch.launch_score(rounded, planes, *biases, weight, known, group.slots, key, tally, act)
             group.choose(key, tally, None)
             lists = group.index, group.count, group.owners
             gpu_kernels.launch_up(group.x, gate, up, *biases, *lists, group.acts, act, call.config.up)
             group.add_down(down, down_bias)
     return call.rows
+
+
+def estimates(x: Tensor, planes: SketchPlanes, activation_bits: int, outliers: int) -> Tensor:
+    """Rows x [N, H] rounded, and their products as `sketch.sketch_dots` gives them, float32 [N, I]."""
+    from dartprune.ffn.gpu import cut as gpu_cut
+    from dartprune.ffn.gpu import sketch as gpu_sketch
+
+    out = torch.empty(x.shape[0], planes.neurons, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        rounded = room_for_planes(x, activation_bits, outliers)
+        tally = torch.empty(x.shape[0], gpu_cut.TALLY, dtype=torch.int32, device=x.device)
+        gpu_sketch.launch_round(x.detach().contiguous(), rounded, tally)
+        gpu_sketch.launch_estimate(rounded, _contiguous(planes), out)
+    return out
 
 
 def _contiguous(planes: SketchPlanes) -> SketchPlanes:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dartprune.ffn.gpu.cut import TALLY, store_keys
 from dartprune.ffn.gpu.kernels import Blocks, activate
-from dartprune.ffn.sketch import GAUSSIAN_STEP, FFNSketch, InputPlanes
+from dartprune.ffn.sketch import GAUSSIAN_STEP, FFNSketch, InputPlanes, SketchPlanes
 
 _LOW = tl.constexpr(0x7FFFFFFF)
 
@@ -143,6 +143,50 @@ def _estimate(
     return dots * tl.load(scale + i, mask=live, other=0.0)
 
 
+@triton.jit
+def _variance(mean, square):
+    return tl.maximum(square - mean * mean, 0.0)
+
+
+@triton.jit
+def _mean_square(estimate, mean, square, ACT: tl.constexpr):
+    """E[act(z)^2] around a corrected estimate: see `expected.expected_sizes`."""
+    middle = estimate + mean
+    reach = tl.sqrt(3.0 * _variance(mean, square))
+    a, low, high = activate(middle, ACT), activate(middle - reach, ACT), activate(middle + reach, ACT)
+    return 2.0 / 3.0 * a * a + 1.0 / 6.0 * (low * low + high * high)
+
+
+@triton.jit
+def estimate_kernel(
+    x,
+    step,
+    total,
+    place,
+    exact,
+    matrix,
+    scale,
+    out,
+    ALL: tl.constexpr,
+    WORDS: tl.constexpr,
+    BITS: tl.constexpr,
+    INPUT_BITS: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    NEURONS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """`sketch.sketch_dots` to out float32 [N, I]: grid (N, blocks of I); matrix int64 [I, BITS, WORDS]."""
+    n = tl.program_id(0).to(tl.int64)
+    i = (tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)).to(tl.int64)
+    live = i < ALL
+    x += n * INPUT_BITS * WORDS
+    s, t = tl.load(step + n), tl.load(total + n)
+    place += n * OUTLIERS
+    exact += n * OUTLIERS
+    a = _estimate(matrix, scale, x, s, t, place, exact, i, live, WORDS, BITS, INPUT_BITS, OUTLIERS, NEURONS, COLUMNS)
+    tl.store(out + n * ALL + i, a, mask=live)
+
+
 @triton.jit(do_not_specialize=["importance_stride"])
 def score_kernel(
     x,
@@ -157,6 +201,7 @@ def score_kernel(
     gate_bias,
     up_bias,
     importance,
+    errors,
     slots,
     key,
     tally,
@@ -170,11 +215,15 @@ def score_kernel(
     GATED: tl.constexpr,
     GATE_BIASED: tl.constexpr,
     UP_BIASED: tl.constexpr,
+    CALIBRATED: tl.constexpr,
     ACT: tl.constexpr,
     NEURONS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """`selector_ops.sketch_scores` as keys int32 [N, I]: grid (N, blocks of I); gate and up int64 [I, BITS, WORDS]."""
+    """`sketch.sketch_scores` as keys int32 [N, I]: grid (N, blocks of I); gate and up int64 [I, BITS, WORDS].
+
+    errors float32 [S, 4, I], or [S, 2, I] without a gate; read where CALIBRATED.
+    """
     n = tl.program_id(0).to(tl.int64)
     i = (tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)).to(tl.int64)
     live = i < ALL
@@ -191,10 +240,23 @@ def score_kernel(
         )
         if GATE_BIASED:
             g += tl.load(gate_bias + i, mask=live, other=0.0).to(tl.float32)
+    slot = tl.load(slots + n)
+    if CALIBRATED:
+        known = errors + slot * ((4 if GATED else 2) * ALL) + i
+        mean, square = tl.load(known, mask=live, other=0.0), tl.load(known + ALL, mask=live, other=0.0)
+        if GATED:
+            up_mean = tl.load(known + 2 * ALL, mask=live, other=0.0)
+            up_square = tl.load(known + 3 * ALL, mask=live, other=0.0)
+            a += up_mean
+            a = _mean_square(g, mean, square, ACT) * (a * a + _variance(up_mean, up_square))
+        else:
+            a = _mean_square(a, mean, square, ACT)
+        a = tl.sqrt(a)
+    elif GATED:
         a = activate(g, ACT) * a
     else:
         a = activate(a, ACT)
-    a *= tl.load(importance + tl.load(slots + n) * importance_stride + i, mask=live, other=0.0)
+    a *= tl.load(importance + slot * importance_stride + i, mask=live, other=0.0)
     store_keys(a, key + n * ALL, tally + n * COUNTS, i, live)
 
 
@@ -235,12 +297,13 @@ def launch_score(
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     importance: Tensor,
+    errors: Tensor | None,
     slots: Tensor,
     key: Tensor,
     tally: Tensor,
     act: str,
 ) -> None:
-    """Launch `score_kernel`: importance float32 [S, I] or [1, I], slots int64 [N], key int32 [N, I]."""
+    """Launch `score_kernel`: importance float32 [S, I] or [1, I], slots int64 [N], key int32 [N, I]; errors above."""
     rows, neurons = key.shape
     up, gate = sketch.up, sketch.gate or sketch.up
     words = up.planes.shape[2]
@@ -254,6 +317,7 @@ def launch_score(
         up.scale if gate_bias is None else gate_bias,
         up.scale if up_bias is None else up_bias,
         importance,
+        up.scale if errors is None else errors,
         slots,
         key,
         tally,
@@ -267,9 +331,31 @@ def launch_score(
         GATED=sketch.gate is not None,
         GATE_BIASED=gate_bias is not None,
         UP_BIASED=up_bias is not None,
+        CALIBRATED=errors is not None,
         ACT=act,
         NEURONS=blocks.neurons,
         COLUMNS=blocks.columns,
         num_warps=blocks.warps,
         enable_fp_fusion=True,
+    )
+
+
+def launch_estimate(rounded: InputPlanes, matrix: SketchPlanes, out: Tensor) -> None:
+    """Launch `estimate_kernel`: out float32 [N, I] is filled."""
+    rows, neurons = out.shape
+    words = matrix.planes.shape[2]
+    blocks = sketch_blocks(words)
+    estimate_kernel[(rows, triton.cdiv(neurons, blocks.neurons))](
+        *rounded,
+        matrix.planes,
+        matrix.scale,
+        out,
+        ALL=neurons,
+        WORDS=words,
+        BITS=matrix.bits,
+        INPUT_BITS=rounded.planes.shape[1],
+        OUTLIERS=rounded.outlier_index.shape[1],
+        NEURONS=blocks.neurons,
+        COLUMNS=blocks.columns,
+        num_warps=blocks.warps,
     )

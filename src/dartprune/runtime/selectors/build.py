@@ -11,7 +11,8 @@ from dartprune.model.families import Decoder
 from dartprune.model.layer import Layer
 from dartprune.model.probe import down_norms
 from dartprune.model.weights import row_weights
-from dartprune.runtime.selectors.layer_selector import ExactLayer, GateLayer, LayerSelector, SketchLayer
+from dartprune.runtime.selectors.layer_selector import ExactLayer, GateLayer, LayerSelector
+from dartprune.runtime.selectors.sketch_layer import SketchLayer
 from dartprune.selectors.settings import Sketch, TokenGate, TokenSelector
 from dartprune.selectors.sketches import Matrices, Progress, Sketcher, matrices_of
 
@@ -50,11 +51,14 @@ class SelectorBuilder:
         elif self._sketcher is not None:
             parts = matrices_of(layer, weights, device, dtype)
             sketch = self._sketcher.of(layer, parts)
-            made = SketchLayer(layer, device, norms, sketch, (parts.gate_bias, parts.up_bias), kernels)
+            biases = parts.gate_bias, parts.up_bias
+            made = SketchLayer(
+                layer, (device, dtype), norms, sketch, biases, kernels, calibrate=self._sketcher.settings.calibrate
+            )
         else:
             made = ExactLayer(layer, device, norms, layer.matrices)
         if kernels is not None and not isinstance(weights, str):
-            kernels.prepare(weights, sketch)
+            kernels.prepare(weights, sketch, calibrated=made.learns)
         if progress is not None:
             progress(layer.index + 1, self._layers)
         return made

@@ -7,10 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from dartprune.ffn.operators import estimated
 from dartprune.ffn.selector_kernels import SelectorKernels
 from dartprune.ffn.selector_ops import TokenRows, chosen_mask, chosen_rows
-from dartprune.ffn.sketch import FFNSketch
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.layer import Layer
 from dartprune.runtime.selection import LayerSelection
@@ -27,6 +25,7 @@ class LayerSelector(SlotTensors, ABC):
     """
 
     wanted: Tensor
+    learns = False  # whether the context's tokens teach it
 
     def __init__(
         self,
@@ -59,8 +58,8 @@ class LayerSelector(SlotTensors, ABC):
         """Share of the layer's weight bytes that a token reads whatever it chooses."""
         return 0.0
 
-    def fixed_bytes(self, candidates: int) -> int:
-        """Bytes that a forward reads whatever its rows choose, for that many candidates of all its sequences."""
+    def fixed_bytes(self, candidates: int, lines: int) -> int:
+        """Bytes that a forward of that many lines reads whatever its rows choose, `candidates` of all of them."""
         return round(self.fixed_share(candidates) * self.layer.weight_bytes)
 
     @property
@@ -83,6 +82,17 @@ class LayerSelector(SlotTensors, ABC):
         parts = self.taken, self.union
         self.taken = self.union = None
         return parts
+
+    def learn(self, x: Tensor, slots: Tensor, weight: Tensor, memory: float | None = None) -> None:
+        """Take in tokens of the context.
+
+        Args:
+            x: their inputs of the FFN, [B, m, H].
+            slots: int64 [B], no slot twice.
+            weight: float32 [B, m] of 0 and 1; of tokens that weigh 0 the inputs may be anything.
+            memory: None counts them beside all former ones; else the share that is kept of what was known.
+        """
+        raise RuntimeError(f"{type(self).__name__} does not learn from the context")
 
     def ffn(self, x: Tensor, weights: FFNWeights, selection: LayerSelection, slots: Tensor) -> Tensor:
         """The FFN of rows x [N, H], each over its own neurons; slots int64 [N]."""
@@ -114,7 +124,7 @@ class LayerSelector(SlotTensors, ABC):
         Returns:
             bool [N, I]; all ones where a slot has no selection.
         """
-        scores = self.scores(a, x)
+        scores = self.scores(a, x, slots)
         if self.importance is not None:
             scores = scores * self.importance
         if not selection.everything:
@@ -124,14 +134,14 @@ class LayerSelector(SlotTensors, ABC):
         return chosen_mask(index, self.taken, scores.shape[1]) | dense[:, None]
 
     @abstractmethod
-    def scores(self, a: Tensor, x: Tensor) -> Tensor:
-        """What is multiplied with the importance, float32 [N, I], not negative."""
+    def scores(self, a: Tensor, x: Tensor, slots: Tensor) -> Tensor:
+        """What is multiplied with the importance, float32 [N, I], not negative; slots int64 [N]."""
 
 
 class ExactLayer(LayerSelector):
     """The highest `|a_i| * |W_down[:, i]|` of each row, exactly."""
 
-    def scores(self, a: Tensor, x: Tensor) -> Tensor:
+    def scores(self, a: Tensor, x: Tensor, slots: Tensor) -> Tensor:
         """`|a|`."""
         return a.float().abs()
 
@@ -155,54 +165,8 @@ class GateLayer(LayerSelector):
         assert self.kernels is not None
         return self.kernels.gated_rows(x, weights, index, count, slots, wanted, importance=self.importance)
 
-    def scores(self, a: Tensor, x: Tensor) -> Tensor:
+    def scores(self, a: Tensor, x: Tensor, slots: Tensor) -> Tensor:
         """`|act(W_gate x)|`, or `|a|` where there is no gate."""
         if not self.layer.gated:
             return a.float().abs()
         return self.layer.gate_activations(x).float().abs()
-
-
-class SketchLayer(LayerSelector):
-    """The highest `|act(g^) u^| * |W_down[:, i]|`, estimated from bit planes (after SparseInfer, arXiv 2411.12692)."""
-
-    def __init__(
-        self,
-        layer: Layer,
-        device: torch.device,
-        importance: Tensor,
-        sketch: FFNSketch,
-        biases: tuple[Tensor | None, Tensor | None],
-        kernels: SelectorKernels | None,
-    ) -> None:
-        super().__init__(layer, device, importance, layer.matrices, kernels)
-        self.sketch = sketch
-        self.gate_bias, self.up_bias = biases
-
-    def fixed_share(self, candidates: int) -> float:
-        """The sketch itself, and the norms of the down rows."""
-        return self.held / self.layer.weight_bytes
-
-    @property
-    def held(self) -> int:
-        """Bytes of the planes, their scales and the norms."""
-        return self.sketch.bytes + super().held
-
-    def compute(
-        self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor, wanted: Tensor
-    ) -> TokenRows:
-        """See `LayerSelector.compute`."""
-        assert self.kernels is not None and self.importance is not None
-        return self.kernels.sketched_rows(x, weights, self.sketch, slots, wanted, self.importance, weights.neurons)
-
-    def scores(self, a: Tensor, x: Tensor) -> Tensor:
-        """`|act(g^) u^|`, or `|act(u^)|` where there is no gate."""
-        options = self.sketch.activation_bits, self.sketch.outliers
-        up = estimated(x, self.sketch.up, *options)
-        if self.up_bias is not None:
-            up = up + self.up_bias
-        if self.sketch.gate is None:
-            return self.layer.activated(up).abs()
-        gate = estimated(x, self.sketch.gate, *options)
-        if self.gate_bias is not None:
-            gate = gate + self.gate_bias
-        return (self.layer.activated(gate) * up).abs()

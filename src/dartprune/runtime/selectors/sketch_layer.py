@@ -1,0 +1,146 @@
+"""The sketch at work in one layer, and what it learns from the context (docs/token-selection.md)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dartprune.ffn.expected import error_moments
+from dartprune.ffn.operators import estimated
+from dartprune.ffn.selector_kernels import SelectorKernels
+from dartprune.ffn.selector_ops import TokenRows
+from dartprune.ffn.sketch import FFNSketch, estimated_sizes
+from dartprune.ffn.weights import FFNWeights
+from dartprune.model.layer import Layer
+from dartprune.runtime.selectors.layer_selector import LayerSelector
+
+PRIOR_TOKENS = 8.0  # that the errors of rounding count for; 4 and 8 are alike, and better than 1 for short prompts
+_PROBES = 32  # inputs that tell what the rounding alone does
+
+
+class SketchLayer(LayerSelector):
+    """The highest `|act(g^) u^| * |W_down[:, i]|`, estimated from bit planes (after SparseInfer, arXiv 2411.12692).
+
+    Calibrated, `errors` float32 [slots, 4 or 2, I] are the moments of each sequence's errors of estimate, see
+    `ffn.expected`, `known` float32 [slots] how many tokens they come from, and the score is what is expected under them.
+    """
+
+    errors: Tensor
+    known: Tensor
+
+    def __init__(
+        self,
+        layer: Layer,
+        place: tuple[torch.device, torch.dtype],
+        importance: Tensor,
+        sketch: FFNSketch,
+        biases: tuple[Tensor | None, Tensor | None],
+        kernels: SelectorKernels | None,
+        *,
+        calibrate: bool,
+    ) -> None:
+        """Set up.
+
+        Args:
+            layer: whose FFN.
+            place: where it computes, and in which dtype.
+            importance: norms of the down rows, float32 [I].
+            sketch: of its gate and up.
+            biases: of gate and up, or None each.
+            kernels: see `LayerSelector`.
+            calibrate: whether the context's tokens teach it.
+        """
+        super().__init__(layer, place[0], importance, layer.matrices, kernels)
+        self.sketch = sketch
+        self.gate_bias, self.up_bias = biases
+        self.learns = calibrate
+        self._rounding: Tensor | None = None
+        if calibrate:
+            self._rounding = self._rounding_errors(place)
+            self._allocate("errors", tuple(self._rounding.shape), torch.float32)
+            self._allocate("known", (), torch.float32)
+
+    def fixed_share(self, candidates: int) -> float:
+        """The sketch itself, the norms of the down rows and the sequence's errors."""
+        return self.fixed_bytes(candidates, 1) / self.layer.weight_bytes
+
+    def fixed_bytes(self, candidates: int, lines: int) -> int:
+        """The sketch and the norms once, each sequence's errors."""
+        errors = 0 if self._rounding is None else self._rounding.nbytes
+        return self.sketch.bytes + super().held + errors * lines
+
+    @property
+    def held(self) -> int:
+        """Bytes of the planes, their scales and the norms, and of the errors that every sequence begins with."""
+        return self.sketch.bytes + super().held + (0 if self._rounding is None else self._rounding.nbytes)
+
+    def compute(
+        self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor, wanted: Tensor
+    ) -> TokenRows:
+        """See `LayerSelector.compute`."""
+        assert self.kernels is not None and self.importance is not None
+        errors = self.errors if self.learns else None
+        choice = slots, wanted, self.importance, weights.neurons, None, errors
+        return self.kernels.sketched_rows(x, weights, self.sketch, *choice)
+
+    def scores(self, a: Tensor, x: Tensor, slots: Tensor) -> Tensor:
+        """`|act(g^) u^|`, or `|act(u^)|` where there is no gate; what is expected of it where the context taught."""
+        errors = self.errors.index_select(0, slots) if self.learns else None
+        return estimated_sizes(self.layer.activated, *self._estimates(x), errors)
+
+    def _estimates(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Estimated products of x [N, H] with gate (None for a plain FFN) and up, biases added, float32 [N, I]."""
+        options = self.sketch.activation_bits, self.sketch.outliers
+        up = estimated(x, self.sketch.up, *options)
+        if self.up_bias is not None:
+            up = up + self.up_bias
+        if self.sketch.gate is None:
+            return None, up
+        gate = estimated(x, self.sketch.gate, *options)
+        return gate if self.gate_bias is None else gate + self.gate_bias, up
+
+    @torch.no_grad()
+    def learn(self, x: Tensor, slots: Tensor, weight: Tensor, memory: float | None = None) -> None:
+        """See `LayerSelector.learn`: the moments of the sketch's errors, first of all those of the rounding alone."""
+        assert self._rounding is not None
+        moments = self._moments(x, weight)
+        n_new, n_old = weight.sum(1), self.known.index_select(0, slots)
+        old = self.errors.index_select(0, slots)
+        # of a norm's outputs all tokens have about the same size, so the first one tells it
+        size = x[:, 0].float().square().mean(-1)
+        # nothing may be known, and nothing new: then nothing begins
+        first = (n_old == 0) & (n_new > 0)
+        old = torch.where(first[:, None, None], self._rounding * size[:, None, None], old)
+        n_old = torch.where(first, PRIOR_TOKENS, n_old)
+        share = n_old / (n_old + n_new) if memory is None else torch.full_like(n_old, memory)
+        share = torch.where(n_new > 0, share, 1.0)
+        mean = moments / n_new.clamp_min(1)[:, None, None]
+        self.errors.index_copy_(0, slots, torch.lerp(mean, old, share[:, None, None]))
+        self.known.index_copy_(0, slots, n_old + n_new)
+
+    def _moments(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Sums over tokens of the errors and their squares, of gate and then of up, float32 [B, 4 or 2, I]."""
+        rows, shape = x.reshape(-1, x.shape[-1]), (*weight.shape, -1)
+        pairs = zip(self.layer.products(rows), self._estimates(rows), strict=True)
+        return torch.cat(
+            [
+                error_moments(exact.view(shape), estimate.view(shape), weight)
+                for exact, estimate in pairs
+                if exact is not None and estimate is not None
+            ],
+            dim=1,
+        )
+
+    @torch.no_grad()
+    def _rounding_errors(self, place: tuple[torch.device, torch.dtype]) -> Tensor:
+        """Moments of the errors for inputs of unit size without direction, float32 [4 or 2, I]: no mean, and a square.
+
+        They stand for a few tokens at the beginning of each sequence, so that a short prompt does no harm.
+        """
+        device, dtype = place
+        generator = torch.Generator("cpu").manual_seed(0)
+        x = torch.randn(1, _PROBES, self.layer.hidden, generator=generator, dtype=torch.float32, device="cpu")
+        ones = torch.ones(1, _PROBES, dtype=torch.float32, device=device)
+        moments = self._moments(x.to(device, dtype), ones)[0] / _PROBES
+        moments[::2] = 0.0
+        return moments
