@@ -43,6 +43,11 @@ def errors_of(w, slots=3):
     return torch.stack((mean, square), dim=2).flatten(1, 2)
 
 
+def by_row(slots, importance, errors):
+    """Importance and errors of each row, from those of its slot."""
+    return importance if importance.shape[0] == 1 else importance[slots], None if errors is None else errors[slots]
+
+
 def gate_scores(x, w, slots, importance):
     """What the gate would give every neuron, were it a candidate."""
     matrix, bias = (w.up, w.up_bias) if w.gate is None else (w.gate, w.gate_bias)
