@@ -130,7 +130,8 @@ class Method:
             raise UserError(f"{owner}: {kind} drops other neurons for each token: compensate must be None")
         if not self.token.context and not self.token.learns and self.refresh.replay_tokens:
             raise UserError(
-                f"{owner}: {kind} learns nothing from the context, so a replay would change nothing: use refresh=Never()"
+                f"{owner}: {kind} learns nothing from the context, so a replay would change nothing: "
+                "use refresh=Never()"
             )
 
     @property

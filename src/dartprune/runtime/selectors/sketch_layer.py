@@ -21,8 +21,8 @@ _PROBES = 32  # inputs that tell what the rounding alone does
 class SketchLayer(LayerSelector):
     """The highest `|act(g^) u^| * |W_down[:, i]|`, estimated from bit planes (after SparseInfer, arXiv 2411.12692).
 
-    Calibrated, `errors` float32 [slots, 4 or 2, I] are the moments of each sequence's errors of estimate, see
-    `ffn.expected`, `known` float32 [slots] how many tokens they come from, and the score is what is expected under them.
+    Calibrated, `errors` float32 [slots, 4 or 2, I] are the moments of each sequence's errors of estimate (see
+    `ffn.expected`), `known` float32 [slots] says from how many tokens, and the score is what is expected under them.
     """
 
     errors: Tensor
