@@ -41,6 +41,7 @@ def ways(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
     columns = [w.down.t().contiguous() for w in layers]  # as a model keeps it
     planes = build_planes(base[0], args.bits)
     sketches = [FFNSketch(copy(planes), copy(planes)) for _ in layers]
+    errors = [torch.rand(rows, 4, neurons) for _ in layers]
     x, slots, backend = torch.randn(rows, hidden).bfloat16(), torch.arange(rows), CpuBackend()
 
     def lists(share: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,16 +70,26 @@ def ways(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
         for w, s in zip(layers, sketches, strict=True):
             cpu_selectors.sketched_rows(x, w, s, slots, chosen, importance, neurons)
 
+    def calibrated() -> None:
+        for w, s, e in zip(layers, sketches, errors, strict=True):
+            cpu_selectors.sketched_rows(x, w, s, slots, chosen, importance, neurons, None, e)
+
     def sketch_choice() -> None:
         for w, s in zip(layers, sketches, strict=True):
             cpu_selectors.sketched_rows(x, w, s, slots, torch.zeros_like(chosen), importance, neurons)
+
+    def calibrated_choice() -> None:
+        for w, s, e in zip(layers, sketches, errors, strict=True):
+            cpu_selectors.sketched_rows(x, w, s, slots, torch.zeros_like(chosen), importance, neurons, None, e)
 
     return {
         "torch dense": dense,
         "row lists": row_lists,
         "token gate": gate,
         "sketch": sketch,
+        "calibrated sketch": calibrated,
         "the sketch's choice alone": sketch_choice,
+        "the calibrated choice alone": calibrated_choice,
     }
 
 
@@ -88,6 +99,7 @@ def rows(args: argparse.Namespace, turns: Turns, case: str, bandwidth: float) ->
     read = dict.fromkeys(turns.seconds, round((1 - args.saved) * whole)) | {
         "torch dense": whole,
         "the sketch's choice alone": 2 * args.neurons * (args.hidden * args.bits // 8 + 4),
+        "the calibrated choice alone": 2 * args.neurons * (args.hidden * args.bits // 8 + 12),
     }
     found = []
     for name in turns.seconds:

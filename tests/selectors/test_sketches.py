@@ -81,10 +81,12 @@ def test_the_bits_depend_on_what_is_left(llama):
 def test_the_share_is_what_the_bytes_say(family):
     model = FAMILIES[family]()
     for bits in (1, 3):
-        run = SketchDart(sparsity=0.2, token=Sketch(bits=bits)).attach(model)
-        for layer in run.layers:
-            assert layer.selector.fixed_share(0) == pytest.approx(sketch_share(bits, layer.parts))
-        run.detach()
+        for calibrate in (True, False):
+            settings = Sketch(bits=bits, calibrate=calibrate)
+            run = SketchDart(sparsity=0.2, token=settings).attach(model)
+            for layer in run.layers:
+                assert layer.selector.fixed_share(0) == pytest.approx(sketch_share(bits, layer.parts, settings))
+            run.detach()
 
 
 def quantised():

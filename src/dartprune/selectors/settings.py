@@ -127,6 +127,11 @@ class Sketch(TokenSelector):
             raise UserTypeError(f"Sketch: file must be a path as text or None, got {self.file!r}")
 
     @property
+    def rounding(self) -> tuple[int, int]:
+        """How inputs are rounded: activation bits and outliers."""
+        return self.activation_bits, self.outliers
+
+    @property
     def learns(self) -> bool:
         """Where it is calibrated."""
         return self.calibrate

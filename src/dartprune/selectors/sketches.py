@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.errors import UserError
+from dartprune.ffn.expected import error_moments
 from dartprune.ffn.planes import build_planes
-from dartprune.ffn.sketch import SKETCH_BITS, WORD, FFNSketch, SketchPlanes, sketch_dots
+from dartprune.ffn.sketch import SKETCH_BITS, WORD, FFNSketch, SketchPlanes, estimated_sizes, sketch_dots
 from dartprune.ffn.sketch import quantise_input as rounded
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.families import Decoder, describe
@@ -59,15 +60,17 @@ def _probed(module: nn.Module, inputs: int, device: torch.device, dtype: torch.d
     return torch.cat(columns).t(), probed_bias(module, inputs, device, dtype)
 
 
-def sketch_share(bits: int, layer: Layer) -> float:
-    """Share of a layer's weight bytes that a sketch of that many bits takes, scales and down norms included."""
+def sketch_share(bits: int, layer: Layer, settings: Sketch) -> float:
+    """Share of a layer's weight bytes that a sketch of that many bits takes, with all that a token reads beside it."""
     sketched = layer.matrices - 1
     each = sketched * (bits * -(-layer.hidden // WORD) * WORD // 8 + 4) + 4
+    if settings.calibrate:
+        each += 8 * sketched
     return each * layer.neurons / layer.weight_bytes
 
 
 @torch.no_grad()
-def captured(layer: Layer, parts: Matrices, norms: Tensor, sparsity: float, bits: int) -> float:
+def captured(layer: Layer, parts: Matrices, norms: Tensor, sparsity: float, bits: int, settings: Sketch) -> float:
     """Share of the FFN's output energy that a sketch's choice holds for random inputs, at equal bytes; 0 if it cannot.
 
     Args:
@@ -76,29 +79,38 @@ def captured(layer: Layer, parts: Matrices, norms: Tensor, sparsity: float, bits
         norms: float32 [I], of its down rows.
         sparsity: of the bytes, the sketch's own counted as read.
         bits: of the sketch.
+        settings: its others.
     """
     some = torch.linspace(
         0, layer.neurons - 1, min(layer.neurons, _SAMPLED_NEURONS), dtype=torch.float32, device="cpu"
     ).long()
-    kept = round((1 - sparsity - sketch_share(bits, layer)) * len(some))
+    kept = round((1 - sparsity - sketch_share(bits, layer, settings)) * len(some))
     if kept < 1:
         return 0.0
     # a norm comes before nearly every FFN: entries of unit size
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(_SAMPLED_INPUTS, layer.hidden, generator=generator, dtype=torch.float32, device="cpu")
     some, x = some.to(norms.device), x.to(norms.device)
-    planes = rounded(x)
-    exact = estimate = norms[some]
-    for weight, bias, is_gate in ((parts.gate, parts.gate_bias, True), (parts.up, parts.up_bias, False)):
-        if weight is None:
-            continue
-        rows = weight[some].float()
-        shift = 0.0 if bias is None else bias[some].float()
-        acted = layer.activated if is_gate or parts.gate is None else (lambda value: value)
-        exact = exact * acted(x @ rows.t() + shift)
-        estimate = estimate * acted(sketch_dots(planes, build_planes(rows, bits)) + shift)
-    energy = exact.square()
-    chosen = estimate.abs().topk(kept, dim=1).indices
+    planes = rounded(x, *settings.rounding)
+    exact: list[Tensor] = []
+    estimate: list[Tensor] = []
+    for weight, bias in ((parts.gate, parts.gate_bias), (parts.up, parts.up_bias)):
+        if weight is not None:
+            rows = weight[some].float()
+            shift = 0.0 if bias is None else bias[some].float()
+            exact.append(x @ rows.t() + shift)
+            estimate.append(sketch_dots(planes, build_planes(rows, bits)) + shift)
+    errors = None
+    if settings.calibrate:
+        ones = torch.ones(1, len(x), dtype=torch.float32, device=x.device)
+        moments = [error_moments(e[None], f[None], ones) / len(x) for e, f in zip(exact, estimate, strict=True)]
+        errors = torch.cat(moments, dim=1).expand(len(x), -1, -1)
+    true, found = (
+        estimated_sizes(layer.activated, pair[0] if len(pair) > 1 else None, pair[-1], known) * norms[some]
+        for pair, known in ((exact, None), (estimate, errors))
+    )
+    energy = true.square()
+    chosen = found.topk(kept, dim=1).indices
     return float((energy.gather(1, chosen).sum(1) / energy.sum(1).clamp_min(torch.finfo(torch.float32).tiny)).mean())
 
 
@@ -131,7 +143,7 @@ class Sketcher:
         elif isinstance(settings.bits, int):
             self.bits = settings.bits
         else:
-            self.bits = _best_bits(decoder, sparsity, facts)
+            self.bits = _best_bits(decoder, sparsity, facts, settings)
 
     def of(self, layer: Layer, parts: Matrices) -> FFNSketch:
         """The sketch of one layer; ValueError where the file was made from other weights."""
@@ -143,14 +155,16 @@ class Sketcher:
         return FFNSketch(gate, up, self.settings.activation_bits, min(self.settings.outliers, layer.hidden))
 
 
-def _best_bits(decoder: Decoder, sparsity: float, facts: Callable[[Layer], tuple[Matrices, Tensor]]) -> int:
+def _best_bits(
+    decoder: Decoder, sparsity: float, facts: Callable[[Layer], tuple[Matrices, Tensor]], settings: Sketch
+) -> int:
     """The fewest bits that lose hardly more of the output's energy than the best, in three layers together."""
     layers = decoder.layers
     lost = dict.fromkeys(SKETCH_BITS, 0.0)
     for number in sorted({0, len(layers) // 2, len(layers) - 1}):
         parts, norms = facts(layers[number])
         for bits in SKETCH_BITS:
-            lost[bits] += 1 - captured(layers[number], parts, norms, sparsity, bits)
+            lost[bits] += 1 - captured(layers[number], parts, norms, sparsity, bits, settings)
     return next(bits for bits in SKETCH_BITS if lost[bits] <= _HARDLY_MORE * min(lost.values()))
 
 
