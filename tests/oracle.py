@@ -73,10 +73,38 @@ def inputs_of_down(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+class MaskedTwin:
+    """A plain model beside a pruned one: it reads the same tokens with a cache of its own, the masks put on by hand.
+
+    It never was attached to anything. `means`: of the inputs of the down projections over the given text, [B, I] of
+    each layer, without each text's first token (which counts in no statistic).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.cache: Any = None
+        self.means: list[Tensor] = []
+
+    @torch.no_grad()
+    def read(self, ids: Tensor) -> Tensor:
+        """Read the prompt [B, T], all neurons at work; the logits [B, T, V]."""
+        with inputs_of_down(self.model) as inputs:
+            out = self.model(input_ids=ids, use_cache=True)
+        self.cache = out.past_key_values
+        self.means = [a.reshape(*ids.shape, -1)[:, 1:].mean(1) for a in inputs]
+        return out.logits
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, masks: list[Tensor], rule: Rule | None = None, *, fill: bool = False) -> Tensor:
+        """Decode on with masks bool [B, I] of each layer, as `masked_by_hand`; `fill`: the means stand for zeros."""
+        with masked_by_hand(self.model, masks, rule, self.means if fill else None):
+            return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
+
+
 def masks_of(run: Any, slots: tuple[int, ...]) -> list[Tensor]:
     """The masks in force, bool [B, I] for each layer."""
     out = []
-    for number, layer in enumerate(describe(run._core).layers):
+    for number, layer in enumerate(run.layers):
         rows = torch.ones(len(slots), layer.neurons, dtype=torch.bool)
         for line, slot in enumerate(slots):
             kept = run.selection(slot)[number]

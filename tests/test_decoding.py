@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,22 +103,79 @@ def test_what_follows_the_end_of_a_sequence_counts_nowhere(llama):
     assert both[1].pruned_tokens > stop - 1
 
 
+class _BeamsSeen:
+    """A logits processor that notes, of the newest forward of a beam search, what each beam reads and is."""
+
+    def __init__(self, run, cache):
+        self.run, self.cache = run, cache
+        self.texts, self.moves = None, 0
+
+    def __call__(self, input_ids, scores):
+        if self.texts is not None and not torch.equal(input_ids[:, :-1], self.texts):
+            self.moves += 1
+        self.texts, self.logits = input_ids.clone(), scores.clone()
+        slots = self.run.slots_of(self.cache)
+        self.masks = [self.run.selection(slot) for slot in slots]
+        self.scores = [self.run.scores(slot) for slot in slots]
+        sequences = {sequence.sequence: sequence for sequence in self.run.report().sequences}
+        self.reports = [sequences[number] for number in range(len(slots))]
+        return scores
+
+
+@pytest.mark.parametrize(
+    "pruner", [EAGER, replace(EAGER, compensate=None, refresh=Relearn(tokens=3))], ids=["replay", "relearn"]
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "falcon"])
-def test_beams_carry_their_statistics(family):
+def test_statistics_follow_their_beams(family, pruner):
     model = FAMILIES[family]()
-    ids = tokens(model)
-    with EAGER(model) as run:
-        out = model.generate(ids, num_beams=3, max_new_tokens=24, do_sample=False)
-        report = run.report()
-    assert len(report.sequences) == 6
-    assert all(s.pruned_tokens + s.dense_tokens >= 1 for s in report.sequences)
-    # the winning beam, decoded again token by token with the static mask, must get the same score under the same masks
-    with Static(sparsity=0.5)(model, backend="masked"):
-        masked = model.generate(ids, num_beams=3, max_new_tokens=12, do_sample=False)
-    with Static(sparsity=0.5)(model, backend="reference"):
-        gathered = model.generate(ids, num_beams=3, max_new_tokens=12, do_sample=False)
-    assert torch.equal(masked, gathered)
-    assert out.shape[0] == 2
+    ids = tokens(model, length=20)
+    cache = DynamicCache(config=model.config)
+    with pruner(model) as run:
+        seen = _BeamsSeen(run, cache)
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            num_beams=3,
+            max_new_tokens=24,
+            do_sample=False,
+            logits_processor=[seen],
+        )
+    assert seen.texts.shape == (6, 20 + 23) and seen.moves > 3, "no beam ever moved"
+    assert any(report.events for report in seen.reports), "the detector never fired"
+    # each beam is what its own tokens make, read one after another by themselves
+    for line, text in enumerate(seen.texts):
+        with torch.no_grad(), pruner(model) as run:
+            own = run.prefill(text[None, :20])
+            for t in range(20, text.shape[0]):
+                with run.phase("decode"):
+                    logits = model(input_ids=text[None, t : t + 1], past_key_values=own).logits[:, -1]
+            (slot,) = run.slots_of(own)
+            masks, scores, (report,) = run.selection(slot), run.scores(slot), run.report().sequences
+        torch.testing.assert_close(seen.logits[line], logits[0].log_softmax(-1), rtol=1e-3, atol=1e-3)
+        for got, want in zip(seen.scores[line], scores, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+        for got, want in zip(seen.masks[line], masks, strict=True):
+            assert (got is None) == (want is None) and (got is None or torch.equal(got, want))
+        got = seen.reports[line]
+        assert [(e.kind, e.decoded, e.changed) for e in got.events] == [
+            (e.kind, e.decoded, e.changed) for e in report.events
+        ]
+        assert (got.dense_tokens, got.pruned_tokens, got.keep) == (
+            report.dense_tokens,
+            report.pruned_tokens,
+            report.keep,
+        )
+        assert got.realised_sparsity == pytest.approx(report.realised_sparsity, abs=1e-6)
+
+
+def test_beams_are_the_same_on_every_backend(llama):
+    ids = tokens(llama)
+    found = []
+    for backend in ("masked", "reference", "cpu"):
+        with Static(sparsity=0.5)(llama, backend=backend):
+            found.append(llama.generate(ids, num_beams=3, max_new_tokens=12, do_sample=False))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_a_reordered_slot_holds_what_its_source_held(llama):
