@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -180,6 +182,26 @@ def _plain(module: nn.Module, x: Tensor) -> Tensor:
     """The module's own forward, without the hooks and wrappers of the instance."""
     out: Tensor = type(module).forward(module, x)
     return out
+
+
+def held_by(run: Any) -> list[Tensor]:
+    """Every tensor that is reached from a run, those inside of the model's modules left out."""
+    found: list[Tensor] = []
+    seen = {id(run)}
+    queue: list[Any] = [run]
+    while queue:
+        item = queue.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+            continue
+        if isinstance(item, (nn.Module, type, ModuleType, FrameType)):
+            continue
+        parts = (item.__closure__ or ()) if isinstance(item, FunctionType) else gc.get_referents(item)
+        for part in parts:
+            if id(part) not in seen:
+                seen.add(id(part))
+                queue.append(part)
+    return found
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -269,24 +269,32 @@ def test_an_assistant_model_equals_greedy_without_refresh(llama):
 
 def test_rejected_candidates_leave_no_trace(llama):
     ids = tokens(llama, lines=1, length=16)
+    assistant = FAMILIES["llama-bias"]()  # guesses badly
+    assistant.generation_config.num_assistant_tokens, assistant.generation_config.assistant_confidence_threshold = 4, 0
     pruner = Dart(sparsity=0.5, detector=Detector(window=4), refresh=Replay(tokens=8))
-    with pruner(llama) as run:
-        with run.phase("prefill"):
-            cache = llama(input_ids=ids, use_cache=True).past_key_values
-        new = tokens(llama, lines=1, length=12, seed=9)
-        with run.phase("decode"):
-            llama(input_ids=new[:, :6], past_key_values=cache)
-        ring = run.layers[1].ring.codes.clone()
-        forwards, live = run._forwards, run._live
-        # a verify forward, as assisted decoding makes it
-        live._begin(cache, new[:, 6:11], None, first=False, explicit=None)
-        live.armed = True
-        llama(input_ids=new[:, 6:11], past_key_values=cache)
-        assert forwards.candidates is not None
-        cache.crop(-5)
-        report = run.report()
-        assert report.pruned_tokens == 6
-        assert torch.equal(ring, run.layers[1].ring.codes)
+    drafted, found = 0, []
+
+    def drafts(module, args, out):
+        nonlocal drafted
+        drafted += 1
+
+    assistant.register_forward_hook(drafts)
+    for helper in ({"assistant_model": assistant}, {}):
+        cache = DynamicCache(config=llama.config)
+        with pruner(llama) as run:
+            out = llama.generate(ids, past_key_values=cache, max_new_tokens=14, do_sample=False, **helper)
+            cache.crop(28 - cache.get_seq_length())
+            (slot,) = run.slots_of(cache)
+            places = torch.arange(16 + 12)[-8:] % 8  # of the newest inputs
+            rings = [layer.ring.read(torch.tensor([slot]), places[None]) for layer in run.layers]
+            report = run.report()
+            found.append((out, run.scores(slot), rings, report.pruned_tokens, report.sequences[0].similarities))
+    assert drafted > 24, "hardly a candidate was rejected"
+    (one, scores, rings, *counts), (other, plain_scores, plain_rings, *plain_counts) = found
+    assert torch.equal(one, other) and counts[0] == plain_counts[0] == 12
+    assert [where for where, *_ in counts[1]] == [where for where, *_ in plain_counts[1]]
+    torch.testing.assert_close(scores, plain_scores)
+    torch.testing.assert_close(rings, plain_rings, rtol=1e-3, atol=1e-3)
 
 
 def test_a_second_turn_renews_the_masks(llama):
