@@ -124,6 +124,7 @@ class MaskedTwin:
         """
         with inputs_of_down(self.model) as inputs, masked_by_hand(self.model, masks, rule, fill):
             logits = self.model(input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True).logits
+        self._seen = self._seen + ids.shape[1]
         if learning is not None:
             self._count_tokens(inputs, learning.float()[:, None].expand(ids.shape))
         return logits

@@ -103,6 +103,54 @@ def test_what_follows_the_end_of_a_sequence_counts_nowhere(llama):
     assert both[1].pruned_tokens > stop - 1
 
 
+def _stopping_at(token, ids, model, pruner, **options):
+    """The report's sequence of a text that ends at its first `token`, and the tokens it made."""
+    with pruner(model) as run:
+        out = model.generate(ids, do_sample=False, eos_token_id=token, pad_token_id=0, **options)
+        return run.report().sequences, out
+
+
+@pytest.mark.parametrize("pruner", [Static(sparsity=0.5, min_traced=8), Clock(sparsity=0.5, start=5)])
+def test_a_line_that_ended_before_its_masks_has_none(llama, pruner):
+    texts = [tokens(llama, lines=1, length=3, seed=seed) for seed in (3, 4)]
+    options = {"max_new_tokens": 30}
+    free = llama.generate(texts[0], do_sample=False, max_new_tokens=3)[0, 3:]
+    eos = int(free[2])
+    (alone,), _ = _stopping_at(eos, texts[0], llama, pruner, **options)
+    assert alone.pruned_tokens == 0 and alone.dense_tokens <= 2 and alone.keep is None
+    together, _ = _stopping_at(eos, torch.cat(texts), llama, pruner, **options)
+    assert together[1].pruned_tokens > 10
+    for name in ("dense_tokens", "pruned_tokens", "traced_tokens", "keep", "events", "realised_sparsity"):
+        assert getattr(together[0], name) == getattr(alone, name), name
+
+
+def test_a_second_text_forgets_what_followed_an_end(llama):
+    texts = torch.cat([tokens(llama, lines=1, length=16, seed=seed) for seed in (3, 4)])
+    more, new = tokens(llama, lines=2, length=8, seed=5), tokens(llama, lines=2, length=30, seed=6)
+    with EAGER(llama) as run:
+        free = llama.generate(texts[:1], max_new_tokens=4, do_sample=False)[0, 16:]
+    cache = DynamicCache(config=llama.config)
+    with torch.no_grad(), EAGER(llama) as run:
+        llama.generate(
+            texts, past_key_values=cache, max_new_tokens=30, do_sample=False, eos_token_id=int(free[3]), pad_token_id=0
+        )
+        ended = run.report().sequences[0]
+        with run.phase("prefill"):
+            llama(input_ids=more, past_key_values=cache)
+        again = run.report().sequences[0]
+        happened = []
+        run.on_event(lambda event: happened.append((event.kind, event.decoded)) if event.sequence == 0 else None)
+        with run.phase("decode"):
+            for t in range(30):
+                llama(input_ids=new[:, t : t + 1], past_key_values=cache)
+        after = run.report().sequences[0]
+    assert ended.pruned_tokens <= 3 and not ended.events
+    assert again.pruned_tokens == ended.pruned_tokens and again.traced_tokens == 15 + 8
+    assert after.pruned_tokens == ended.pruned_tokens + 30
+    assert happened and [(event.kind, event.decoded) for event in after.events] == happened
+    assert all(ended.pruned_tokens < decoded <= after.pruned_tokens for _, decoded in happened)
+
+
 class _BeamsSeen:
     """A logits processor that notes, of the newest forward of a beam search, what each beam reads and is."""
 

@@ -227,11 +227,7 @@ def _sequence(row: Ended) -> SequenceReport:
     slot, dense, pruned = row.slot, int(row.dense), int(row.pruned)
     real = slot.inherited + dense + pruned  # a finished line of a batch goes on as padding
     keep, per_token = (slot.masks.keep, slot.masks.per_token) if slot.masked_within(real) else (None, None)
-    events = [
-        replace(logged.told(), sequence=slot.sequence)
-        for logged in slot.events
-        if logged.event.decoded <= real
-    ]
+    events = [replace(logged.told(), sequence=slot.sequence) for logged in slot.events_within(real)]
     return SequenceReport(
         sequence=slot.sequence,
         prompt_tokens=slot.prompt_tokens,

@@ -151,6 +151,13 @@ class Slot:
         until = self.decoded if self.masks.keep is None else self.masks.born
         return self.traced - (max(0, until - decoded) if self.state in (State.LEARNING, State.PRUNED) else 0)
 
+    def events_within(self, decoded: int) -> list[LoggedEvent]:
+        """Events until then; masks that a relearn was for may have come too late."""
+        events = [logged for logged in self.events if logged.event.decoded <= decoded]
+        if events and self.masks.keep is not None and not self.masked_within(decoded):
+            events[-1] = replace(events[-1], changed=None)
+        return events
+
     def note(self, text: str) -> None:
         """Remember a remark for the report, once."""
         if text not in self.notes:

@@ -73,7 +73,7 @@ class Tokens:
         for slot, count in zip(older, counted, strict=True):
             real = slot.inherited + int(count)
             slot.traced = slot.traced_within(real)
-            slot.events = [logged for logged in slot.events if logged.event.decoded <= real]
+            slot.events = slot.events_within(real)
             slot.detection.similarities = [item for item in slot.detection.similarities if item[0] <= real]
             slot.masks.born = min(slot.masks.born, real)
             slot.decoded = real
