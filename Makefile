@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-quick check lint format clean
+.PHONY: help demo test test-quick fuzz check lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show what can be made
@@ -26,6 +26,12 @@ test: $(READY) lint ## check style and types, then run all tests
 
 test-quick: $(READY) ## run the tests that take no second (tests/slow.txt names the others)
 	$(BIN)/python -m pytest -m "not slow"
+
+SECONDS := 180
+SEED := 0
+
+fuzz: $(READY) ## try random pruners, families and calls against oracles (SEED=0 SECONDS=180)
+	PYTHONPATH=tests $(BIN)/python tests/fuzz.py --seed $(SEED) --seconds $(SECONDS)
 
 check: lint ## the same as lint: no test is run
 

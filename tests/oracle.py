@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -73,10 +75,75 @@ def inputs_of_down(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+class MaskedTwin:
+    """A plain model beside a pruned one: it reads the same tokens with a cache of its own, the masks put on by hand.
+
+    It never was attached to anything. It keeps the sums of what the down projections got from counted tokens, for the
+    mean of what a mask drops; the first `skip_first` tokens of a text and padding are not counted.
+    """
+
+    def __init__(self, model: nn.Module, skip_first: int = 1) -> None:
+        self.model = model
+        self.cache: Any = None
+        self._skip = skip_first
+        self._seen: Tensor | int = 0
+        self._sums: list[Tensor] = []
+        self._count = torch.zeros(())
+
+    @property
+    def means(self) -> list[Tensor]:
+        """Of the inputs of the down projections, [B, I] of each layer."""
+        return [total / self._count.clamp_min(1)[:, None] for total in self._sums]
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Read given text [B, T], all neurons at work; mask [B, past + T] of 0 and 1 for padding; the logits."""
+        with inputs_of_down(self.model) as inputs:
+            out = self.model(input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True)
+        self.cache = out.past_key_values
+        real = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
+        place = real.cumsum(1) + self._seen
+        self._seen = place[:, -1:]
+        self._count_tokens(inputs, (real * (place > self._skip)).float())
+        return out.logits
+
+    @torch.no_grad()
+    def step(
+        self,
+        ids: Tensor,
+        masks: list[Tensor],
+        rule: Rule | None = None,
+        *,
+        fill: list[Tensor] | None = None,
+        mask: Tensor | None = None,
+        learning: Tensor | None = None,
+    ) -> Tensor:
+        """Decode on with masks bool [B, I] of each layer, as `masked_by_hand`; `fill` stands where zeros would.
+
+        The lines `learning`, bool [B], count for the means.
+        """
+        with inputs_of_down(self.model) as inputs, masked_by_hand(self.model, masks, rule, fill):
+            logits = self.model(input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True).logits
+        self._seen = self._seen + ids.shape[1]
+        if learning is not None:
+            self._count_tokens(inputs, learning.float()[:, None].expand(ids.shape))
+        return logits
+
+    def forget(self, lines: list[int]) -> None:
+        """Begin the sums of these lines anew."""
+        for total in (*self._sums, self._count):
+            total[lines] = 0
+
+    def _count_tokens(self, inputs: list[Tensor], counted: Tensor) -> None:
+        new = [(a.reshape(*counted.shape, -1) * counted[..., None]).sum(1).float() for a in inputs]
+        self._sums = [old + more for old, more in zip(self._sums or [0] * len(new), new, strict=True)]
+        self._count = self._count + counted.sum(1)
+
+
 def masks_of(run: Any, slots: tuple[int, ...]) -> list[Tensor]:
     """The masks in force, bool [B, I] for each layer."""
     out = []
-    for number, layer in enumerate(describe(run._core).layers):
+    for number, layer in enumerate(run.layers):
         rows = torch.ones(len(slots), layer.neurons, dtype=torch.bool)
         for line, slot in enumerate(slots):
             kept = run.selection(slot)[number]
@@ -87,8 +154,11 @@ def masks_of(run: Any, slots: tuple[int, ...]) -> list[Tensor]:
     return out
 
 
-def rule_of(pruner: Any, run: Any) -> Rule | None:
-    """How the pruner's token selector chooses, by a plain sort; None where there is no selector."""
+def rule_of(pruner: Any, run: Any, keeps: list[list[int] | None] | None = None) -> Rule | None:
+    """How the pruner's token selector chooses, by a plain sort; None where there is no selector.
+
+    keeps: of each line, the neurons of each layer that a token uses; None: those of the report's sequences.
+    """
     selector = pruner.token
     if selector is None:
         return None
@@ -107,11 +177,15 @@ def rule_of(pruner: Any, run: Any) -> Rule | None:
             scores = layer.act(gate).abs() * norms * rows.norm(dim=0)
         else:
             scores = a.abs() * norms
-        for line, sequence in enumerate(run.report().sequences):
+        counts = [sequence.keep for sequence in run.report().sequences] if keeps is None else keeps
+        for line, keep in enumerate(counts):
+            if keep is None:  # dense
+                used[line] = True
+                continue
             for t in range(a.shape[1]):
                 score = (scores[line, t] * candidates[line]).tolist()
                 order = sorted(range(layer.neurons), key=lambda i: (-score[i], i))
-                kept = [i for i in order[: sequence.keep[layer.index]] if score[i] > 0]
+                kept = [i for i in order[: keep[layer.index]] if score[i] > 0]
                 used[line, t, kept] = True
         return used
 
@@ -170,6 +244,26 @@ def _plain(module: nn.Module, x: Tensor) -> Tensor:
     """The module's own forward, without the hooks and wrappers of the instance."""
     out: Tensor = type(module).forward(module, x)
     return out
+
+
+def held_by(run: Any) -> list[Tensor]:
+    """Every tensor that is reached from a run, those inside of the model's modules left out."""
+    found: list[Tensor] = []
+    seen = {id(run)}
+    queue: list[Any] = [run]
+    while queue:
+        item = queue.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+            continue
+        if isinstance(item, (nn.Module, type, ModuleType, FrameType)):
+            continue
+        parts = (item.__closure__ or ()) if isinstance(item, FunctionType) else gc.get_referents(item)
+        for part in parts:
+            if id(part) not in seen:
+                seen.add(id(part))
+                queue.append(part)
+    return found
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,22 +103,127 @@ def test_what_follows_the_end_of_a_sequence_counts_nowhere(llama):
     assert both[1].pruned_tokens > stop - 1
 
 
+def _stopping_at(token, ids, model, pruner, **options):
+    """The report's sequence of a text that ends at its first `token`, and the tokens it made."""
+    with pruner(model) as run:
+        out = model.generate(ids, do_sample=False, eos_token_id=token, pad_token_id=0, **options)
+        return run.report().sequences, out
+
+
+@pytest.mark.parametrize("pruner", [Static(sparsity=0.5, min_traced=8), Clock(sparsity=0.5, start=5)])
+def test_a_line_that_ended_before_its_masks_has_none(llama, pruner):
+    texts = [tokens(llama, lines=1, length=3, seed=seed) for seed in (3, 4)]
+    options = {"max_new_tokens": 30}
+    free = llama.generate(texts[0], do_sample=False, max_new_tokens=3)[0, 3:]
+    eos = int(free[2])
+    (alone,), _ = _stopping_at(eos, texts[0], llama, pruner, **options)
+    assert alone.pruned_tokens == 0 and alone.dense_tokens <= 2 and alone.keep is None
+    together, _ = _stopping_at(eos, torch.cat(texts), llama, pruner, **options)
+    assert together[1].pruned_tokens > 10
+    for name in ("dense_tokens", "pruned_tokens", "traced_tokens", "keep", "events", "realised_sparsity"):
+        assert getattr(together[0], name) == getattr(alone, name), name
+
+
+def test_a_second_text_forgets_what_followed_an_end(llama):
+    texts = torch.cat([tokens(llama, lines=1, length=16, seed=seed) for seed in (3, 4)])
+    more, new = tokens(llama, lines=2, length=8, seed=5), tokens(llama, lines=2, length=30, seed=6)
+    with EAGER(llama) as run:
+        free = llama.generate(texts[:1], max_new_tokens=4, do_sample=False)[0, 16:]
+    cache = DynamicCache(config=llama.config)
+    with torch.no_grad(), EAGER(llama) as run:
+        llama.generate(
+            texts, past_key_values=cache, max_new_tokens=30, do_sample=False, eos_token_id=int(free[3]), pad_token_id=0
+        )
+        ended = run.report().sequences[0]
+        with run.phase("prefill"):
+            llama(input_ids=more, past_key_values=cache)
+        again = run.report().sequences[0]
+        happened = []
+        run.on_event(lambda event: happened.append((event.kind, event.decoded)) if event.sequence == 0 else None)
+        with run.phase("decode"):
+            for t in range(30):
+                llama(input_ids=new[:, t : t + 1], past_key_values=cache)
+        after = run.report().sequences[0]
+    assert ended.pruned_tokens <= 3 and not ended.events
+    assert again.pruned_tokens == ended.pruned_tokens and again.traced_tokens == 15 + 8
+    assert after.pruned_tokens == ended.pruned_tokens + 30
+    assert happened and [(event.kind, event.decoded) for event in after.events] == happened
+    assert all(ended.pruned_tokens < decoded <= after.pruned_tokens for _, decoded in happened)
+
+
+class _BeamsSeen:
+    """A logits processor that notes, of the newest forward of a beam search, what each beam reads and is."""
+
+    def __init__(self, run, cache):
+        self.run, self.cache = run, cache
+        self.texts, self.moves = None, 0
+
+    def __call__(self, input_ids, scores):
+        if self.texts is not None and not torch.equal(input_ids[:, :-1], self.texts):
+            self.moves += 1
+        self.texts, self.logits = input_ids.clone(), scores.clone()
+        slots = self.run.slots_of(self.cache)
+        self.masks = [self.run.selection(slot) for slot in slots]
+        self.scores = [self.run.scores(slot) for slot in slots]
+        sequences = {sequence.sequence: sequence for sequence in self.run.report().sequences}
+        self.reports = [sequences[number] for number in range(len(slots))]
+        return scores
+
+
+@pytest.mark.parametrize(
+    "pruner", [EAGER, replace(EAGER, compensate=None, refresh=Relearn(tokens=3))], ids=["replay", "relearn"]
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "falcon"])
-def test_beams_carry_their_statistics(family):
+def test_statistics_follow_their_beams(family, pruner):
     model = FAMILIES[family]()
-    ids = tokens(model)
-    with EAGER(model) as run:
-        out = model.generate(ids, num_beams=3, max_new_tokens=24, do_sample=False)
-        report = run.report()
-    assert len(report.sequences) == 6
-    assert all(s.pruned_tokens + s.dense_tokens >= 1 for s in report.sequences)
-    # the winning beam, decoded again token by token with the static mask, must get the same score under the same masks
-    with Static(sparsity=0.5)(model, backend="masked"):
-        masked = model.generate(ids, num_beams=3, max_new_tokens=12, do_sample=False)
-    with Static(sparsity=0.5)(model, backend="reference"):
-        gathered = model.generate(ids, num_beams=3, max_new_tokens=12, do_sample=False)
-    assert torch.equal(masked, gathered)
-    assert out.shape[0] == 2
+    ids = tokens(model, length=20)
+    cache = DynamicCache(config=model.config)
+    with pruner(model) as run:
+        seen = _BeamsSeen(run, cache)
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            num_beams=3,
+            max_new_tokens=24,
+            do_sample=False,
+            logits_processor=[seen],
+        )
+    assert seen.texts.shape == (6, 20 + 23) and seen.moves > 3, "no beam ever moved"
+    assert any(report.events for report in seen.reports), "the detector never fired"
+    # each beam is what its own tokens make, read one after another by themselves
+    for line, text in enumerate(seen.texts):
+        with torch.no_grad(), pruner(model) as run:
+            own = run.prefill(text[None, :20])
+            for t in range(20, text.shape[0]):
+                with run.phase("decode"):
+                    logits = model(input_ids=text[None, t : t + 1], past_key_values=own).logits[:, -1]
+            (slot,) = run.slots_of(own)
+            masks, scores, (report,) = run.selection(slot), run.scores(slot), run.report().sequences
+        torch.testing.assert_close(seen.logits[line], logits[0].log_softmax(-1), rtol=1e-3, atol=1e-3)
+        for got, want in zip(seen.scores[line], scores, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+        for got, want in zip(seen.masks[line], masks, strict=True):
+            assert (got is None) == (want is None) and (got is None or torch.equal(got, want))
+        got = seen.reports[line]
+        assert [(e.kind, e.decoded, e.changed) for e in got.events] == [
+            (e.kind, e.decoded, e.changed) for e in report.events
+        ]
+        assert (got.dense_tokens, got.pruned_tokens, got.keep) == (
+            report.dense_tokens,
+            report.pruned_tokens,
+            report.keep,
+        )
+        assert got.realised_sparsity == pytest.approx(report.realised_sparsity, abs=1e-6)
+
+
+def test_beams_are_the_same_on_every_backend(llama):
+    ids = tokens(llama)
+    found = []
+    for backend in ("masked", "reference", "cpu"):
+        with Static(sparsity=0.5)(llama, backend=backend):
+            found.append(llama.generate(ids, num_beams=3, max_new_tokens=12, do_sample=False))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_a_reordered_slot_holds_what_its_source_held(llama):
@@ -211,24 +317,32 @@ def test_an_assistant_model_equals_greedy_without_refresh(llama):
 
 def test_rejected_candidates_leave_no_trace(llama):
     ids = tokens(llama, lines=1, length=16)
+    assistant = FAMILIES["llama-bias"]()  # guesses badly
+    assistant.generation_config.num_assistant_tokens, assistant.generation_config.assistant_confidence_threshold = 4, 0
     pruner = Dart(sparsity=0.5, detector=Detector(window=4), refresh=Replay(tokens=8))
-    with pruner(llama) as run:
-        with run.phase("prefill"):
-            cache = llama(input_ids=ids, use_cache=True).past_key_values
-        new = tokens(llama, lines=1, length=12, seed=9)
-        with run.phase("decode"):
-            llama(input_ids=new[:, :6], past_key_values=cache)
-        ring = run.layers[1].ring.codes.clone()
-        forwards, live = run._forwards, run._live
-        # a verify forward, as assisted decoding makes it
-        live._begin(cache, new[:, 6:11], None, first=False, explicit=None)
-        live.armed = True
-        llama(input_ids=new[:, 6:11], past_key_values=cache)
-        assert forwards.candidates is not None
-        cache.crop(-5)
-        report = run.report()
-        assert report.pruned_tokens == 6
-        assert torch.equal(ring, run.layers[1].ring.codes)
+    drafted, found = 0, []
+
+    def drafts(module, args, out):
+        nonlocal drafted
+        drafted += 1
+
+    assistant.register_forward_hook(drafts)
+    for helper in ({"assistant_model": assistant}, {}):
+        cache = DynamicCache(config=llama.config)
+        with pruner(llama) as run:
+            out = llama.generate(ids, past_key_values=cache, max_new_tokens=14, do_sample=False, **helper)
+            cache.crop(28 - cache.get_seq_length())
+            (slot,) = run.slots_of(cache)
+            places = torch.arange(16 + 12)[-8:] % 8  # of the newest inputs
+            rings = [layer.ring.read(torch.tensor([slot]), places[None]) for layer in run.layers]
+            report = run.report()
+            found.append((out, run.scores(slot), rings, report.pruned_tokens, report.sequences[0].similarities))
+    assert drafted > 24, "hardly a candidate was rejected"
+    (one, scores, rings, *counts), (other, plain_scores, plain_rings, *plain_counts) = found
+    assert torch.equal(one, other) and counts[0] == plain_counts[0] == 12
+    assert [where for where, *_ in counts[1]] == [where for where, *_ in plain_counts[1]]
+    torch.testing.assert_close(scores, plain_scores)
+    torch.testing.assert_close(rings, plain_rings, rtol=1e-3, atol=1e-3)
 
 
 def test_a_second_turn_renews_the_masks(llama):

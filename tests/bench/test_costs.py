@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dartprune import Dart, Griffin, Replay, Static
+from dartprune import Dart, Detector, Griffin, Replay, Static
 from dartprune.bench.costs import LLAMA_3_1_8B, Shape, memory_per_sequence, overhead_flops_per_token, replay_flops
 from dartprune.loading import load
 from test_matrix import tokens
@@ -41,14 +41,16 @@ def test_a_tenth_of_a_percent_of_arithmetic():
 
 def test_replay_operations_are_counted():
     model = FAMILIES["llama"]()
-    pruner = Dart(sparsity=0.5, refresh=Replay(tokens=8))
+    eager = Detector(window=4, patience=1, min_drop=0.0, delta=0.0)
+    pruner = Dart(sparsity=0.5, detector=eager, refresh=Replay(tokens=8))
     with torch.no_grad(), pruner(model) as run:
         with run.phase("prefill"):
-            cache = model(input_ids=tokens(model), use_cache=True).past_key_values
+            cache = model(input_ids=tokens(model, lines=1), use_cache=True).past_key_values
         with run.phase("decode"):
-            model(input_ids=tokens(model)[:, :1], past_key_values=cache)
-        run._masks.replay([run._pool.live[0]])
-        assert run.report().refresh_flops == replay_flops(Shape.of(model), pruner)
+            model(input_ids=tokens(model, lines=1, length=30, seed=3), past_key_values=cache)
+        report = run.report()
+        replays = sum(event.kind in ("replay", "settle") for event in report.events)
+        assert replays > 0 and report.refresh_flops == replays * replay_flops(Shape.of(model), pruner)
 
 
 def test_shapes_of_models(demo_config):

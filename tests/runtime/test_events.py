@@ -171,14 +171,19 @@ def test_one_sequence_of_a_batch_can_relearn_alone(llama, monkeypatch):
     """While one line runs dense, its neighbour stays pruned with its own masks."""
     ids, new = tokens(llama, lines=2, length=24), tokens(llama, lines=2, length=24, seed=4)
     monkeypatch.setattr(AttentionDrift, "decide", lambda self, *figures: getattr(self, "doomed", False))
-    with (
-        torch.no_grad(),
-        Dart(sparsity=0.5, detector=FAST, refresh=Relearn(tokens=6))(llama, backend="reference") as run,
-    ):
+    pruner = Dart(sparsity=0.5, detector=FAST, refresh=Relearn(tokens=6))
+    build, built = Detector.build, []
+
+    def of_each_line(settings):
+        built.append(build(settings))
+        built[-1].doomed = len(built) == 2
+        return built[-1]
+
+    with torch.no_grad(), pruner(llama, backend="reference") as run:
+        monkeypatch.setattr(Detector, "build", of_each_line)
         with run.phase("prefill"):
             cache = llama(input_ids=ids, use_cache=True).past_key_values
         slots = run.slots_of(cache)
-        run._pool.live[slots[1]].detection.drift.doomed = True
         with run.phase("decode"):
             for t in range(8):
                 llama(input_ids=new[:, t : t + 1], past_key_values=cache)

@@ -10,6 +10,7 @@ import torch
 
 from dartprune import Clock, Dart, Detector, Relearn, Replay, presets
 from dartprune.refresh import Clock as ClockRefresh
+from oracle import held_by
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -25,22 +26,6 @@ PRUNERS = {
 }
 
 
-def kept(run):
-    """Every tensor that a run keeps from one forward to the next."""
-    for holder in run._parts.holders:
-        yield from holder.tensors().values()
-    for layer in run.layers:
-        yield from (part for part in vars(layer).values() if isinstance(part, torch.Tensor))
-        if layer.state.attention is not None:
-            yield layer.state.attention
-        if layer.selector is not None:
-            yield from (part for part in vars(layer.selector).values() if isinstance(part, torch.Tensor))
-    for slot in run._pool.live.values():
-        yield from slot.detection.recent
-        drift = slot.detection.drift
-        yield from (part for part in (drift._sum, drift._partial, *drift._means) if part is not None)
-
-
 @pytest.mark.parametrize("backend", ["masked", "reference", "cpu"])
 @pytest.mark.parametrize("name", PRUNERS)
 def test_statistics_hold_no_graph(name, backend):
@@ -52,7 +37,7 @@ def test_statistics_hold_no_graph(name, backend):
             with run.phase("decode"):
                 for t in range(10):
                     model(input_ids=tokens(model, length=10, seed=7)[:, t : t + 1], past_key_values=cache)
-            found = list(kept(run))
+            found = [tensor for tensor in held_by(run) if not isinstance(tensor, torch.nn.Parameter)]
             assert len(found) > 10
             assert not any(tensor.requires_grad or tensor.grad_fn is not None for tensor in found)
 

@@ -74,6 +74,17 @@ def test_autocast(llama, backend):
 
 
 @pytest.mark.parametrize("name", presets.names())
+def test_models_in_64_bits(name):
+    model = FAMILIES["llama"]().double()
+    wants = []
+    for backend in ("masked", "reference"):
+        with presets.get(name)()(model, backend=backend) as run:
+            wants.append(generated(model))
+            assert run.report().pruned_tokens > 0 or name == "dense"
+    assert torch.equal(*wants)
+
+
+@pytest.mark.parametrize("name", presets.names())
 def test_attaching_draws_no_numbers(llama, name):
     before = torch.get_rng_state()
     with presets.get(name)()(llama):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
+from dartprune.cli.demo_chat import chat_demo
 from dartprune.errors import make_output_folder
 
 if TYPE_CHECKING:
@@ -22,12 +23,23 @@ HALF = 184  # tokens of each domain
 
 
 def demo(
+    model: o.Model = None,
     sparsity: o.Sparsity = 0.7,
+    tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2, help="Of a chat model's answer.")] = 240,
     out: Annotated[Path, typer.Option("--out", help="Folder for the picture.")] = Path("out"),
     backend: o.Backend = "auto",
     as_json: o.AsJson = False,
 ) -> None:
-    """Decode texts that change their domain midway: dense, the prompt's mask for ever, DART, and each token its own."""
+    """Decode texts that change their domain midway: dense, the prompt's mask for ever, DART, and each token its own.
+
+    With --model, a chat model (smollm2 is fetched) is asked for two topics, and each method answers.
+    """
+    if model is not None:
+        o.check_backend(backend)
+        make_output_folder(out)
+        o.quiet()
+        chat_demo(model, sparsity, out, backend, tokens, as_json=as_json)
+        return
     arms = [o.make_pruner(name, sparsity) for name in ARMS]
     o.check_backend(backend)
     make_output_folder(out)

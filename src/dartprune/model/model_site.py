@@ -147,14 +147,24 @@ class ModelSite(Refuses):
         return kept
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        original = self._original[name]
-        assert original is not None
+        original = self._original.get(name) or self._restored(name)
         return original(*args, **kwargs)
+
+    def _restored(self, name: str) -> Callable[..., Any]:
+        """The model's own method, for who kept our wrapper: a bound method, or a shallow copy of the model."""
+        model = self.model()
+        if model is None:
+            raise RuntimeError("this method belongs to a model that is gone: it was taken while a pruner was attached")
+        if name == "decoder":
+            model, name = _headless(model), "forward"
+        found: Callable[..., Any] = getattr(model, name)
+        return found
 
     def _make_forward(self) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hooks, original = self.hooks, self._original["forward"]
-            assert original is not None
+            hooks, original = self.hooks, self._original.get("forward")
+            if original is None:
+                return self._restored("forward")(*args, **kwargs)
             if hooks is None or (torch.compiler.is_compiling() and hooks.armed):
                 # generate() compiles the call itself: what follows the forward is done before the next one
                 return original(*args, **kwargs)
@@ -185,8 +195,9 @@ class ModelSite(Refuses):
 
     def _make_decoder(self) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hooks, original = self.hooks, self._original["decoder"]
-            assert original is not None
+            hooks, original = self.hooks, self._original.get("decoder")
+            if original is None:
+                return self._restored("decoder")(*args, **kwargs)
             if hooks is None or torch.compiler.is_compiling() or hooks.inside or hooks.armed:
                 return original(*args, **kwargs)
             return self._around_decoder(original, args, kwargs)

@@ -45,12 +45,18 @@ def probed_columns(
         yield part, quietly(module, unit).float() - bias
 
 
+def row_norms(matrix: Tensor) -> Tensor:
+    """The norm of each row of a matrix of any float dtype, float32."""
+    wide = torch.promote_types(matrix.dtype, torch.float32)  # torch narrows nothing while it sums
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=1, dtype=wide)
+    return norms.float()
+
+
 @torch.no_grad()
 def down_norms(layer: Layer, weights: FFNWeights | str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The norm of each neuron's column of the down projection, float32 [I]; probed where rows cannot be read."""
     if not isinstance(weights, str):
-        known: Tensor = torch.linalg.vector_norm(weights.down, dim=1, dtype=torch.float32)
-        return known
+        return row_norms(weights.down)
     norms = torch.empty(layer.neurons, dtype=torch.float32, device=device)
     for part, columns in probed_columns(layer.down, layer.neurons, device, dtype):
         norms[part] = torch.linalg.vector_norm(columns, dim=1)

@@ -225,23 +225,21 @@ def _now(device: torch.device) -> float:
 
 def _sequence(row: Ended) -> SequenceReport:
     slot, dense, pruned = row.slot, int(row.dense), int(row.pruned)
-    events = [
-        replace(logged.told(), sequence=slot.sequence)
-        for logged in slot.events
-        if logged.event.decoded <= slot.inherited + dense + pruned  # a finished line of a batch goes on as padding
-    ]
+    real = slot.inherited + dense + pruned  # a finished line of a batch goes on as padding
+    keep, per_token = (slot.masks.keep, slot.masks.per_token) if slot.masked_within(real) else (None, None)
+    events = [replace(logged.told(), sequence=slot.sequence) for logged in slot.events_within(real)]
     return SequenceReport(
         sequence=slot.sequence,
         prompt_tokens=slot.prompt_tokens,
-        traced_tokens=slot.traced,
+        traced_tokens=slot.traced_within(real),
         dense_tokens=dense,
         pruned_tokens=pruned,
         realised_sparsity=float(row.saved) / (dense + pruned) if dense + pruned else 0.0,
         events=events,
-        keep=_copy(slot.masks.keep if slot.masks.per_token is None else slot.masks.per_token),
-        similarities=[item for item in slot.detection.similarities if item[0] <= slot.inherited + dense + pruned],
+        keep=_copy(keep if per_token is None else per_token),
+        similarities=[item for item in slot.detection.similarities if item[0] <= real],
         notes=list(slot.notes),
-        candidates=_copy(None if slot.masks.per_token is None else slot.masks.keep),
+        candidates=_copy(None if per_token is None else keep),
     )
 
 

@@ -37,6 +37,7 @@ class Events:
         for slot, changed in zip(ready, self.masks.build(ready), strict=True):
             slot.state = State.PRUNED
             slot.masks.stale, slot.masks.age, slot.detection.fill = False, 0, 0
+            slot.masks.born = slot.decoded
             last = slot.events[-1] if slot.events else None
             if last is not None and last.changed is None and last.event.kind == Action.RELEARN.value:
                 last.changed = changed  # these are the masks that the relearn was for

@@ -74,6 +74,7 @@ class Forwards:
         if paused or not self.method.prunes:
             self._planner.plain()
         elif rows.phase is Phase.PREFILL:
+            self._tokens.forget_padding(slots)
             self._traced = self._planner.prefill(rows, slots)
         else:
             self._events.make_ready(slots)

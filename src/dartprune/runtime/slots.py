@@ -34,14 +34,15 @@ class MaskCounts:
     """How many neurons the masks of one sequence keep, and how old they are.
 
     keep: of each layer, None while it is dense.  per_token: of these, how many each token uses, with a token selector.
-    former: `keep` before the last change.  age: decode forwards since the masks were made.  stale: new text was traced,
-    so that they must be made anew before the next token.
+    former: `keep` before the last change.  age: decode forwards since the masks were made or renewed.  born: decode
+    forwards before they were made.  stale: new text was traced, so that they must be made anew before the next token.
     """
 
     keep: list[int] | None = None
     per_token: list[int] | None = None
     former: list[int] | None = None
     age: int = 0
+    born: int = 0
     stale: bool = False
 
 
@@ -140,6 +141,22 @@ class Slot:
         """Go on as a sequence of its own: what happened so far is told by the one it was copied from."""
         self.inherited, self.prompt_tokens = self.decoded, 0
         self.events, self.detection.similarities = [], []
+
+    def masked_within(self, decoded: int) -> bool:
+        """Whether masks were in force for one of its tokens, if it ended after so many; what follows is padding."""
+        return self.masks.keep is not None and (self.masks.born < decoded or self.decoded == decoded)
+
+    def traced_within(self, decoded: int) -> int:
+        """Tokens that were traced until then."""
+        until = self.decoded if self.masks.keep is None else self.masks.born
+        return self.traced - (max(0, until - decoded) if self.state in (State.LEARNING, State.PRUNED) else 0)
+
+    def events_within(self, decoded: int) -> list[LoggedEvent]:
+        """Events until then; masks that a relearn was for may have come too late."""
+        events = [logged for logged in self.events if logged.event.decoded <= decoded]
+        if events and self.masks.keep is not None and not self.masked_within(decoded):
+            events[-1] = replace(events[-1], changed=None)
+        return events
 
     def note(self, text: str) -> None:
         """Remember a remark for the report, once."""

@@ -63,6 +63,21 @@ class Tokens:
                 slot.ring.advance(tokens, self.method.refresh.replay_tokens)
         return fired, settled
 
+    def forget_padding(self, slots: Sequence[Slot]) -> None:
+        """More text follows: what these sequences were fed after their ends did not happen (waits for the device)."""
+        older = [slot for slot in slots if slot.decoded > slot.inherited]
+        if not older:
+            return
+        ids = [slot.id for slot in older]
+        counted = (self.counters.dense[ids] + self.counters.pruned[ids]).tolist()
+        for slot, count in zip(older, counted, strict=True):
+            real = slot.inherited + int(count)
+            slot.traced = slot.traced_within(real)
+            slot.events = slot.events_within(real)
+            slot.detection.similarities = [item for item in slot.detection.similarities if item[0] <= real]
+            slot.masks.born = min(slot.masks.born, real)
+            slot.decoded = real
+
     def uncount(self, slot: Slot, pruned: int, dense: int) -> None:
         """Decoded tokens that were taken back did not happen; each had saved what tokens of this sequence save."""
         counters = self.counters

@@ -9,7 +9,7 @@ from dartprune.ffn import Backend, FFNWeights
 from dartprune.ffn.selector_kernels import kernels_of
 from dartprune.model.families import Decoder
 from dartprune.model.layer import Layer
-from dartprune.model.probe import down_norms
+from dartprune.model.probe import down_norms, row_norms
 from dartprune.model.weights import row_weights
 from dartprune.runtime.selectors.layer_selector import ExactLayer, GateLayer, LayerSelector
 from dartprune.runtime.selectors.sketch_layer import SketchLayer
@@ -70,5 +70,5 @@ class SelectorBuilder:
         if self.selector.importance == "none":
             return None
         up = matrices_of(layer, weights, *self.place[layer.index]).up
-        importance: Tensor = norms * torch.linalg.vector_norm(up, dim=1, dtype=torch.float32)
+        importance: Tensor = norms * row_norms(up)
         return importance

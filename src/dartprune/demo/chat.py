@@ -1,0 +1,126 @@
+"""A chat model asked for two topics: what it writes dense and pruned, how fast, and what pruning costs it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
+
+from dartprune.errors import UserError
+from dartprune.evaluation.forced import forced_losses
+from dartprune.pruner import Pruner
+from dartprune.report import Report
+
+INSTRUCTION = (
+    "Write one paragraph about how honey bees live together in a hive. "
+    "Then write one paragraph about the first landing on the Moon."
+)
+
+
+class _Clock(BaseStreamer):  # type: ignore[misc]
+    """Notes when each token of a generation came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        """The prompt first, then a token at a time."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is kept open."""
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Median over the decode steps; the first token is the prefill's."""
+        steps = [after - before for before, after in zip(self.times[1:], self.times[2:], strict=False)]
+        return statistics.median(steps) if steps else float("nan")
+
+
+@dataclass
+class Written:
+    """What one arm wrote and did.
+
+    tokens: written.  tokens_per_second: of decoding, from the median step; of each repetition in `rates`.
+    losses: of the dense model's own text as this arm decodes it, over dense, in nats, float32 [n]; zeros for dense.
+    """
+
+    name: str
+    text: str
+    tokens: int
+    report: Report
+    rates: list[float] = field(default_factory=list)
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu"))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median over the repetitions."""
+        return statistics.median(self.rates)
+
+
+def prompt_tokens(tokenizer: Any, instruction: str) -> Any:
+    """The instruction in the model's chat template, as tensors; ValueError where there is no template."""
+    if tokenizer.chat_template is None:
+        raise UserError("this model's tokenizer has no chat template: the demo asks a chat model for two topics")
+    message = [{"role": "user", "content": instruction}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+
+
+def write_in_turn(
+    model: nn.Module,
+    tokenizer: Any,
+    arms: Sequence[Pruner],
+    prompt: Any,
+    *,
+    most: int,
+    backend: str = "auto",
+    repetitions: int = 3,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> list[Written]:
+    """Let every arm answer greedily, in turn, and decode what the first one (dense) wrote.
+
+    Args:
+        model: in evaluation mode and free.
+        tokenizer: its own.
+        arms: methods; the first is dense.
+        prompt: of `prompt_tokens`.
+        most: tokens to write at most.
+        backend: how the pruned FFN is computed.
+        repetitions: of the timing, in turn, so that a slow moment of the machine meets all arms.
+        progress: told of tokens done.
+    """
+    found: list[Written] = []
+    length = prompt["input_ids"].shape[1]
+    for repetition in range(repetitions):
+        for number, arm in enumerate(arms):
+            clock = _Clock()
+            with torch.no_grad(), arm(model, backend=backend) as run:
+                out = model.generate(
+                    **prompt, max_new_tokens=most, do_sample=False, streamer=clock, pad_token_id=tokenizer.pad_token_id
+                )
+                report = run.report()
+            if repetition == 0:
+                new = out[0, length:]
+                text = tokenizer.decode(new, skip_special_tokens=True)
+                found.append(Written(arm.name, text, len(new), report))
+                if number == 0:
+                    whole = out
+            found[number].rates.append(1 / clock.seconds_per_token)
+            progress(most)
+    base = None
+    for arm, written in zip(arms, found, strict=True):
+        losses, _ = forced_losses(model, arm, whole, length, backend=backend, progress=progress)
+        base = losses if base is None else base
+        written.losses = (losses - base)[0]
+    return found
+
+
+def work_of(arms: int, most: int, repetitions: int = 3) -> int:
+    """Tokens that `write_in_turn` tells of, at most."""
+    return arms * most * (repetitions + 1)
