@@ -209,19 +209,6 @@ def test_detach_twice_and_report_after(llama):
     assert report.to_dict()["layers"][0]["neurons"] == report.layers[0].neurons
 
 
-def test_when_attaching_pays(llama):
-    with Dart()(llama, backend="masked") as run:
-        llama.generate(tokens(llama), max_new_tokens=4, min_new_tokens=4)
-        assert run.report().pays_after_tokens is None and "never: no time is saved" in str(run.report())
-    run = Dart().attach(llama, backend="cpu")
-    run._account.saving = 0.001  # seconds a token, as if measured
-    run._account.seconds["attaching"], run._account.seconds["detaching"] = 0.5, 0.0
-    assert run.report().pays_after_tokens == 500
-    run._account.saving = -0.001
-    assert run.report().pays_after_tokens is None
-    run.detach()
-
-
 def test_public_names_exist():
     for name in dartprune.__all__:
         assert getattr(dartprune, name) is not None

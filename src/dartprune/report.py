@@ -30,6 +30,7 @@ class SequenceReport:
     """One sequence: token counts, realised sparsity, events, kept neurons per layer, similarities over its windows.
 
     candidates: with a token selector, the neurons of each layer among which each token finds its `keep`.
+    dense_because: dense tokens by what kept them dense: `short` (prompt), `start`, `relearn`, `released`, `paused`.
     """
 
     sequence: int
@@ -43,6 +44,7 @@ class SequenceReport:
     similarities: list[tuple[int, float, float]]
     notes: list[str] = field(default_factory=list)
     candidates: list[int] | None = None
+    dense_because: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,10 +74,13 @@ class Report:
         steps, replays included.  overhead_bytes: held for the model and all live sequences.
     overhead_bytes_per_sequence: for one sequence.  overhead_bytes_per_model: for the model (a token selector's sketch).
     ceiling: everything was computed to find what could have been left out.
-    seconds: host time of attaching, tracing, detecting, refreshing and detaching.
+    seconds: host time of attaching, of compiling kernels before it (kept on disk), of decode forwards, of tracing,
+        detecting and refreshing, and of detaching.
     refresh_flops: arithmetic of all replays.
-    pays_after_tokens: decoded tokens after which the time of attaching and detaching is won back, by a measurement in
-        one layer; None where no time is saved.
+    tokens_per_second: decoded tokens of all sequences for each second inside decode forwards, on the host's clock,
+        without what lies between them (sampling, `generate()` itself); None where that was not timed: a device that is
+        not waited for, or compiled forwards.
+    reasons: why a figure is under what was asked, by the figure's name in the table.
     """
 
     method: str
@@ -95,7 +100,8 @@ class Report:
     overhead_bytes_per_model: int
     seconds: dict[str, float]
     refresh_flops: int
-    pays_after_tokens: int | None
+    tokens_per_second: float | None
+    reasons: dict[str, list[str]]
     notes: list[str]
 
     @property
@@ -124,13 +130,13 @@ class Report:
             ("events", _counted([event.kind for event in self.events])),
             ("layers keep", _spread([layer.kept for layer in self.layers], [n.neurons for n in self.layers])),
             ("extra memory", _held(self.overhead_bytes_per_sequence, self.overhead_bytes_per_model)),
-            (
-                "attaching pays",
-                "never: no time is saved"
-                if self.pays_after_tokens is None
-                else f"after {self.pays_after_tokens} tokens",
-            ),
+            ("decoding", _rate(self.tokens_per_second)),
             ("seconds", ", ".join(f"{name} {value:.3f}" for name, value in self.seconds.items())),
+        ]
+        rows = [
+            row
+            for name, value in rows
+            for row in ((name, value), *(("because", t) for t in self.reasons.get(name, [])))
         ]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]
@@ -140,6 +146,10 @@ class Report:
 def _held(sequence: int, model: int) -> str:
     text = f"{sequence / 1e6:.2f} MB per sequence"
     return text + (f", {model / 1e6:.2f} MB for the model" if model else "")
+
+
+def _rate(tokens_per_second: float | None) -> str:
+    return "not timed" if tokens_per_second is None else f"{tokens_per_second:.1f} tokens/s in decode forwards"
 
 
 def _counted(kinds: Sequence[str]) -> str:

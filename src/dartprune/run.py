@@ -63,7 +63,9 @@ class Run(Refuses):
             except BaseException:
                 release(self._core)
                 raise
-        self._account.seconds["attaching"] = time.perf_counter() - began
+        compiling = self._parts.preparation.seconds
+        self._account.seconds["compiling"] = compiling
+        self._account.seconds["attaching"] = time.perf_counter() - began - compiling
 
     def _connect(self, parts: LiveParts, decoder: Decoder) -> None:
         """The loop: forwards, the tokens they gave, the events that follow, the masks that those make."""
@@ -140,6 +142,7 @@ class Run(Refuses):
             states = {id(layer.state): layer.state for layer in self._parts.layers}
             self._account.seconds["tracing"] = sum(state.tracing_seconds for state in states.values())
             self._account.refresh_flops, self._account.replays = self._masks.flops, self._masks.replays
+            self._account.seconds["decoding"] = self._account.steps.seconds
             return self._account.report(list(self._pool.live.values()))
 
     def __repr__(self) -> str:

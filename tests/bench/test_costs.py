@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dartprune import Dart, Detector, Griffin, Replay, Static
+from dartprune import Dart, Detector, GatedDart, Griffin, Replay, Sketch, SketchDart, Static
 from dartprune.bench.costs import LLAMA_3_1_8B, Shape, memory_per_sequence, overhead_flops_per_token, replay_flops
 from dartprune.loading import load
 from test_matrix import tokens
@@ -16,10 +16,24 @@ def test_under_ten_megabytes_for_eight_billion_parameters():
     assert LLAMA_3_1_8B.parameters == pytest.approx(8.03e9, rel=0.01)
     assert memory_per_sequence(LLAMA_3_1_8B, Dart()) < 10e6
     assert memory_per_sequence(LLAMA_3_1_8B, Dart(), masks=True) < 10e6
+    assert memory_per_sequence(LLAMA_3_1_8B, SketchDart(refresh=Replay(tokens=8))) < 10e6
     assert memory_per_sequence(LLAMA_3_1_8B, Static()) < memory_per_sequence(LLAMA_3_1_8B, Dart())
 
 
-@pytest.mark.parametrize("pruner", [Dart(), Static(), Griffin(), Dart(compensate="mean"), Dart(selection="threshold")])
+PRUNERS = [
+    Dart(),
+    Static(),
+    Griffin(),
+    Dart(compensate="mean"),
+    Dart(selection="threshold"),
+    GatedDart(),
+    SketchDart(sparsity=0.4),
+    SketchDart(sparsity=0.4, refresh=Replay()),
+    SketchDart(sparsity=0.4, token=Sketch(calibrate=False)),
+]
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("backend", ["masked", "reference", "cpu"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_memory_by_arithmetic_is_what_is_held(family, backend, pruner):
@@ -29,7 +43,7 @@ def test_memory_by_arithmetic_is_what_is_held(family, backend, pruner):
         report = run.report()
     want = memory_per_sequence(Shape.of(model), pruner, masks=backend == "masked")
     assert report.overhead_bytes_per_sequence == want
-    assert report.overhead_bytes == 2 * want
+    assert report.overhead_bytes == 2 * want + report.overhead_bytes_per_model
 
 
 def test_a_tenth_of_a_percent_of_arithmetic():

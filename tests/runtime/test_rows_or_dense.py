@@ -55,8 +55,8 @@ def test_both_ways_give_the_same_tokens(measured, family):
     assert torch.equal(got, want)
     assert rows.realised_sparsity == dense.realised_sparsity > 0.4
     assert rows.bytes_saved > 0 and dense.bytes_saved == 0
-    assert any("5 of 5 pruned steps ran dense with masks" in note for note in dense.notes)
-    assert not any("dense with masks" in note for note in rows.notes)
+    assert any("5 of 5 pruned steps ran dense with masks" in why for why in dense.reasons["FFN bytes saved"])
+    assert not any("dense with masks" in why for why in rows.reasons.get("FFN bytes saved", []))
 
 
 def test_one_sequence_always_reads_rows(measured):

@@ -8,6 +8,7 @@ from typing import Any
 from dartprune.drift import KEPT_WINDOWS
 from dartprune.method import Method
 from dartprune.model.families import describe
+from dartprune.runtime.reasons import CAUSES
 from dartprune.runtime.trace import STATISTICS
 
 
@@ -105,11 +106,12 @@ def memory_per_sequence(shape: Shape, method: Method, *, masks: bool = False) ->
     statistics = sum(name in STATISTICS for name in method.inputs)
     total = 4 * layers * neurons * statistics
     total += layers * (5 * 4 + 4)  # impact sums and token count
-    width = round(method.budget.most_kept(method.sparsity) * neurons)
-    if method.selection == "threshold":
-        width = neurons
-    total += layers * (4 * width + 4)
-    if masks:
+    total += layers * (4 * _width(shape, method) + 4)
+    if method.token is not None:
+        total += layers * 4  # neurons for each token
+        if method.token.learns:  # two moments of each estimate's errors, and how many tokens taught them
+            total += layers * (4 * 2 * (shape.matrices - 1) * neurons + 4)
+    if masks and (method.token is None or method.token.context):
         total += layers * neurons
     if method.compensate == "mean":
         total += layers * 4 * hidden
@@ -119,7 +121,17 @@ def memory_per_sequence(shape: Shape, method: Method, *, masks: bool = False) ->
     if method.refresh.detects:
         total += 4 * method.detector.window * hidden
     total += 4 * hidden * (KEPT_WINDOWS + 1)
-    return total + 2 * 8 + 2 * 4  # counters
+    return total + 8 * (2 + len(CAUSES) + 1) + 2 * 4  # counters
+
+
+def _width(shape: Shape, method: Method) -> int:
+    """Longest list of kept neurons, or of candidates."""
+    share = 1.0 if method.selection == "threshold" else method.budget.most_kept(method.sparsity)
+    if method.token is None:
+        return round(share * shape.neurons)
+    if not method.token.context:
+        return 0
+    return method.token.split(share * shape.neurons, shape.neurons, gated=shape.matrices == 3)[0]
 
 
 def overhead_flops_per_token(shape: Shape, method: Method, prompt: int, decoded: int) -> float:

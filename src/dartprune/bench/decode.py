@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -160,6 +161,12 @@ def measure(
     return Result("decode", device, settings, rows, bandwidth, [*what.notes, *_notes(what, done)])
 
 
+def _pays_after(attach_seconds: float, taken: Turns, name: str, batch: int) -> int | None:
+    """Decoded tokens after which the time of attaching is won back; None where a step is not quicker than dense."""
+    spared = taken.spread("dense").median - taken.spread(name).median
+    return math.ceil(attach_seconds / spared) * batch if spared > 0 else None
+
+
 def _notes(what: Subject, done: Mapping[str, ArmTally]) -> list[str]:
     notes = [note for kept in done.values() if kept.report is not None for note in kept.report.notes]
     if Shape.of(what.model).step_bytes < 2 * last_level_cache(what.model.device):
@@ -193,7 +200,7 @@ def _rows(what: Subject, load: Load, taken: Turns, done: Mapping[str, ArmTally],
                 "saves_time": report.saves_time,
                 "refreshes_per_sequence": len(report.events) / load.batch,
                 "attach_seconds": statistics.median(kept.attached),
-                "pays_after_tokens": report.pays_after_tokens,
+                "pays_after_tokens": _pays_after(statistics.median(kept.attached), taken, name, load.batch),
             }
         limit = None if report is None else amdahl(share, report.realised_sparsity)
         ratio = taken.times_as_fast(name, "dense")

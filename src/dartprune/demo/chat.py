@@ -96,12 +96,13 @@ def write_in_turn(
         progress: told of tokens done.
     """
     found: list[Written] = []
+    whole: Tensor | None = None  # prompt and what the dense model wrote
     length = prompt["input_ids"].shape[1]
     for repetition in range(repetitions):
         for number, arm in enumerate(arms):
             clock = _Clock()
             with torch.no_grad(), arm(model, backend=backend) as run:
-                out = model.generate(
+                out = model.generate(  # type: ignore[operator]
                     **prompt, max_new_tokens=most, do_sample=False, streamer=clock, pad_token_id=tokenizer.pad_token_id
                 )
                 report = run.report()
@@ -113,7 +114,8 @@ def write_in_turn(
                     whole = out
             found[number].rates.append(1 / clock.seconds_per_token)
             progress(most)
-    base = None
+    assert whole is not None
+    base: Tensor | None = None
     for arm, written in zip(arms, found, strict=True):
         losses, _ = forced_losses(model, arm, whole, length, backend=backend, progress=progress)
         base = losses if base is None else base

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,8 +12,8 @@ from dartprune.method import Method
 from dartprune.report import LayerReport, Report, SequenceReport
 from dartprune.runtime.build import LiveParts
 from dartprune.runtime.layer_hooks import LiveLayer
+from dartprune.runtime.reasons import CAUSES, StepCounts, for_bytes, for_sparsity
 from dartprune.runtime.slots import Slot, State
-from dartprune.selectors.settings import TokenSelector
 
 
 @dataclass
@@ -27,6 +24,7 @@ class Ended:
     dense: Tensor
     pruned: Tensor
     saved: Tensor
+    causes: Tensor
 
 
 class Account:
@@ -37,6 +35,8 @@ class Account:
         self.parts = parts
         self.seconds = {
             "attaching": 0.0,
+            "compiling": 0.0,
+            "decoding": 0.0,
             "tracing": 0.0,
             "detecting": 0.0,
             "refreshing": 0.0,
@@ -44,10 +44,9 @@ class Account:
         }
         self.notes = list(parts.notes)
         self.refresh_flops = self.replays = 0
-        self.saving = saving_per_token(parts.layers, method.sparsity, method.token) if method.prunes else None
+        self.steps = StepCounts()
         self._read = 0.0
         self._whole = 0.0
-        self._steps = {True: 0, False: 0}  # wholly pruned ones: by rows, and dense with masks since that was faster
         self._ended: list[Ended] = []
         self._known: tuple[tuple[int, tuple[int, ...]], int] | None = None
         self._gathers = all(layer.backend.gathers for layer in parts.layers)
@@ -65,8 +64,7 @@ class Account:
         """
         whole = float(sum(self._layer_bytes))
         self._whole += whole
-        if pruned and chosen and self._gathers and all(slot.state is State.PRUNED for slot in slots):
-            self._steps[gathered] += 1
+        self._count_step([slot.state is State.PRUNED for slot in slots], pruned, gathered, chosen)
         if not gathered:
             self._read += whole
             return
@@ -74,6 +72,23 @@ class Account:
         if self._known is None or self._known[0] != key:
             self._known = (key, self._step_bytes(slots))
         self._read += self._known[1]
+
+    def _count_step(self, masked: Sequence[bool], pruned: bool, gathered: bool, chosen: bool) -> None:
+        steps = self.steps
+        steps.all += 1
+        if gathered:
+            steps.by_rows += 1
+            steps.most_lines = max(steps.most_lines, len(masked))
+        elif pruned and self._gathers and any(masked):
+            if not all(masked):
+                steps.mixed += 1
+            elif chosen:
+                steps.faster_dense += 1
+
+    def timed(self, seconds: float) -> None:
+        """A decode forward took so long on the host."""
+        self.steps.timed += 1
+        self.steps.seconds += seconds
 
     def _step_bytes(self, slots: Sequence[Slot]) -> int:
         """Weight bytes that a pruned step of these sequences reads; the same until a mask changes."""
@@ -108,20 +123,16 @@ class Account:
         chosen = self.parts.spending.bytes_read if self.parts.spending is not None else 0.0
         return 1 - (self._read + chosen + self.replays * once) / self._whole
 
-    def _chosen(self) -> list[str]:
-        """What is said of steps that ran dense with masks although rows could have been read."""
-        dense = self._steps[False]
-        if not dense:
-            return []
-        return [f"{dense} of {sum(self._steps.values())} pruned steps ran dense with masks: faster for so many neurons"]
-
     def close(self, slot: Slot) -> None:
         """Keep what a sequence did, before its slot is used again."""
         counters = self.parts.counters
         # the report needs counts and events; the detector's vectors would pile up where many sequences end
         slot.detection.drift, slot.detection.recent = self.method.detector.build(), []
         self._ended.append(
-            Ended(slot, *(t[slot.id].clone() for t in (counters.dense, counters.pruned, counters.saved)))
+            Ended(
+                slot,
+                *(t[slot.id].clone() for t in (counters.dense, counters.pruned, counters.saved, counters.causes)),
+            )
         )
 
     def note(self, text: str) -> None:
@@ -129,17 +140,38 @@ class Account:
         if text not in self.notes:
             self.notes.append(text)
 
-    def _pays_after(self) -> int | None:
-        if self.saving is None or self.saving <= 0:
+    def _rate(self, tokens: int) -> float | None:
+        """Tokens of all sequences for each second inside decode forwards; None where not all of them were timed."""
+        steps = self.steps
+        on_host = all(layer.place[0].type == "cpu" for layer in self.parts.layers)
+        if not on_host or steps.timed < steps.all or not steps.seconds:
             return None
-        return math.ceil((self.seconds["attaching"] + self.seconds["detaching"]) / self.saving)
+        return tokens / steps.seconds
+
+    def _reasons(self, sequences: Sequence[SequenceReport], saved: float) -> dict[str, list[str]]:
+        """Why less was left out than asked, and why fewer bytes were saved than that."""
+        dense, pruned = sum(s.dense_tokens for s in sequences), sum(s.pruned_tokens for s in sequences)
+        realised = saved / (dense + pruned) if dense + pruned else 0.0
+        causes = {name: sum(s.dense_because.get(name, 0) for s in sequences) for name in CAUSES}
+        share = saved / pruned if pruned else 0.0
+        reasons = {"realised sparsity": for_sparsity(self.method, realised, pruned, dense, share, causes)}
+        if self._gathers and self.steps.all:
+            reasons["FFN bytes saved"] = for_bytes(realised, self._bytes_saved(), self.steps, self.replays)
+        return {figure: lines for figure, lines in reasons.items() if lines}
 
     def report(self, live: Sequence[Slot]) -> Report:
         """What happened so far."""
         counters = self.parts.counters
         rows = [*self._ended]
         rows += [
-            Ended(slot, counters.dense[slot.id], counters.pruned[slot.id], counters.saved[slot.id]) for slot in live
+            Ended(
+                slot,
+                counters.dense[slot.id],
+                counters.pruned[slot.id],
+                counters.saved[slot.id],
+                counters.causes[slot.id],
+            )
+            for slot in live
         ]
         rows.sort(key=lambda row: row.slot.sequence)
         sequences = [_sequence(row) for row in rows]
@@ -168,8 +200,9 @@ class Account:
             overhead_bytes_per_model=shared,
             seconds=dict(self.seconds),
             refresh_flops=self.refresh_flops,
-            pays_after_tokens=self._pays_after(),
-            notes=self.notes + self._chosen() + list(dict.fromkeys(note for row in rows for note in row.slot.notes)),
+            tokens_per_second=self._rate(dense + pruned),
+            reasons=self._reasons(sequences, saved),
+            notes=self.notes + list(dict.fromkeys(note for row in rows for note in row.slot.notes)),
         )
 
 
@@ -177,50 +210,6 @@ def _lists(number: int, layer: LiveLayer, slots: Sequence[Slot]) -> list[Tensor]
     """The neurons that the masks of these pruned sequences keep in a layer, int32 [k] each."""
     counts = [slot.masks.keep[number] for slot in slots if slot.masks.keep is not None]
     return [layer.selection.kept(slot.id, count) for slot, count in zip(slots, counts, strict=True)]
-
-
-@torch.no_grad()
-def saving_per_token(
-    layers: Sequence[LiveLayer], sparsity: float, selector: TokenSelector | None = None
-) -> float | None:
-    """Seconds that one sequence's token is spared, measured in the middle layer; None where no time is saved.
-
-    Dense and pruned alternate, the medians count. The layer's own weights are used, with evenly spread neurons.
-    """
-    middle = layers[len(layers) // 2]
-    weights = middle.weights
-    if not middle.saves_time or isinstance(weights, str):
-        return None
-    generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(1, weights.hidden, generator=generator, dtype=torch.float32, device="cpu").to(weights.up)
-    k = wanted = max(1, round((1 - sparsity) * weights.neurons))
-    if selector is not None:
-        rows = (1 - sparsity - middle.fixed_share) * weights.neurons
-        k, wanted = selector.split(rows, weights.neurons, gated=middle.parts.gated)
-    index = torch.linspace(0, weights.neurons - 1, k, dtype=torch.float64, device=x.device).to(torch.int32)[None]
-    count = torch.full((1,), k, dtype=torch.int32, device=x.device)
-    each = torch.full((1,), wanted, dtype=torch.int32, device=x.device)
-    slots = torch.zeros(1, dtype=torch.int64, device=x.device)
-    dense: list[float] = []
-    pruned: list[float] = []
-    for _ in range(5):
-        began = _now(x.device)
-        middle.parts.projected(middle.parts.activations(x))
-        between = _now(x.device)
-        if middle.selector is None:
-            middle.backend.ffn(x, weights, index, count, slots)
-        else:
-            middle.selector.compute(x, weights, index, count, slots, each)
-        pruned.append(_now(x.device) - between)
-        dense.append(between - began)
-    return (statistics.median(dense) - statistics.median(pruned)) * len(layers)
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, when what was given to the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _sequence(row: Ended) -> SequenceReport:
@@ -239,6 +228,7 @@ def _sequence(row: Ended) -> SequenceReport:
         keep=_copy(keep if per_token is None else per_token),
         similarities=[item for item in slot.detection.similarities if item[0] <= real],
         notes=list(slot.notes),
+        dense_because={name: count for name, count in zip(CAUSES, row.causes.tolist(), strict=False) if count},
         candidates=_copy(None if per_token is None else keep),
     )
 

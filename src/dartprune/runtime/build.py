@@ -15,6 +15,8 @@ from dartprune.model.layout import RowLayout, scattered, shared_weights, storage
 from dartprune.model.weights import row_weights
 from dartprune.names import unknown
 from dartprune.runtime.layer_hooks import LiveLayer
+from dartprune.runtime.preparation import Preparation
+from dartprune.runtime.reasons import CAUSES
 from dartprune.runtime.ring import LayerRing
 from dartprune.runtime.rows_or_dense import has_choice
 from dartprune.runtime.selection import LayerSelection
@@ -40,6 +42,7 @@ class LiveParts:
     notes: list[str]
     layout: RowLayout
     spending: Spending | None
+    preparation: Preparation
 
 
 def build(
@@ -60,7 +63,7 @@ def build(
     except BaseException:
         layout.undo()
         raise
-    counters = Counters(layers[-1].trace.device)
+    counters = Counters(layers[-1].trace.device, len(CAUSES))
     windows = Windows(method.detector.window, decoder.hidden, counters.device)
     holders: list[SlotTensors] = [counters]
     if method.refresh.detects:
@@ -69,7 +72,7 @@ def build(
         holders += [part for part in (live.trace, live.selection, live.ring, live.selector) if part is not None]
     selectors = [live.selector for live in layers if live.selector is not None]
     spending = Spending(selectors, counters.device) if selectors else None
-    return LiveParts(layers, counters, windows, holders, facts, builder.notes, layout, spending)
+    return LiveParts(layers, counters, windows, holders, facts, builder.notes, layout, spending, builder.preparation)
 
 
 class _Builder:
@@ -92,7 +95,8 @@ class _Builder:
         self._progress = progress
         self._owners = storage_owners(core)
         self._places = {layer.index: place(layer) for layer in decoder.layers}
-        self._selectors = SelectorBuilder(method.token, decoder, method.sparsity, self._places)
+        self.preparation = Preparation()
+        self._selectors = SelectorBuilder(method.token, decoder, method.sparsity, self._places, self.preparation)
         self._states: dict[torch.device, DeviceState] = {}
 
     def layer(self, layer: Layer) -> LiveLayer:
@@ -144,7 +148,8 @@ class _Builder:
                 self._layout.apply(modules, self._owners)
                 weights = row_weights(layer)
         if not isinstance(weights, str):
-            backend.prepare(weights)
+            with self.preparation(f"{weights.up.dtype} weights".removeprefix("torch.")):
+                backend.prepare(weights)
         if reason is not None and (note := f"{backend.name} backend: {reason}") not in self.notes:
             self.notes.append(note)
         return backend, weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -81,6 +82,7 @@ class LiveModel(Refuses):
         self._facts = facts
         self._cache: Any = None  # of the forward under way
         self._length = 0  # tokens that it held before
+        self._began: float | None = None  # when the decode forward under way began
         self._unbound: tuple[int, ...] | None = None
         self._generations: list[Generation] = []
         pool.before_move, pool.taken_back = self._finish_compiled, self._taken_back
@@ -148,6 +150,9 @@ class LiveModel(Refuses):
         """The forward has run."""
         with self.state:
             self.armed = False
+            if self._began is not None:
+                self._account.timed(time.perf_counter() - self._began)
+                self._began = None
             if self._unbound is not None:
                 self._cache = cache_of(output)
                 if self._cache is not None:
@@ -236,6 +241,7 @@ class LiveModel(Refuses):
             self._forwards.begin(
                 rows, slots, ended if ended is not None and len(ended) == lines else None, paused=paused
             )
+            self._began = None if phase is Phase.PREFILL else time.perf_counter()
             if phase is not Phase.PREFILL:
                 self._account.decoded(
                     slots,
@@ -281,7 +287,7 @@ class LiveModel(Refuses):
     def _finish_compiled(self) -> None:
         # a compiled call ends inside the graph, so its consequences are drawn here, before anything else happens
         if self.armed:
-            self.armed = False
+            self.armed, self._began = False, None
             self._end_forward()
 
     def _taken_back(self, cache: Any, ids: Sequence[int], tokens: int) -> None:

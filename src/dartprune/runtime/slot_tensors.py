@@ -64,17 +64,20 @@ class Counters(SlotTensors):
 
     dense: Tensor
     pruned: Tensor
+    causes: Tensor
     saved: Tensor
     share: Tensor
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, causes: int) -> None:
         super().__init__(device)
         self._allocate("dense", (), torch.int64)
+        # dense tokens by what kept them dense; one column more takes what is not dense
+        self._allocate("causes", (causes + 1,), torch.int64)
         self._allocate("pruned", (), torch.int64)
         self._allocate("saved", (), torch.float32)  # sum over pruned tokens of the share of FFN weights left out
         self._allocate("share", (), torch.float32)  # that share under the masks in force
 
     def fork(self, slots: list[int]) -> None:
         """What their source decoded is counted there."""
-        for counter in (self.dense, self.pruned, self.saved):
+        for counter in (self.dense, self.causes, self.pruned, self.saved):
             counter[slots] = 0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dartprune.method import Method
 from dartprune.runtime.device_values import DeviceValues
+from dartprune.runtime.reasons import CAUSES, why_dense
 from dartprune.runtime.slot_tensors import Counters
 from dartprune.runtime.slots import Slot, State
 from dartprune.runtime.windows import Detectors
@@ -49,6 +50,8 @@ class Tokens:
         """
         ids = self._on_device([slot.id for slot in slots], self.counters.device)
         self._count(ids, pruned, tokens, ended, spent)
+        if self.method.prunes and not all(pruned):
+            self._count_causes(slots, ids, pruned, tokens, ended, paused=attention is None)
         began = time.perf_counter()
         fired, settled = self._detect(slots, pruned, ids, tokens, attention, ended)
         self.seconds += time.perf_counter() - began
@@ -85,6 +88,8 @@ class Tokens:
         counters.saved[slot.id] *= 1 - pruned / before
         counters.pruned[slot.id] -= pruned
         counters.dense[slot.id] -= dense
+        if self.method.prunes:
+            counters.causes[slot.id, why_dense(slot, self.method, paused=False)] -= dense
 
     def _count(
         self, ids: Tensor, pruned: Sequence[bool], tokens: int, ended: Tensor | None, spent: Tensor | None
@@ -100,6 +105,25 @@ class Tokens:
         if spent is not None:
             left_out = left_out - spent.sum(1)
         self.counters.saved.index_add_(0, ids, alive * mask * left_out)
+
+    def _count_causes(
+        self,
+        slots: Sequence[Slot],
+        ids: Tensor,
+        pruned: Sequence[bool],
+        tokens: int,
+        ended: Tensor | None,
+        *,
+        paused: bool,
+    ) -> None:
+        """What keeps the tokens of sequences that are not pruned dense."""
+        numbers = [
+            len(CAUSES) if is_pruned else why_dense(slot, self.method, paused=paused)
+            for slot, is_pruned in zip(slots, pruned, strict=True)
+        ]
+        counts = torch.full_like(ids, tokens) if ended is None else tokens * (~ended).to(ids)
+        causes = self._on_device(numbers, ids.device)
+        self.counters.causes.index_put_((ids, causes), counts, accumulate=True)
 
     def _detect(
         self,

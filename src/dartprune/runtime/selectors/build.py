@@ -11,6 +11,7 @@ from dartprune.model.families import Decoder
 from dartprune.model.layer import Layer
 from dartprune.model.probe import down_norms, row_norms
 from dartprune.model.weights import row_weights
+from dartprune.runtime.preparation import Preparation
 from dartprune.runtime.selectors.layer_selector import ExactLayer, GateLayer, LayerSelector
 from dartprune.runtime.selectors.sketch_layer import SketchLayer
 from dartprune.selectors.settings import Sketch, TokenGate, TokenSelector
@@ -23,9 +24,15 @@ class SelectorBuilder:
     """Makes the selector of one layer after another."""
 
     def __init__(
-        self, selector: TokenSelector | None, decoder: Decoder, sparsity: float, place: dict[int, Place]
+        self,
+        selector: TokenSelector | None,
+        decoder: Decoder,
+        sparsity: float,
+        place: dict[int, Place],
+        preparation: Preparation,
     ) -> None:
         """Set up; `place` says where each layer computes and in which dtype."""
+        self._preparation = preparation
         self.selector = selector
         self.place = place
         self._layers = len(decoder.layers)
@@ -58,7 +65,8 @@ class SelectorBuilder:
         else:
             made = ExactLayer(layer, device, norms, layer.matrices)
         if kernels is not None and not isinstance(weights, str):
-            kernels.prepare(weights, sketch, calibrated=made.learns)
+            with self._preparation("token selectors"):
+                kernels.prepare(weights, sketch, calibrated=made.learns)
         if progress is not None:
             progress(layer.index + 1, self._layers)
         return made
