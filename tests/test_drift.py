@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 
+from dartprune import Dart, Detector
 from dartprune.drift import KEPT_WINDOWS, AttentionDrift, cosine
+from test_matrix import tokens
+from tiny import FAMILIES
 
 
 def topic(generator, tokens, direction, noise=0.6):
@@ -372,3 +375,51 @@ def test_a_restart_forgets_the_tokens_of_the_window_under_way():
     drift.restart([torch.ones(2), torch.ones(2)])
     assert not drift.observe(torch.ones(3, 2)) and not drift.observe(torch.ones(1, 2))
     assert not drift.observe(-torch.ones(3, 2)) and drift.observe(-torch.ones(1, 2))
+
+
+def test_a_short_prompt_opens_the_reference_with_decoded_windows():
+    one, other = torch.randn(2, 16)
+    prompt = one + 0.1 * torch.randn(20, 16)
+    answer = other + 0.1 * torch.randn(80, 16)  # an answer is another kind of text than its question
+    fired = []
+    for drift in (AttentionDrift(), AttentionDrift(opening=64)):
+        drift.reference(prompt)
+        fired.append([t for t in range(0, 80, 8) if drift.observe(answer[t : t + 8])])
+    assert fired[0][0] == 8 and not fired[1]
+    # six decoded windows make the first multiple of 8 that brings 20 tokens to 64
+    assert drift.reference_tokens == 20 + 48
+    assert [drift.observe(-(one + other).expand(8, -1)) for _ in range(2)] == [False, True]
+
+
+def test_a_long_prompt_has_its_opening_already():
+    prompt, decoded = torch.randn(64, 16) + 1, torch.randn(200, 16)
+    said = []
+    for drift in (AttentionDrift(delta=0.5), AttentionDrift(delta=0.5, opening=64)):
+        drift.reference(prompt)
+        said.append([drift.observe(part) for part in decoded.split(8)])
+    assert said[0] == said[1] and any(said[0])
+    drift.restart([decoded[:8].mean(0), decoded[8:16].mean(0)])
+    assert drift.ready and drift.reference_tokens == 16, "only the first reference has an opening"
+
+
+@pytest.mark.parametrize("opening", [-1, 2.5, True])
+def test_an_opening_is_a_number_of_tokens(opening):
+    with pytest.raises(ValueError, match="opening must be a whole number of tokens, 0 for none"):
+        AttentionDrift(opening=opening)
+
+
+@torch.no_grad()
+def test_dart_does_not_replay_at_the_beginning_of_an_answer():
+    model = FAMILIES["llama"]()
+    ids, new = tokens(model, lines=1, length=24), tokens(model, lines=1, length=48, seed=2)
+    found = []
+    for opening in (0, 64):
+        eager = Detector(patience=1, delta=0.0, min_drop=0.0, opening=opening)
+        with Dart(sparsity=0.5, detector=eager)(model) as run:
+            cache = run.prefill(ids)
+            with run.phase("decode"):
+                model(input_ids=new, past_key_values=cache)
+            found.append(run.report().sequences[0].similarities)
+    assert found[0][0][0] == 8  # judged from the first window on
+    assert found[1][0][0] == 48  # 24 + 40 tokens first
+    assert Dart().detector.opening == 64

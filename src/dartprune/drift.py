@@ -40,6 +40,7 @@ class AttentionDrift:
         min_drop: float = 0.02,
         patience: int = 2,
         leave_one_out: bool = True,
+        opening: int = 0,
     ) -> None:
         """Set up.
 
@@ -49,6 +50,8 @@ class AttentionDrift:
             min_drop: the same as a difference of cosines.
             patience: drifted windows that fire.
             leave_one_out: compare a reference window with the other tokens only; False compares it with all of them.
+            opening: tokens that the first reference must hold before anything is judged; decoded windows make up for
+                what a shorter prompt lacks.
 
         Raises:
             ValueError: a setting that makes no sense.
@@ -56,6 +59,8 @@ class AttentionDrift:
         for name, whole in (("window", window), ("patience", patience)):
             if isinstance(whole, bool) or not isinstance(whole, int) or whole < 1:
                 raise UserError(f"detector: {name} must be a whole number of at least 1, got {whole!r}")
+        if isinstance(opening, bool) or not isinstance(opening, int) or opening < 0:
+            raise UserError(f"detector: opening must be a whole number of tokens, 0 for none, got {opening!r}")
         for name, value in (("delta", delta), ("min_drop", min_drop)):
             if not math.isfinite(value) or value < 0:
                 raise UserError(f"detector: {name} must be a number of at least 0, got {value!r}")
@@ -64,6 +69,7 @@ class AttentionDrift:
         self.min_drop = min_drop
         self.patience = patience
         self.leave_one_out = leave_one_out
+        self.opening = opening
         self.reference_tokens = 0
         self._sum: Tensor | None = None
         self._means: list[Tensor] = []
@@ -73,8 +79,8 @@ class AttentionDrift:
 
     @property
     def ready(self) -> bool:
-        """Whether the reference has the two complete windows without which nothing can be judged."""
-        return len(self._means) >= 2
+        """Whether the reference has the two complete windows without which nothing can be judged, and its opening."""
+        return len(self._means) >= 2 and self.reference_tokens >= self.opening
 
     def reference(self, vectors: Tensor) -> None:
         """Add tokens to the reference: [T, H], any float dtype; a window may span calls."""
@@ -134,7 +140,8 @@ class AttentionDrift:
         self._keep([m])
 
     def restart(self, means: Sequence[Tensor]) -> None:
-        """Begin a new reference that consists of these windows."""
+        """Begin a new reference that consists of these windows; only the first one has an opening."""
+        self.opening = 0
         self._sum, self._means, self._partial, self._observed = None, [], None, None
         self.reference_tokens = self._counter = 0
         for mean in means:

@@ -38,7 +38,8 @@ def whole(owner: str, name: str, value: object, least: int) -> None:
 class Detector:
     """Settings of the drift detector; `build` gives its live form for one sequence (DART section 3.4).
 
-    The defaults were chosen by measurement, see docs/choices.md.
+    The defaults were chosen by measurement, see docs/choices.md. opening: tokens that the reference of a short prompt
+    takes in from decoding before anything is judged; `Dart` has 64.
     """
 
     window: int = 8
@@ -46,6 +47,7 @@ class Detector:
     min_drop: float = 0.02
     patience: int = 2
     leave_one_out: bool = True
+    opening: int = 0
 
     def __post_init__(self) -> None:
         self.build()

@@ -11,7 +11,7 @@ from torch import nn
 
 from dartprune.budget import Budget, DepthAware, Global, Uniform
 from dartprune.errors import UserError
-from dartprune.method import Method, settings_from
+from dartprune.method import Detector, Method, settings_from
 from dartprune.names import Registry
 from dartprune.refresh import Clock as ClockRefresh
 from dartprune.refresh import Never, Refresh, Replay
@@ -87,6 +87,7 @@ class Dart(Pruner):
 
     budget: Budget = field(default_factory=Global)
     refresh: Refresh = field(default_factory=Replay)
+    detector: Detector = field(default_factory=lambda: Detector(opening=64))
     compensate: str | None = "mean"
 
 

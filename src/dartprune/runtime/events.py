@@ -105,6 +105,7 @@ class Events:
         slot.state, slot.traced, slot.least = State.LEARNING, 0, 1
         slot.dense_left = self.method.refresh.dense_tokens
         slot.detection.drift = self.method.detector.build()
+        slot.detection.drift.restart([])
 
 
 def _event(action: Action, slot: Slot, fired: bool) -> Event:
