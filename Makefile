@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-quick fuzz check lint format clean
+.PHONY: help demo test real test-quick fuzz check lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show what can be made
@@ -32,6 +32,10 @@ SEED := 0
 
 fuzz: $(READY) ## try random pruners, families and calls against oracles (SEED=0 SECONDS=180)
 	PYTHONPATH=tests $(BIN)/python tests/fuzz.py --seed $(SEED) --seconds $(SECONDS)
+
+real: $(READY) ## the tests on a real pretrained model (100 MB are fetched), and the demo on it
+	$(BIN)/python -m pytest -m real
+	$(BIN)/dartprune demo --model smollm2 --sparsity 0.5 --out out
 
 check: lint ## the same as lint: no test is run
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from dartprune.demo import model_folder
+from dartprune.errors import UserError
+from dartprune.loading import load
 
 # tiny models gain nothing from threads, and on a busy machine threads that wait for each other are very slow
 torch.set_num_threads(1)
@@ -34,6 +36,15 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("no folder ../shared with larger texts and models")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct in bfloat16 and its tokenizer: fetched once, and kept in the cache."""
+    try:
+        return load("smollm2")
+    except UserError as error:
+        pytest.skip(f"SmolLM2 is not to be had: {error}")
 
 
 @pytest.fixture(scope="session")
