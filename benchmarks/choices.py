@@ -25,7 +25,7 @@ from dartprune import Dart, Dense, DepthAware, Detector, Global, Griffin, Pruner
 from dartprune.evaluation.forced import forced_losses
 from dartprune.evaluation.texts import batch, pieces, read_texts, streams
 from dartprune.loading import load
-from dartprune.refresh import Clock
+from dartprune.refresh import Periodic
 from dartprune.report import Report
 
 PROMPT, FIRST, SECOND = 64, 192, 256
@@ -62,7 +62,7 @@ def cases(sparsity: float) -> Iterator[Case]:
     for found in (*({"delta": delta} for delta in (0.5, 1.0, 1.5, 2.0, 3.0)), {"patience": 1}, {"min_drop": 0.1}):
         yield Case(f"Dart, detector {_words(found)}", replace(dart, detector=Detector(**found)))
     for every in (16, 24, 40):
-        clock = Clock(every=every, dense=None, replay=dart.refresh.replay_tokens, memory=dart.refresh.replay_memory)
+        clock = Periodic(every=every, dense=None, replay=dart.refresh.replay_tokens, memory=dart.refresh.replay_memory)
         yield Case(f"Dart, a replay every {every} tokens", replace(dart, refresh=clock))
 
 

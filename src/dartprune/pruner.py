@@ -13,8 +13,7 @@ from dartprune.budget import Budget, DepthAware, Global, Uniform
 from dartprune.errors import UserError
 from dartprune.method import Detector, Method, settings_from
 from dartprune.names import Registry
-from dartprune.refresh import Clock as ClockRefresh
-from dartprune.refresh import Never, Refresh, Replay
+from dartprune.refresh import Never, Periodic, Refresh, Replay
 from dartprune.run import Run
 from dartprune.selectors.settings import Exact, Sketch, TokenGate, TokenSelector
 from dartprune.selectors.sketches import Progress
@@ -116,7 +115,7 @@ class Clock(Pruner):
 
     scorer: str = "peak"
     budget: Budget = field(default_factory=Uniform)
-    refresh: Refresh = field(default_factory=ClockRefresh)
+    refresh: Refresh = field(default_factory=Periodic)
     start: int = 8
 
 

@@ -190,7 +190,7 @@ class Release(Refresh):
 
 @register_refresh
 @dataclass(frozen=True)
-class Clock(Refresh):
+class Periodic(Refresh):
     """Every `every` pruned tokens, whatever the context: `dense` dense tokens (BWAP), or a replay of `replay` inputs.
 
     Exactly one of `dense` and `replay` must be given. `memory` is the replay's share of the old statistics; after dense
@@ -204,11 +204,13 @@ class Clock(Refresh):
     memory: float = 0.5
 
     def __post_init__(self) -> None:
-        _positive("Clock", every=self.every, dense=self.dense, replay=self.replay)
+        _positive("Periodic", every=self.every, dense=self.dense, replay=self.replay)
         if (self.dense is None) == (self.replay is None):
-            raise UserError(f"Clock: give either dense or replay, got dense={self.dense!r} and replay={self.replay!r}")
+            raise UserError(
+                f"Periodic: give either dense or replay, got dense={self.dense!r} and replay={self.replay!r}"
+            )
         if not 0 <= self.memory < 1:
-            raise UserError(f"Clock: memory must lie in [0, 1), got {self.memory!r}")
+            raise UserError(f"Periodic: memory must lie in [0, 1), got {self.memory!r}")
 
     @property
     def replay_tokens(self) -> int:

@@ -7,8 +7,7 @@ import torch
 
 from dartprune import Clock, Dart, Detector, Never, Pruner, Relearn, Release, Replay, Static
 from dartprune.drift import AttentionDrift
-from dartprune.refresh import Action, Refresh, refresh_kinds
-from dartprune.refresh import Clock as ClockRefresh
+from dartprune.refresh import Action, Periodic, Refresh, refresh_kinds
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -104,7 +103,7 @@ def test_the_clock_takes_turns(llama):
     report = decode(llama, Clock(sparsity=0.5), 8 + 3 * 20)
     assert report.dense_tokens == 8 + 3 * 4 and report.pruned_tokens == 3 * 16
     assert [e.decoded for e in report.events] == [24, 44, 64]
-    report = decode(llama, Dart(sparsity=0.5, refresh=ClockRefresh(every=10, dense=None, replay=8)), 35)
+    report = decode(llama, Dart(sparsity=0.5, refresh=Periodic(every=10, dense=None, replay=8)), 35)
     assert report.dense_tokens == 0
     assert [(e.kind, e.decoded) for e in report.events] == [("replay", 10), ("replay", 20), ("replay", 30)]
 
@@ -123,7 +122,7 @@ def test_never_keeps_the_mask_of_the_prompt(llama, fires_once):
 
 def test_replayed_masks_come_from_the_last_tokens(llama):
     """Memory 0: after a replay the masks are those of the last inputs alone."""
-    pruner = Dart(sparsity=0.5, refresh=ClockRefresh(every=8, dense=None, replay=8, memory=0.0), compensate=None)
+    pruner = Dart(sparsity=0.5, refresh=Periodic(every=8, dense=None, replay=8, memory=0.0), compensate=None)
     ids, new = tokens(llama, lines=1, length=24), tokens(llama, lines=1, length=8, seed=4)
     inputs = {}
     with torch.no_grad(), pruner(llama, backend="masked") as run:
@@ -209,7 +208,7 @@ def test_a_new_policy_is_one_class():
 @torch.no_grad()
 def test_a_replay_of_a_batch_reads_the_weights_once(llama):
     saved = []
-    pruner = Dart(sparsity=0.5, refresh=ClockRefresh(every=8, dense=None, replay=8))
+    pruner = Dart(sparsity=0.5, refresh=Periodic(every=8, dense=None, replay=8))
     for every in (pruner, Static(sparsity=0.5)):
         with every(llama, backend="reference") as run:
             with run.phase("prefill"):
@@ -231,8 +230,8 @@ def test_a_replay_of_a_batch_reads_the_weights_once(llama):
         (lambda: Replay(settle=-1), "settle"),
         (lambda: Relearn(tokens=2.5), "got 2.5"),
         (lambda: Release(at=0), "at must be"),
-        (lambda: ClockRefresh(dense=4, replay=8), "either dense or replay"),
-        (lambda: ClockRefresh(dense=None), "either dense or replay"),
+        (lambda: Periodic(dense=4, replay=8), "either dense or replay"),
+        (lambda: Periodic(dense=None), "either dense or replay"),
         (lambda: Dart(refresh=Replay(tokens=12)), "no multiple of the detector's window of 8"),
         (lambda: Dart(refresh="replay"), "refresh must be a Refresh"),
         (lambda: Never().due, None),
@@ -244,3 +243,10 @@ def test_settings_that_make_no_sense(make, message):
         return
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_a_saved_clock_of_before_is_read():
+    """The policy was called `Clock` once; its kind is still `clock`."""
+    data = Clock(sparsity=0.5).to_dict()
+    assert data["refresh"]["kind"] == "clock"
+    assert Pruner.from_dict(data).refresh == Periodic() == refresh_kinds.get("clock")()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dartprune import Clock, Dart, Detector, Relearn, Replay, presets
-from dartprune.refresh import Clock as ClockRefresh
+from dartprune.refresh import Periodic
 from oracle import held_by
 from test_matrix import tokens
 from tiny import FAMILIES
@@ -18,7 +18,7 @@ EAGER = Detector(window=4, patience=1, min_drop=0.0, delta=0.0)
 PRUNERS = {
     "replay": Dart(sparsity=0.5, detector=EAGER, refresh=Replay(tokens=8, settle=16)),
     "relearn": Dart(sparsity=0.5, detector=EAGER, refresh=Relearn(tokens=3)),
-    "clock": Clock(sparsity=0.5, start=2, refresh=ClockRefresh(every=3, dense=2)),
+    "clock": Clock(sparsity=0.5, start=2, refresh=Periodic(every=3, dense=2)),
     "average": Dart(sparsity=0.5, scorer="average", impact="residual"),
     "gate": presets.get("gated-dart")(sparsity=0.5),
     "sketch": presets.get("sketch-dart")(sparsity=0.5),

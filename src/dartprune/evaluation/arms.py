@@ -15,7 +15,7 @@ from dartprune.evaluation.calibration import Calibration
 from dartprune.method import Detector
 from dartprune.names import Registry, comma_list, unknown
 from dartprune.pruner import Dart, Pruner, Static, presets
-from dartprune.refresh import Clock, Never, Relearn, Release
+from dartprune.refresh import Never, Periodic, Relearn, Release
 
 Builder = Callable[[float, int, Calibration | None], Pruner]
 FORMER = {"release": "dart-release"}  # heads of names that were written otherwise
@@ -85,7 +85,7 @@ def register_arm(
 def _clock_replay(sparsity: float, number: int, calibration: Calibration | None) -> Pruner:
     dart = Dart(sparsity=sparsity)
     replay, memory = dart.refresh.replay_tokens, dart.refresh.replay_memory
-    return replace(dart, refresh=Clock(every=number, dense=None, replay=replay, memory=memory))
+    return replace(dart, refresh=Periodic(every=number, dense=None, replay=replay, memory=memory))
 
 
 @register_arm("dart-reference", "the settings of the authors' reference code, with N dense tokens", number=50)

@@ -89,14 +89,18 @@ class _Builder:
     ) -> None:
         self.notes: list[str] = []
         self._method = method
-        reads_all = method.token is not None and method.token.ceiling
-        self._backend = "masked" if not method.prunes or reads_all else backend
         self._layout = layout
         self._progress = progress
         self._owners = storage_owners(core)
         self._places = {layer.index: place(layer) for layer in decoder.layers}
         self.preparation = Preparation()
         self._selectors = SelectorBuilder(method.token, decoder, method.sparsity, self._places, self.preparation)
+        # a choice that no kernel makes is applied as a mask, and so is one that computes everything to be made
+        masked = not method.prunes or not self._selectors.has_kernels
+        self._backend = "masked" if masked else backend
+        if method.token is not None and not method.token.ceiling and masked:
+            kind = type(method.token).__name__
+            self.notes.append(f"{kind} has no kernels: its choice is applied as a mask, which saves no time")
         self._states: dict[torch.device, DeviceState] = {}
 
     def layer(self, layer: Layer) -> LiveLayer:

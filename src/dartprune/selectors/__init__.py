@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from dartprune.selectors.settings import Exact, Sketch, TokenGate, TokenSelector, register_token, token_kinds
+from dartprune.selectors.settings import (
+    Exact,
+    Sketch,
+    TokenGate,
+    TokenSelector,
+    register_selector,
+    register_token,
+    token_kinds,
+)
 
-__all__ = ["Exact", "Sketch", "TokenGate", "TokenSelector", "register_token", "save_sketch", "token_kinds"]
+__all__ = [
+    "Exact",
+    "Sketch",
+    "TokenGate",
+    "TokenSelector",
+    "register_selector",
+    "register_token",
+    "save_sketch",
+    "token_kinds",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,8 +7,9 @@ the context's mask, and how many of them each token uses.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from dartprune.errors import UserError, UserTypeError
 from dartprune.names import Registry, unknown
@@ -42,13 +43,26 @@ class TokenSelector(ABC):
 
 
 T = TypeVar("T", bound=type[TokenSelector])
+L = TypeVar("L")
 token_kinds: Registry[type[TokenSelector]] = Registry("token selector")
+# what chooses while a selector is attached, by its kind: subclasses of `runtime.selectors.layer_selector.LayerSelector`
+live_selectors: Registry[Any] = Registry("live selector")
 
 
 def register_token(cls: T) -> T:
-    """Class decorator: make a selector known under its `kind`."""
+    """Class decorator: make a selector's settings known under their `kind`."""
     token_kinds.register(cls.kind, cls)
     return cls
+
+
+def register_selector(settings: type[TokenSelector]) -> Callable[[L], L]:
+    """Class decorator for a `LayerSelector`: it chooses wherever these settings are attached."""
+
+    def add(cls: L) -> L:
+        live_selectors.register(settings.kind, cls)
+        return cls
+
+    return add
 
 
 @register_token

@@ -20,7 +20,7 @@ from dartprune.ffn.gpu.backend import GpuBackend
 from dartprune.ffn.gpu.kernels import Blocks, Config
 from dartprune.ffn.reference import ReferenceBackend
 from dartprune.ffn.weights import FFNWeights
-from dartprune.refresh import Clock
+from dartprune.refresh import Periodic
 from ffn_cases import ACTS, DTYPES, assert_near, make
 from ffn_cases import lists as narrow_lists
 from test_matrix import tokens
@@ -186,7 +186,7 @@ def test_inside_a_full_graph():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_generate_gives_the_tokens_of_the_reference(family):
-    pruner = Dart(sparsity=0.5, refresh=Clock(every=5, dense=None, replay=8))
+    pruner = Dart(sparsity=0.5, refresh=Periodic(every=5, dense=None, replay=8))
     outputs, reports = [], []
     for backend in ("reference", "gpu"):
         model = FAMILIES[family]().to(DEVICE)

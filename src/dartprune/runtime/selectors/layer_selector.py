@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dartprune.ffn.selector_kernels import SelectorKernels
 from dartprune.ffn.selector_ops import TokenRows, chosen_mask, chosen_rows
+from dartprune.ffn.sketch import FFNSketch
 from dartprune.ffn.weights import FFNWeights
-from dartprune.model.layer import Layer
+from dartprune.model.layer import Decoder, Layer
 from dartprune.runtime.selection import LayerSelection
 from dartprune.runtime.slot_tensors import SlotTensors
+from dartprune.selectors.settings import Exact, register_selector
+
+Place = tuple[torch.device, torch.dtype]
+
+
+@dataclass
+class LayerFacts:
+    """What a selector is made of in one layer.
+
+    place: where it computes, and in which dtype.  weights: as the backend wants them, or why there are none.
+    norms: of the down rows, float32 [I].  kernels: of the backend, None where the choice is applied as a mask.
+    sketch: set by the selector that has one, so that its kernels are made ready.
+    """
+
+    layer: Layer
+    place: Place
+    weights: FFNWeights | str
+    norms: Tensor
+    kernels: SelectorKernels | None = None
+    sketch: FFNSketch | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a selector may look at before its layers are made: the model, the method's sparsity, facts of a layer."""
+
+    decoder: Decoder
+    sparsity: float
+    facts: Callable[[Layer], LayerFacts]
 
 
 class LayerSelector(SlotTensors, ABC):
@@ -25,7 +58,18 @@ class LayerSelector(SlotTensors, ABC):
     """
 
     wanted: Tensor
+    has_kernels: ClassVar[bool] = False  # whether `compute` is there; else the choice is applied as a mask
     learns = False  # whether the context's tokens teach it
+
+    @classmethod
+    def prepared(cls, settings: Any, model: ModelFacts) -> Callable[[LayerFacts], LayerSelector]:
+        """Called once for a model; gives what makes the selector of each layer.
+
+        Args:
+            settings: the method's token selector.
+            model: what is attached.
+        """
+        return lambda facts: cls(facts.layer, facts.place[0], facts.norms, facts.layer.matrices)
 
     def __init__(
         self,
@@ -138,35 +182,10 @@ class LayerSelector(SlotTensors, ABC):
         """What is multiplied with the importance, float32 [N, I], not negative; slots int64 [N]."""
 
 
+@register_selector(Exact)
 class ExactLayer(LayerSelector):
     """The highest `|a_i| * |W_down[:, i]|` of each row, exactly."""
 
     def scores(self, a: Tensor, x: Tensor, slots: Tensor) -> Tensor:
         """`|a|`."""
         return a.float().abs()
-
-
-class GateLayer(LayerSelector):
-    """The highest `|act(W_gate x)_i|` among the candidates, times their importance (CATS, arXiv 2404.08763)."""
-
-    def __init__(
-        self, layer: Layer, device: torch.device, importance: Tensor | None, kernels: SelectorKernels | None
-    ) -> None:
-        super().__init__(layer, device, importance, layer.matrices - 1, kernels)
-
-    def fixed_share(self, candidates: int) -> float:
-        """The candidates' gate rows (up rows in a plain FFN)."""
-        return candidates / (self.layer.matrices * self.layer.neurons)
-
-    def compute(
-        self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor, wanted: Tensor
-    ) -> TokenRows:
-        """See `LayerSelector.compute`."""
-        assert self.kernels is not None
-        return self.kernels.gated_rows(x, weights, index, count, slots, wanted, importance=self.importance)
-
-    def scores(self, a: Tensor, x: Tensor, slots: Tensor) -> Tensor:
-        """`|act(W_gate x)|`, or `|a|` where there is no gate."""
-        if not self.layer.gated:
-            return a.float().abs()
-        return self.layer.gate_activations(x).float().abs()

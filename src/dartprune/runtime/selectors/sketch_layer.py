@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from dartprune.ffn.expected import error_moments
 from dartprune.ffn.operators import estimated
-from dartprune.ffn.selector_kernels import SelectorKernels
 from dartprune.ffn.selector_ops import TokenRows
 from dartprune.ffn.sketch import FFNSketch, estimated_sizes
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.layer import Layer
-from dartprune.runtime.selectors.layer_selector import LayerSelector
+from dartprune.runtime.selectors.layer_selector import LayerFacts, LayerSelector, ModelFacts, Place
+from dartprune.selectors.settings import Sketch, register_selector
+from dartprune.selectors.sketches import Matrices, Sketcher, matrices_of
 
 PRIOR_TOKENS = 8.0  # that the errors of rounding count for; 4 and 8 are alike, and better than 1 for short prompts
 _PROBES = 32  # inputs that tell what the rounding alone does
 
 
+@register_selector(Sketch)
 class SketchLayer(LayerSelector):
     """The highest `|act(g^) u^| * |W_down[:, i]|`, estimated from bit planes (after SparseInfer, arXiv 2411.12692).
 
@@ -27,36 +31,44 @@ class SketchLayer(LayerSelector):
 
     errors: Tensor
     known: Tensor
+    has_kernels = True
+
+    @classmethod
+    def prepared(cls, settings: Sketch, model: ModelFacts) -> Callable[[LayerFacts], LayerSelector]:
+        """See `LayerSelector.prepared`: the number of bits is settled, or the file is read."""
+
+        def parts(layer: Layer) -> tuple[Matrices, Tensor]:
+            facts = model.facts(layer)
+            return matrices_of(layer, facts.weights, *facts.place), facts.norms
+
+        sketcher = Sketcher(settings, model.decoder, model.sparsity, parts)
+
+        def make(facts: LayerFacts) -> SketchLayer:
+            matrices = matrices_of(facts.layer, facts.weights, *facts.place)
+            facts.sketch = sketcher.of(facts.layer, matrices)
+            biases = matrices.gate_bias, matrices.up_bias
+            return cls(facts, facts.sketch, biases, calibrate=settings.calibrate)
+
+        return make
 
     def __init__(
-        self,
-        layer: Layer,
-        place: tuple[torch.device, torch.dtype],
-        importance: Tensor,
-        sketch: FFNSketch,
-        biases: tuple[Tensor | None, Tensor | None],
-        kernels: SelectorKernels | None,
-        *,
-        calibrate: bool,
+        self, facts: LayerFacts, sketch: FFNSketch, biases: tuple[Tensor | None, Tensor | None], *, calibrate: bool
     ) -> None:
         """Set up.
 
         Args:
-            layer: whose FFN.
-            place: where it computes, and in which dtype.
-            importance: norms of the down rows, float32 [I].
+            facts: of the layer.
             sketch: of its gate and up.
             biases: of gate and up, or None each.
-            kernels: see `LayerSelector`.
             calibrate: whether the context's tokens teach it.
         """
-        super().__init__(layer, place[0], importance, layer.matrices, kernels)
+        super().__init__(facts.layer, facts.place[0], facts.norms, facts.layer.matrices, facts.kernels)
         self.sketch = sketch
         self.gate_bias, self.up_bias = biases
         self.learns = calibrate
         self._rounding: Tensor | None = None
         if calibrate:
-            self._rounding = self._rounding_errors(place)
+            self._rounding = self._rounding_errors(facts.place)
             self._allocate("errors", tuple(self._rounding.shape), torch.float32)
             self._allocate("known", (), torch.float32)
 
@@ -132,7 +144,7 @@ class SketchLayer(LayerSelector):
         )
 
     @torch.no_grad()
-    def _rounding_errors(self, place: tuple[torch.device, torch.dtype]) -> Tensor:
+    def _rounding_errors(self, place: Place) -> Tensor:
         """Moments of the errors for inputs of unit size without direction, float32 [4 or 2, I]: no mean, and a square.
 
         They stand for a few tokens at the beginning of each sequence, so that a short prompt does no harm.
