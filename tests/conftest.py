@@ -24,6 +24,19 @@ if not torch.cuda.is_available():
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().split())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what `slow.txt` names: `make test-quick` leaves it out."""
+    names = {item.nodeid.partition("[")[0] for item in items}
+    if config.args == config.getini("testpaths") and SLOW - names:
+        raise pytest.UsageError(f"tests/slow.txt names tests that are not there: {', '.join(sorted(SLOW - names))}")
+    for item in items:
+        if item.nodeid.partition("[")[0] in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def same_numbers():
     """The same random numbers in every test, whatever ran before."""

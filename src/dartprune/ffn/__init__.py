@@ -1,4 +1,4 @@
-"""Ways to compute a pruned FFN, by name; a new one is one file and one line here."""
+"""Ways to compute a pruned FFN, by name; `register_backend` adds one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from dartprune.ffn.reference import ReferenceBackend
 from dartprune.ffn.weights import FFNWeights
 from dartprune.names import Registry
 
-__all__ = ["Backend", "FFNWeights", "backend_names", "choose"]
+__all__ = ["Backend", "FFNWeights", "backend_names", "choose", "register_backend"]
 
 _backends: Registry[Backend] = Registry("backend")
-_backends.register("cpu", CpuBackend())
-_backends.register("gpu", GpuBackend())
-_backends.register("reference", ReferenceBackend())
-_backends.register("masked", MaskedBackend())
+
+
+def register_backend(backend: Backend) -> None:
+    """Make a way of computing known under its `name`; ValueError if the name is taken."""
+    _backends.register(backend.name, backend)
+
+
+for _backend in (CpuBackend(), GpuBackend(), ReferenceBackend(), MaskedBackend()):
+    register_backend(_backend)
 
 # what `auto` tries before `masked`, which works everywhere, by the kind of device; "cpu" says why for all others
 _AUTOMATIC = {"cpu": "cpu", "cuda": "gpu"}
