@@ -26,7 +26,7 @@ class _WithoutGradient(torch.autograd.Function):
     @classmethod
     def told(cls, out: Tensor, *sources: Tensor) -> Tensor:
         """The same values, which depend on the sources."""
-        told: Tensor = cls.apply(out, *sources)
+        told: Tensor = cls.apply(out, *sources)  # type: ignore[no-untyped-call]
         return told
 
     @staticmethod
