@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import DynamicCache
 
 from dartprune import Pruner, ffn, presets, scoring
 from dartprune.budget import budget_kinds
@@ -75,7 +76,7 @@ def registries(monkeypatch):
 
 def run_recipe(name):
     namespace = {"__name__": "recipe"}
-    exec(compile(recipes()[name], f"CONTRIBUTING.md, {name}", "exec"), namespace)
+    exec(compile(recipes()[name], f"CONTRIBUTING.md, {name}", "exec", dont_inherit=True), namespace)
     return namespace
 
 
@@ -86,9 +87,11 @@ def decode(registries):
     def work(name, new=30, **options):
         namespace = run_recipe(name)
         model = FAMILIES["llama"]()
+        length = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
         with namespace["pruner"](model, **options) as run:
-            model.generate(tokens(model, lines=1, length=20), max_new_tokens=new, min_new_tokens=new, do_sample=False)
-            kept = run.selection(0)
+            cache = DynamicCache(config=model.config)
+            model.generate(tokens(model, lines=1, length=20), past_key_values=cache, **length)
+            kept = run.selection(run.slots_of(cache)[0])
             return run.report(), kept, namespace, run
 
     return work
@@ -101,7 +104,9 @@ def test_every_extension_has_a_recipe_and_every_recipe_a_test():
 
 def test_a_scorer(decode):
     report, kept, namespace, run = decode("scorer")
-    assert namespace["pruner"].scorer == "energy-times-norm" and report.realised_sparsity == pytest.approx(0.5, abs=0.02)
+    assert namespace["pruner"].scorer == "energy-times-norm" and report.realised_sparsity == pytest.approx(
+        0.5, abs=0.02
+    )
     trace, down = run.layers[1].trace, run.layers[1].parts.down.weight
     scores = trace.energy[0] * down.norm(dim=0).square()
     assert kept[1].tolist() == sorted(scores.topk(len(kept[1])).indices.tolist())
@@ -129,7 +134,8 @@ def test_a_family(registries):
     run_recipe("family")
     model = FAMILIES["llama"]()
     model.config.model_type = "my-llama"
-    model.config.residual_multiplier = 0.5
+    for layer in model.model.layers:
+        layer.residual_multiplier = 0.5
     decoder = families.describe(model)
     assert (decoder.family, decoder.recognised) == ("my-llama", "table") and decoder.layers[0].scale == 0.5
 

@@ -208,7 +208,7 @@ def test_version_and_help(run):
         (("generate", "x", "--backend", "maskd"), "did you mean 'masked'"),
         (("generate", "x", "--dtype", "float99"), "unknown dtype 'float99'"),
         (("generate", "x", "--device", "nonsense"), "device 'nonsense' cannot be used"),
-        (("generate", "x", "--model", "/no/such/model"), "there is no model folder at '/no/such/model'"),
+        (("generate", "x", "--model", "/no/such/model"), "there is no model folder or .gguf file at '/no/such/model'"),
         (("generate", "x", "--plot", "/no/such/folder/a.png"), "there is no folder /no/such/folder"),
         (("generate", "x", "--plot", "a.gif"), "must end in .png"),
         (("generate", "x", "--chat"), "no chat template"),

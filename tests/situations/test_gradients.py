@@ -10,7 +10,7 @@ import torch
 
 from dartprune import Clock, Dart, Detector, Relearn, Replay, presets
 from dartprune.refresh import Periodic
-from oracle import held_by
+from oracle import held_by, masked_by_hand, masks_of
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -72,3 +72,33 @@ def test_the_prompts_own_gradients_are_those_of_the_plain_model():
         got = grads(lambda: model(input_ids=ids, use_cache=True))
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", ["masked", "reference", "cpu"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["static", "dart", "gated-dart", "sketch-dart", "per-token"])
+def test_gradients_through_decoded_tokens_are_right_or_refused(name, family, backend):
+    model = FAMILIES[family]()
+    ids = tokens(model)
+    with presets.get(name)(sparsity=0.5)(model, backend=backend) as run:
+        cache = run.prefill(ids)
+        with run.phase("decode"):
+            logits = model(input_ids=ids[:, :1], past_key_values=cache).logits
+        masks = masks_of(run, run.slots_of(cache))
+        if run.report().backend != "masked":
+            with pytest.raises(ValueError, match="no gradient passes through the row kernels of decoded tokens"):
+                logits.logsumexp(-1).sum().backward()
+            return
+        logits.logsumexp(-1).sum().backward()
+        got = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    if name != "static":  # others choose or fill by values that have no gradient
+        assert all(gradient.isfinite().all() for gradient in got)
+        return
+    model.zero_grad()
+    plain = model(input_ids=ids, use_cache=True).past_key_values
+    for layer in plain.layers:
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    with masked_by_hand(model, masks):
+        model(input_ids=ids[:, :1], past_key_values=plain).logits.logsumexp(-1).sum().backward()
+    want = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)

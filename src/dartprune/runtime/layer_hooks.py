@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from dartprune.errors import UserError
 from dartprune.ffn import Backend, FFNWeights
 from dartprune.ffn.masked import apply_mask
 from dartprune.model.families import Layer
@@ -16,6 +18,24 @@ from dartprune.runtime.selection import LayerSelection
 from dartprune.runtime.selectors.layer_selector import LayerSelector
 from dartprune.runtime.step import DeviceState, Step
 from dartprune.runtime.trace import LayerTrace, impact_terms
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """The result of row kernels: a gradient that came back would lack what they computed, so it is refused."""
+
+    @classmethod
+    def told(cls, out: Tensor, *sources: Tensor) -> Tensor:
+        """The same values, which depend on the sources."""
+        told: Tensor = cls.apply(out, *sources)  # type: ignore[no-untyped-call]
+        return told
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *sources: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise UserError("no gradient passes through the row kernels of decoded tokens: attach with backend='masked'")
 
 
 class LiveLayer:
@@ -154,6 +174,14 @@ class LiveLayer:
             self.ring.write(x.reshape(-1, x.shape[-1]), *step.ring)
 
     def _gathered(self, x: Tensor, step: Step) -> Tensor:
+        assert not isinstance(self.weights, str)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with torch.no_grad():
+                out = self._from_rows(x, step)
+            return _WithoutGradient.told(out, x, self.weights.up)
+        return self._from_rows(x, step)
+
+    def _from_rows(self, x: Tensor, step: Step) -> Tensor:
         assert not isinstance(self.weights, str)
         rows = _as_autocast_has_it(x.reshape(-1, x.shape[-1]))
         if self.selector is not None:

@@ -7,7 +7,7 @@ has to be stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ class Detectors:
     """What detectors would see whose reference stays the prompt: one of each text, nothing fires."""
 
     def __init__(self, arm: ArmAt, lines: int) -> None:
-        self._drifts: list[AttentionDrift] = [arm.pruner.detector.build() for _ in range(lines)]
+        self._drifts: list[AttentionDrift] = [replace(arm.pruner.detector, opening=0).build() for _ in range(lines)]
         self._sum: Tensor | None = None
         self._count = 0
         self.rows: list[Tensor] = []
