@@ -132,13 +132,14 @@ def _documents(texts: list[Path], dataset: list[str], split: str | None, field: 
 def _arms(names: list[str], model: Any, tokenizer: Any, calibrating: dict[str, list[str]]) -> list[Arm]:
     from dartprune.evaluation.arms import arm
     from dartprune.evaluation.calibration import Calibration, cut
+    from dartprune.evaluation.texts import opening
 
     if not calibrating:
         return [arm(name) for name in names]
     tokens: list[int] = []
     for text in (text for domain in calibrating.values() for text in domain):
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    made = Calibration(model, cut(tokens))
+    made = Calibration(model, cut(tokens, opening(tokenizer)))
     return [arm(name, made) for name in names]
 
 

@@ -124,14 +124,15 @@ def _study(
     name: str,
 ) -> tuple[LayerStudy, dict[str, Any]]:
     from dartprune.evaluation.layers.run import settings_of, study_layers, thirds
-    from dartprune.evaluation.texts import pieces, streams
+    from dartprune.evaluation.texts import opening, pieces, streams
     from dartprune.model.context import context_length
     from dartprune.model.families import describe
     from dartprune.reporting.journal import Journal
     from dartprune.reporting.progress import bar
 
     length = min(recipe.window or TOKENS, context_length(model) or TOKENS)
-    drawn = streams(pieces(documents, tokenizer, length), (length,), recipe.limit or STREAMS, seed=seed)
+    head = next(iter(opening(tokenizer)), None)
+    drawn = streams(pieces(documents, tokenizer, length), (length,), recipe.limit or STREAMS, seed=seed, separator=head)
     count = len(describe(model).layers)
     groups = thirds(count) if groups is None else groups
     keeps = [round(1 - share, 6) for share in recipe.sparsities]

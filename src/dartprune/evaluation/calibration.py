@@ -55,8 +55,10 @@ class Calibration:
         return {index: total.sqrt() for index, total in zip(layers, squares, strict=True)}
 
 
-def cut(tokens: Sequence[int]) -> list[list[int]]:
+def cut(tokens: Sequence[int], head: Sequence[int] = ()) -> list[list[int]]:
     """The pieces of a calibration text: at most 128 whole windows, or all of a text that is shorter than one.
+
+    Each begins with `head`, see `texts.opening`, which comes on top.
 
     Raises:
         ValueError: too few tokens to calibrate anything.
@@ -64,7 +66,7 @@ def cut(tokens: Sequence[int]) -> list[list[int]]:
     if len(tokens) < LEAST:
         raise UserError(f"the calibration text has {len(tokens)} tokens: give at least {LEAST}")
     starts = range(0, max(1, len(tokens) - WINDOW + 1), WINDOW)
-    return [list(tokens[start : start + WINDOW]) for start in starts[:: -(-len(starts) // PIECES)]]
+    return [[*head, *tokens[start : start + WINDOW]] for start in starts[:: -(-len(starts) // PIECES)]]
 
 
 def _register(base: str, tables: dict[int, Tensor]) -> str:

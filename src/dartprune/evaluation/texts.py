@@ -106,6 +106,25 @@ def json_lines(text: str, path: str | Path, *fields: str) -> Iterator[dict[str, 
         yield row
 
 
+def opening(tokenizer: Any) -> list[int]:
+    """The token that a tokenizer itself puts before a text, none for most: without it such models are lost (Gemma).
+
+    Every window that is cut out of a text needs it at its head, and it is never scored.
+    """
+    first = tokenizer.bos_token_id
+    with_it, without = (tokenizer("a", add_special_tokens=added, verbose=False)["input_ids"] for added in (True, False))
+    return [first] if first is not None and list(with_it[:1]) == [first] and list(without[:1]) != [first] else []
+
+
+def headed(tokens: Sequence[int], head: Sequence[int], most: int) -> list[int]:
+    """The last tokens of a text, at most so many, with `head` before them, which counts."""
+    body = list(tokens)
+    if head and body[: len(head)] == list(head):
+        body = body[len(head) :]
+    room = max(0, most - len(head))
+    return [*head, *body[len(body) - min(room, len(body)) :]][:most]
+
+
 def pieces(documents: Mapping[str, Sequence[str]], tokenizer: Any, length: int) -> dict[str, list[list[int]]]:
     """Token sequences of at least `length` tokens, of each domain that has one; short documents are joined.
 

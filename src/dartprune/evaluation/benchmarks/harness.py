@@ -28,6 +28,7 @@ from dartprune.errors import UserError
 from dartprune.evaluation.benchmarks.perplexity import windows
 from dartprune.evaluation.protocol import Protocol, end_tokens
 from dartprune.evaluation.tally import Tally
+from dartprune.evaluation.texts import headed, opening
 from dartprune.loading import load
 from dartprune.model.context import context_length
 from dartprune.names import unknown
@@ -98,6 +99,7 @@ class DartLM(TemplateLM):  # type: ignore[misc]
         most = context_length(self.model) or UNBOUNDED
         self.max_length = most if max_length is None else int(max_length)
         self.tallies: dict[str, Tally] = {}
+        self.head = opening(tokenizer)
         self.rolling = {"tokens_scored": 0, "tokens_as_context": 0}
         self._begin()
 
@@ -179,7 +181,7 @@ class DartLM(TemplateLM):  # type: ignore[misc]
             tokens = self.tok_encode(request.args[0])
             if tokens[:1] != [self.prefix_token_id]:
                 tokens = [self.prefix_token_id, *tokens]
-            parts = windows(tokens, self.max_length)
+            parts = windows(tokens, self.max_length, self.head)
             questions += parts
             owners += [number] * len(parts)
             scored = sum(len(answer) for _, answer in parts)
@@ -254,7 +256,8 @@ class DartLM(TemplateLM):  # type: ignore[misc]
             raise UserError(f"an answer of {room} tokens does not fit the model's {self.max_length}")
         if len(context) > most:
             self._shortened.add(tuple(context))
-        return context[-most:]
+            return headed(context, self.head, most)
+        return context
 
     def summary(self) -> dict[str, Any]:
         """What was pruned, in all and in each task: plain data."""
@@ -263,7 +266,7 @@ class DartLM(TemplateLM):  # type: ignore[misc]
             total.merge(tally)
         out: dict[str, Any] = {"pruner": self.pruner.to_dict(), **total.to_dict()}
         if self.rolling["tokens_scored"]:
-            out["rolling"] = dict(self.rolling)
+            out["rolling"] = self.rolling | {"windows_begin_with": self.head}
         return out | {"tasks": {task: tally.to_dict() for task, tally in self.tallies.items()}}
 
     def get_model_info(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dartprune.evaluation.benchmarks.sources import SUMMARIES, corpus, require, 
 from dartprune.evaluation.benchmarks.summaries import summarise
 from dartprune.evaluation.benchmarks.tasks import load_tasks, run_task
 from dartprune.evaluation.protocol import Protocol
+from dartprune.evaluation.texts import opening
 from dartprune.model.context import context_length
 from dartprune.pruner import Pruner
 from dartprune.reporting.journal import Journal
@@ -98,6 +99,9 @@ class _Work:
             size = min(self.recipe.window or WINDOW, context_length(self.model) or WINDOW)
             self.data = {domain: cut(texts, self.tokenizer, size, limit) for domain, texts in self.data.items()}
             notes = [f"Windows of {size} tokens that move on by half; the second half of each is scored."]
+            if head := opening(self.tokenizer):
+                shown = self.tokenizer.decode(head)
+                notes.append(f"Each window begins with {shown}, which the tokenizer puts before a text.")
             return list(self.data), self._perplexity, notes
         each = " of each task" if measure == "tasks" else ""
         notes = [] if limit is None else [f"Only the first {limit} documents{each}."]
@@ -115,7 +119,7 @@ class _Work:
 
     def _perplexity(self, pruner: Pruner, unit: str) -> dict[str, Any]:
         with bar(f"{pruner.name}: {unit}", len(self.data[unit]), silent=self.silent) as advance:
-            done = perplexity(self._protocol(pruner), self.data[unit], advance)
+            done = perplexity(self._protocol(pruner), self.data[unit], advance, opening(self.tokenizer))
         return done | {key: {unit: done[key]["perplexity"]} for key in ("scores", "errors")}
 
     def _summaries(self, pruner: Pruner, unit: str) -> dict[str, Any]:

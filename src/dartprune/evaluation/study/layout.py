@@ -15,7 +15,7 @@ from dartprune.errors import UserError
 from dartprune.evaluation.study.lockstep import Choose
 from dartprune.evaluation.study.prompts import TopicPrompt
 from dartprune.evaluation.study.settings import Settings
-from dartprune.evaluation.texts import Stream, pieces, streams
+from dartprune.evaluation.texts import Stream, opening, pieces, streams
 from dartprune.model.context import context_length
 
 CHOOSE = -1  # the model writes this token
@@ -56,7 +56,8 @@ def forced_texts(
         settings: lengths and seed.
         count: texts that change their topic.
         control: texts on one topic.
-        separator: begin each stretch with the tokenizer's begin-of-text token, if it has one.
+        separator: begin each stretch with the tokenizer's begin-of-text token, if it has one; always where the
+            tokenizer itself puts it before a text.
 
     Raises:
         ValueError: fewer than two topics, two with the same text, or texts that are too short.
@@ -66,7 +67,7 @@ def forced_texts(
     for a, b in combinations(documents, 2):
         if list(documents[a]) == list(documents[b]):
             raise UserError(f"topics {a!r} and {b!r} have the same text: a change of topic needs two different ones")
-    mark = tokenizer.bos_token_id if separator else None
+    mark = tokenizer.bos_token_id if separator or opening(tokenizer) else None
     first, second = settings.prompt - 1 + settings.before, settings.after + 1
     enough = pieces(documents, tokenizer, max(first, second))
     if len(documents) == 2 and len(enough) < 2:
