@@ -83,7 +83,7 @@ def test_a_context_that_is_cut_keeps_its_beginning():
 
 def test_calibration_pieces_and_the_studys_texts_begin_with_it():
     assert all(piece[0] == 1 for piece in cut(list(range(2, 600)), [1]))
-    settings = Settings(prompt=16, before=24, after=24)
+    settings = Settings(prompt=16, before=20, after=20)
     for tokenizer, first in ((Beginning(), True), (Letters(), False)):
         texts = forced_texts(documents(), tokenizer, settings, 2, 1, separator=False)
         assert all((text.prompt[0] == 1) == first for group in texts.values() for text in group)

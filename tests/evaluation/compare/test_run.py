@@ -15,6 +15,7 @@ from dartprune.evaluation.compare import run as compare_module
 from dartprune.evaluation.compare.plan import CHANGING, ONE, Plan, material
 from dartprune.evaluation.compare.report import brief, conduct, flat, notes, pairs, quality, write
 from dartprune.evaluation.compare.run import compare, fingerprint, journal_settings
+from dartprune.evaluation.texts import JOIN
 from dartprune.reporting.journal import Journal
 from dartprune.reporting.page import Page
 from letters import Letters, documents, tiny
@@ -65,10 +66,11 @@ def test_intervals_hold_their_means_and_come_from_the_streams(comparison):
                 assert estimate.low <= estimate.value <= estimate.high
 
 
-def test_parts_add_up_to_the_curve_without_the_separator(comparison):
+def test_parts_add_up_to_the_curve_without_what_follows_the_join(comparison):
     change = PLAN.lengths[0] - PLAN.prompt
+    assert comparison.settings["left_out_after_change"] == 1 + JOIN
     for outcome in comparison.of(CHANGING, 0.5):
-        before, after = outcome.curve[:change], outcome.curve[change + 1 :]
+        before, after = outcome.curve[:change], outcome.curve[change + 1 + JOIN :]
         assert outcome.parts["before"].over_dense.value == pytest.approx(sum(before) / len(before))
         assert outcome.parts["after"].over_dense.value == pytest.approx(sum(after) / len(after))
 
@@ -205,6 +207,7 @@ def test_distributions_that_do_not_all_fit_change_nothing(monkeypatch, compariso
         ({"count": 0}, "count must be"),
         ({"batch": 0}, "batch must be"),
         ({"lengths": (32,)}, "two whole numbers"),
+        ({"lengths": (32, 6)}, "the second topic's 6 tokens leave nothing to compare: the first 6 are left out"),
         ({"kinds": ("one",)}, "unknown kind of streams 'one': did you mean 'one-topic'"),
         ({"kinds": (ONE, ONE)}, "two different ones"),
         ({"tolerance": 0.0}, "tolerance must lie"),
@@ -253,6 +256,7 @@ def test_everything_is_written(tmp_path, comparison, monkeypatch):
         and f"{round(mean, 2) + 0.0:.2f}" in html
         and html.count("data:image/svg+xml") == 2
     )
+    assert "first 6 tokens after a change are in no figure" in html and "The weights are float32" in html
     assert "clock cannot realise 75%" in html and "clock*" in html
     curves, sparsity = figures
     assert len(curves.axes) == 2 and len(sparsity.axes) == 3

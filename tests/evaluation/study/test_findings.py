@@ -91,6 +91,24 @@ def test_until_when():
     assert r.verdict(shuffled, 0.8).startswith("Recovery follows no order")
 
 
+def test_few_texts_answer_nothing(monkeypatch):
+    """Whatever the figures say: an interval over two texts knows two values."""
+    monkeypatch.setattr("dartprune.evaluation.study.claims.LEAST_TEXTS", COUNT + 1)
+    made = c.claims(study(0.0), [])
+    assert [claim.answer for claim in made] == ["undecided"] * 3
+    assert made[0].figures.startswith("12 texts of a kind answer nothing: give at least 13; seen were: loss over dense")
+    monkeypatch.undo()
+    assert c.claims(study(0.0), [])[0].answer == "reproduced" and c.LEAST_TEXTS == 10
+
+
+def test_the_first_tokens_after_the_change_are_not_compared():
+    high = loss(0.2, 1.0, 1)
+    high[S.before : S.before + 5] = 100.0
+    made = results([record(DENSE, "change", loss(0, 0, 0) * 0), record(STATIC, "change", high)])
+    row = next(row for row in f.find(made).arms if row.arm == STATIC.name)
+    assert row.excess_after.value == pytest.approx(1.0, abs=0.02) and S.compared_from == S.before + 5
+
+
 def test_the_three_claims():
     trap, early, rescue = c.claims(study(0.0), [])
     assert trap.answer == "reproduced" and early.answer == "reproduced" and rescue.answer == "undecided"

@@ -126,6 +126,7 @@ def assemble(cases: Sequence[Case], material: Material, plan: Plan) -> Compariso
         "domains": material.domains,
         "domains_too_short": material.too_short,
         "separator": material.separator is not None,
+        "left_out_after_change": material.left_out,
         "texts": material.digest,
     }
     return Comparison(outcomes, told)

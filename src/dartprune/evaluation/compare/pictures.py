@@ -39,7 +39,7 @@ def curves(comparison: Comparison) -> Figure:
     style = styles(comparison)
     figure, panels = _stack(len(targets), 3.4)
     change = comparison.settings["lengths"][0] - comparison.settings["prompt"]
-    after = change + int(comparison.settings["separator"])
+    after = change + comparison.settings["left_out_after_change"]
     for axes, target in zip(panels, targets, strict=True):
         ends: dict[str, float] = {}
         low, high = 0.0, 0.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dartprune.errors import UserError
-from dartprune.evaluation.texts import Stream, pieces, streams
+from dartprune.evaluation.texts import JOIN, Stream, pieces, streams
 from dartprune.names import unknown
 
 ONE, CHANGING = "one-topic", "changing"
@@ -44,6 +44,11 @@ class Plan:
                 raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if len(self.lengths) != 2 or any(not isinstance(n, int) or n < 2 for n in self.lengths):
             raise UserError(f"lengths must be two whole numbers of at least 2, got {list(self.lengths)}")
+        if self.lengths[1] <= JOIN + 1:
+            raise UserError(
+                f"the second topic's {self.lengths[1]} tokens leave nothing to compare: "
+                f"the first {JOIN + 1} are left out"
+            )
         if self.prompt >= self.lengths[0]:
             raise UserError(
                 f"the prompt of {self.prompt} tokens leaves nothing of the first topic's {self.lengths[0]} to decode"
@@ -96,11 +101,16 @@ class Material:
     too_short: list[str] = field(default_factory=list)
 
     def parts(self, kind: str, plan: Plan) -> list[Part]:
-        """What is scored in a stream; a separator that begins the second topic is nobody's text and is not."""
+        """What is scored in a stream: not a separator, nor what follows it at once, see `texts.JOIN`."""
         if kind == ONE:
             return [Part("one topic", 0, plan.steps)]
         change = plan.lengths[0] - plan.prompt
-        return [Part("before", 0, change), Part("after", change + (self.separator is not None), plan.steps)]
+        return [Part("before", 0, change), Part("after", change + self.left_out, plan.steps)]
+
+    @property
+    def left_out(self) -> int:
+        """Tokens after the change of topic that are not compared, a separator among them."""
+        return JOIN + (self.separator is not None)
 
 
 def material(documents: Mapping[str, Sequence[str]], tokenizer: Any, plan: Plan) -> Material:

@@ -20,7 +20,8 @@ _EXPLAINED = (
     "a token, minus the dense model's on the same tokens; brackets hold 95 % of the means over streams drawn anew. "
     "realised: one minus the share of the FFN's weights that decoded tokens need, dense ones counted as 0; each arm's "
     "nominal sparsity was tuned until this figure was the wanted one. An arm marked * cannot reach it and is shown as "
-    "it is: do not rank it with the others. An arm marked † computes everything to know what it could have left out: a "
+    "it is: do not rank it with the others. Two figures with a stroke between them are those of the streams on one "
+    "topic and of those that change it. An arm marked † computes everything to know what it could have left out: a "
     "ceiling, no method. bytes saved: what the backend left unread, one stream at a time."
 )
 
@@ -191,7 +192,9 @@ def _streams(comparison: Comparison) -> str:
     return (
         f"{s['streams']} streams of each kind from {', '.join(s['domains'])}: {s['prompt']} tokens of prompt, "
         f"then {first + second - s['prompt']} decoded ones, of the same topic or, where the topic changes, "
-        f"{first - s['prompt']} of the first and {second} of the second."
+        f"{first - s['prompt']} of the first and {second} of the second. The weights are {s['weights']['dtype']}. The "
+        f"first {s['left_out_after_change']} tokens after a change are in no figure and no picture: a text that is cut "
+        "in begins in mid-sentence, and costs the dense model itself ten nats and more a token there."
     )
 
 

@@ -14,6 +14,7 @@ from dartprune.evaluation.study.results import Record, Results
 
 YES, NO, OPEN = "reproduced", "refuted", "undecided"
 RESCUED_UNTIL, LOST_FROM = 400, 500  # the paper's release times, in decoded tokens
+LEAST_TEXTS = 10  # fewer answer nothing: an interval over two texts knows two values
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,12 @@ class Claim:
 
 def claims(results: Results, rows: Sequence[Recovery]) -> list[Claim]:
     """The paper's three claims for this model."""
-    return [_trap(results), _early(results), _rescue(rows)]
+    made = [_trap(results), _early(results), _rescue(rows)]
+    texts = min(record.texts for record in results.records.values())
+    if texts >= LEAST_TEXTS:
+        return made
+    few = f"{texts} texts of a kind answer nothing: give at least {LEAST_TEXTS}; seen were: "
+    return [Claim(claim.claim, OPEN, few + claim.figures) for claim in made]
 
 
 def _trap(results: Results) -> Claim:
@@ -39,7 +45,7 @@ def _trap(results: Results) -> Claim:
 
     def rise(record: Record) -> Array:
         excess = results.excess(record)
-        return np.asarray(excess[s.before :].mean(0) - excess[: s.before].mean(0))
+        return np.asarray(excess[s.compared_from :].mean(0) - excess[: s.before].mean(0))
 
     def fall(record: Record) -> Array:
         cosine = record.measure("cosine_to_dense", results.lead)

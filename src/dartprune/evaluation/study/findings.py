@@ -86,7 +86,7 @@ def _arm_row(results: Results, record: Record) -> ArmRow:
         texts=record.texts,
         realised_sparsity=float(record.realised.mean()),
         excess_before=results.interval(excess[: s.before].mean(0)),
-        excess_after=results.interval(excess[s.before :].mean(0)),
+        excess_after=results.interval(excess[s.compared_from :].mean(0)),
         to_first_before=float(first[:windows].mean()),
         to_first_after=float(first[windows:].mean()),
         to_dense_before=float(dense[:windows].mean()),

@@ -8,6 +8,7 @@ from typing import Any
 
 from dartprune.errors import UserError
 from dartprune.evaluation.arms import ArmAt
+from dartprune.evaluation.texts import JOIN
 from dartprune.names import unknown
 
 SPACES = ("attention", "residual")
@@ -79,6 +80,11 @@ class Settings:
     def steps(self) -> int:
         """Decoded tokens of a text."""
         return self.before + self.after
+
+    @property
+    def compared_from(self) -> int:
+        """Decoded tokens before the first one whose loss counts as after the change, see `texts.JOIN`."""
+        return self.before + min(JOIN, self.after // 2)
 
     @property
     def windows(self) -> int:
