@@ -261,6 +261,36 @@ def test_ctrl_c_detaches_and_ends_with_130(run, monkeypatch):
     assert code == 130 and "interrupted" in err and len(detached) == 1
 
 
+@pytest.mark.parametrize("compare", [False, True])
+def test_after_ctrl_c_what_was_decoded_is_shown(run, monkeypatch, compare):
+    from dartprune.runtime import model_hooks as forwards
+
+    finish, steps = forwards.Forwards.finish, []
+
+    def stop_at_the_fourth(self, *given):
+        steps.append(1)
+        if len(steps) == (4 if not compare else 14):
+            raise KeyboardInterrupt
+        return finish(self, *given)
+
+    monkeypatch.setattr(forwards.Forwards, "finish", stop_at_the_fourth)
+    options = ("--compare", "--method", "static") if compare else ("--method", "static")
+    code, out, err = run("generate", "once upon a time there was a little girl who lived", "-n", 10, *options)
+    assert code == 130 and "interrupted" in err
+    if compare:  # ten forwards of the dense arm, and three of the other
+        assert "--- Dense" in out and "--- Static" in out
+    else:
+        assert "2 pruned, 0 dense" in out and "tokens/s in decode forwards" in out
+
+
+def test_notes_name_their_arm(run):
+    code, out, _ = run("generate", "once upon", "--compare", "--method", "static,clock", "-n", 12)
+    assert code == 0
+    said = " ".join(out.split())
+    assert "Clock, realised sparsity: 8 of 11 decoded tokens were dense: 8 at the start" in said
+    assert "Static, realised sparsity: " in said and "prompt was too short for masks" in said
+
+
 def test_importing_is_quick_and_patches_nothing():
     code = (
         "import sys, dartprune; assert 'torch' not in sys.modules; print(sorted(set(sys.modules) & {'transformers'}))"

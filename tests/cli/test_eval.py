@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +32,8 @@ def test_perplexity_resumes_and_writes(run, text, tmp_path, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(execute, "perplexity", killed)
-    assert run(*how, "--out", out)[0] == 130
+    code, _, err = run(*how, "--out", out)
+    assert code == 130 and f"what is done lies in {out}: the same command goes on from there" in " ".join(err.split())
     code, said, _ = run(*how, "--out", out)
     assert code == 0 and calls == ["Dense", "Static", "Static", "Static"], "what was done is not done again"
     assert "target sparsity 0.5" in said and "target sparsity 0.7" in said and "realised sparsity" in said
@@ -115,6 +118,20 @@ def test_tasks_and_lm_evals_own_command(run, tmp_path, monkeypatch):
     ):
         code, _, err = run("lm-eval", "--include_path", folder, "--model_args", *arguments)
         assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_the_sample_of_the_docs_runs(run, tmp_path, monkeypatch):
+    docs = (Path(__file__).resolve().parents[2] / "docs" / "harness.md").read_text()
+    (task,) = re.findall(r"```yaml\n(.*?)```", docs, re.S)
+    (row,) = re.findall(r"`(\{\"question\".*?\})`", docs)
+    (command,) = re.findall(r"run `dartprune (eval --tasks animals .*?)`", docs)
+    monkeypatch.chdir(tmp_path)
+    Path("animals.jsonl").write_text("\n".join([row] * 3))
+    Path("tasks").mkdir()
+    Path("tasks/animals.yaml").write_text(task)
+    code, out, err = run(*command.split())
+    assert code == 0, err
+    assert "animals" in out and "realised sparsity" in out
 
 
 def test_help(run):

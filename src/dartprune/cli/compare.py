@@ -96,17 +96,18 @@ def compare(
         raise unknown("arm for --versus", versus, names)
     check_arms(names, calibrated=bool(calibration))
     o.check_backend(backend)
+    make_output_folder(out)
     documents = _documents(o.paths(texts), dataset or [], split, field)
     from dartprune.evaluation.texts import read_texts
 
     calibrating = read_texts(o.paths(calibration)) if calibration else {}
-    make_output_folder(out)
     from dartprune.loading import load
 
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     chosen = _arms(names, loaded, tokenizer, calibrating)
-    comparison = _run(loaded, tokenizer, documents, plan, chosen, out, backend, as_json)
+    with o.resumable(out):
+        comparison = _run(loaded, tokenizer, documents, plan, chosen, out, backend, as_json)
     comparison.settings |= {"model": Path(model).name if model else "demo", "arms": names, "backend": backend}
     from dartprune.evaluation.compare.report import write
 

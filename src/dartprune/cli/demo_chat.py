@@ -9,7 +9,7 @@ from dartprune.cli import options as o
 from dartprune.errors import UserError
 
 if TYPE_CHECKING:
-    from dartprune.demo.chat import Written
+    from dartprune.demo.chat import Answer
 
 ARMS = ("dense", "dart", "sketch-dart")
 
@@ -44,7 +44,7 @@ def chat_demo(name: str, sparsity: float, out: Path, backend: str, most: int, *,
         _show(data)
 
 
-def _row(written: Written) -> dict[str, Any]:
+def _row(written: Answer) -> dict[str, Any]:
     half = len(written.losses) // 2
     return {
         "arm": written.name,
@@ -60,7 +60,7 @@ def _row(written: Written) -> dict[str, Any]:
     }
 
 
-def _picture(found: list[Written], path: Path) -> None:
+def _picture(found: list[Answer], path: Path) -> None:
     """The similarity that DART watches, and what each token of the dense model's text costs more."""
     import numpy as np
     from matplotlib.figure import Figure

@@ -90,12 +90,15 @@ def evaluate(
     from dartprune.evaluation.benchmarks.run import execute, gather
     from dartprune.loading import DEMO, load
 
-    gathered = gather(asked)
     if out is not None:
         make_output_folder(out)
+    gathered = gather(asked)
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)
-    measured = execute(asked, gathered, loaded, tokenizer, name=model or DEMO, backend=backend, out=out, silent=as_json)
+    with o.resumable(out):
+        measured = execute(
+            asked, gathered, loaded, tokenizer, name=model or DEMO, backend=backend, out=out, silent=as_json
+        )
     written = measured.write(out) if out is not None else []
     if as_json:
         o.print_json(measured.to_dict())

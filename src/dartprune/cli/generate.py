@@ -69,24 +69,31 @@ def generate(
         sampling["temperature"] = temperature
     live = stream and not as_json and not compare
     results = _decode(loaded, tokenizer, inputs, arms, sampling, seed, backend, live)
-    if plot is not None:
+    interrupted = results[-1].interrupted
+    if plot is not None and not interrupted:
         _picture(results, plot)
     if as_json:
         o.print_json(_as_data(arms, results, compare))
-        return
-    _show(results, compare, live)
-    if plot is not None:
+    else:
+        _show(results, compare, live)
+    if interrupted:
+        raise typer.Exit(o.INTERRUPTED)
+    if plot is not None and not as_json:
         typer.echo(f"picture: {plot}")
 
 
 @dataclass
 class Result:
-    """One arm: what it wrote, what it did, and the seconds of each timed repetition."""
+    """One arm: what it wrote, what it did, and the seconds of each timed repetition.
+
+    interrupted: by the user, so that text and report are those of the part that was decoded.
+    """
 
     text: str
     report: Report
     tokens: int
     seconds: list[float]
+    interrupted: bool = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -142,30 +149,34 @@ def _decode(
     live: bool,
 ) -> list[Result]:
     import torch
-    from transformers import TextStreamer
+
+    from dartprune.cli.streaming import TextSoFar
 
     results: list[Result | None] = [None] * len(arms)
     # several arms are timed in turn, so that a slow moment of the machine meets all of them
-    for repetition in range(3 if len(arms) > 1 else 1):
+    for _ in range(3 if len(arms) > 1 else 1):
         for i, arm in enumerate(arms):
             torch.manual_seed(seed)
-            streamer = TextStreamer(tokenizer, skip_special_tokens=True) if live else None
+            written, stopped = TextSoFar(tokenizer, live=live), False
             with o.attaching(not live) as progress:
                 run = arm.attach(model, backend=backend, progress=progress)
             try:
                 began = time.perf_counter()
-                out = model.generate(**inputs, **sampling, streamer=streamer, pad_token_id=tokenizer.pad_token_id)
+                try:
+                    model.generate(**inputs, **sampling, streamer=written, pad_token_id=tokenizer.pad_token_id)
+                except KeyboardInterrupt:
+                    stopped = True
                 took = time.perf_counter() - began
                 report = run.report()
             finally:
                 run.detach()
-            new = out[0, inputs["input_ids"].shape[1] :]
-            text = tokenizer.decode(new, skip_special_tokens=True)
             known = results[i]
-            if known is None or repetition == 0:
-                results[i] = Result(text, report, len(new), [took])
+            if known is None or stopped:
+                results[i] = Result(written.text, report, len(written.tokens), [took], interrupted=stopped)
             else:
                 known.seconds.append(took)
+            if stopped:  # what is done so far, this arm's part of a text last
+                return [result for result in results[:i] if result is not None] + [r for r in results[i : i + 1] if r]
     return [result for result in results if result is not None]
 
 
@@ -230,5 +241,10 @@ def _show(results: list[Result], compare: bool, live: bool) -> None:
         for result in results
     ]
     show(grid(columns, rows, title="side by side"))
-    if not all(result.report.saves_time for result in results[1:]):
-        say(f"the {results[-1].report.backend} backend saves no time: it computes all neurons")
+    for result in results[1:]:
+        report = result.report
+        if not report.saves_time:
+            say(f"{report.method}: the {report.backend} backend saves no time, it computes all neurons")
+        for figure, reasons in report.reasons.items():
+            say(*(f"{report.method}, {figure}: {reason}" for reason in reasons), style="dim")
+        say(*(f"note: {report.method}: {note}" for note in report.notes), style="yellow")

@@ -93,12 +93,15 @@ def carry_out(
     from dartprune.loading import DEMO, load
 
     inside = list(recipe.what) == [INSIDE]
-    documents = passages() if inside else texts_of(recipe.what)
     if out is not None:
         make_output_folder(out)
+    documents = passages() if inside else texts_of(recipe.what)
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)
-    found, settings = _study(recipe, documents, loaded, tokenizer, backend, out, as_json, seed, groups, model or DEMO)
+    with o.resumable(out):
+        found, settings = _study(
+            recipe, documents, loaded, tokenizer, backend, out, as_json, seed, groups, model or DEMO
+        )
     from dartprune.evaluation.layers import report
 
     written = report.write(found, out, model or DEMO, settings) if out is not None else []

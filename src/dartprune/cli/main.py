@@ -14,10 +14,10 @@ import dartprune
 from dartprune.cli import bench, compare, demo, generate, inspect, layers, lm_eval, study
 from dartprune.cli import eval as evaluation
 from dartprune.cli.command import Command
+from dartprune.cli.options import INTERRUPTED
 from dartprune.errors import UserError, user_file
 from dartprune.reporting.tables import say
 
-INTERRUPTED = 130
 # typer brings a click of its own in some versions and the common one in others
 _Usage: Any = typer.BadParameter.__mro__[2]
 

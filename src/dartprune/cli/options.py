@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 N = TypeVar("N", int, float)
 
+INTERRUPTED = 130  # exit code
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -93,6 +95,19 @@ def numbers(option: str, given: str | Sequence[str], kind: Callable[[str], N]) -
         return tuple(kind(part) for part in listed(values))
     except ValueError:
         raise UserError(f"{option} {','.join(values)}: write numbers with commas between them") from None
+
+
+@contextmanager
+def resumable(out: Path | None) -> Iterator[None]:
+    """Say how to go on where work that keeps a journal is interrupted."""
+    from dartprune.reporting.tables import say
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out is not None:
+            say(f"what is done lies in {out}: the same command goes on from there", style="yellow", error=True)
+        raise
 
 
 def check_plot(path: Path | None) -> None:

@@ -132,7 +132,8 @@ def study(
             encoder = Encoder(similarity)
         laid = _free(tokenizer, settings, prompt, bridge, prompts, one_request, streams, control)
     name = "demo" if model is None else Path(model).name
-    results = _run(loaded, tokenizer, laid, chosen, settings, out, batch, backend, name, as_json)
+    with o.resumable(out):
+        results = _run(loaded, tokenizer, laid, chosen, settings, out, batch, backend, name, as_json)
     found, paths = _conclude(results, laid, tokenizer, encoder, out, name, one_request)
     if as_json:
         from dartprune.evaluation.study.findings import to_data

@@ -44,7 +44,7 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
 
 
 @dataclass
-class Written:
+class Answer:
     """What one arm wrote and did.
 
     tokens: written.  tokens_per_second: of decoding, from the median step; of each repetition in `rates`.
@@ -82,7 +82,7 @@ def write_in_turn(
     backend: str = "auto",
     repetitions: int = 3,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> list[Written]:
+) -> list[Answer]:
     """Let every arm answer greedily, in turn, and decode what the first one (dense) wrote.
 
     Args:
@@ -95,7 +95,7 @@ def write_in_turn(
         repetitions: of the timing, in turn, so that a slow moment of the machine meets all arms.
         progress: told of tokens done.
     """
-    found: list[Written] = []
+    found: list[Answer] = []
     whole: Tensor | None = None  # prompt and what the dense model wrote
     length = prompt["input_ids"].shape[1]
     for repetition in range(repetitions):
@@ -109,7 +109,7 @@ def write_in_turn(
             if repetition == 0:
                 new = out[0, length:]
                 text = tokenizer.decode(new, skip_special_tokens=True)
-                found.append(Written(arm.name, text, len(new), report))
+                found.append(Answer(arm.name, text, len(new), report))
                 if number == 0:
                     whole = out
             found[number].rates.append(1 / clock.seconds_per_token)

@@ -22,7 +22,8 @@ h1, h2, h3 { line-height: 1.2; }
 table { border-collapse: collapse; font-size: 0.9rem; margin: 1rem 0; }
 caption { text-align: left; padding-bottom: 0.3rem; opacity: 0.8; }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #8884; text-align: right; }
-td { font-variant-numeric: tabular-nums; }
+td { font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.words { white-space: normal; text-align: left; }
 th:first-child, td:first-child { text-align: left; }
 figure { margin: 1.5rem 0; background: #fff; }
 figure img { width: 100%; height: auto; }
@@ -31,6 +32,7 @@ pre { overflow-x: auto; font-size: 0.85rem; background: #8881; padding: 0.7rem; 
 """
 
 
+LONGEST_FIGURE = 40  # characters
 TextTable = tuple[list[str], list[list[str]]]  # columns and rows
 
 
@@ -41,6 +43,13 @@ class Sheet:
     title: str
     columns: list[str]
     rows: list[list[str]]
+
+
+def _cell(value: object) -> str:
+    """Figures and intervals stay on one line, sentences do not."""
+    text = str(value)
+    words = ' class="words"' if len(text) > LONGEST_FIGURE else ""
+    return f"<td{words}>{escape(text)}</td>"
 
 
 class Page:
@@ -61,7 +70,7 @@ class Page:
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> None:
         """A table; every cell as `str` gives it."""
         head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-        body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+        body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
         said = f"<caption>{escape(caption)}</caption>" if caption else ""
         self._parts.append(
             f'<div class="wide"><table>{said}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

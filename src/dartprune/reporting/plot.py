@@ -130,7 +130,7 @@ def draw_budget(axes: Axes, layers: Sequence[int], kept: Sequence[float]) -> Non
     axes.set_ylim(0, 1)
     axes.set_xlabel("layer")
     axes.set_ylabel("share of neurons kept")
-    axes.set_xticks(list(layers) if len(layers) <= 40 else list(layers)[::4])
+    axes.set_xticks(list(layers)[:: 1 + len(layers) // 20])
 
 
 def _shares(report: Report, sequence: SequenceReport) -> list[float]:

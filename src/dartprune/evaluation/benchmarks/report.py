@@ -16,7 +16,8 @@ from dartprune.reporting.page import Sheet
 PROTOCOL = (
     "All of a context but its last token is prefilled dense and traced; the last context token and all that follow it "
     "are decoded with the masks in force, in every arm alike. Contexts too short for a mask run dense and are counted. "
-    "Realised sparsity: one minus the share of the FFN's weights that the decoded tokens used."
+    "Realised sparsity: one minus the share of the FFN's weights that the decoded tokens used. "
+    "After ± stands one standard error, over documents or windows."
 )
 
 

@@ -115,7 +115,8 @@ def _finish(axes: Axes, title: str, low: float, high: float, ends: dict[str, flo
     even = max(0.02, high / 100)
     axes.set_yscale("symlog", linthresh=even, linscale=0.4)
     axes.set_ylim(min(-0.3 * even, 1.2 * low), max(1.2 * high, 2 * even))
-    ticks = [0.0, *(t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if even <= t <= 1.2 * high)]
+    steps = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if t >= even]
+    ticks = [*(-t for t in reversed(steps) if -t >= 1.2 * low), 0.0, *(t for t in steps if t <= 1.2 * high)]
     axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)

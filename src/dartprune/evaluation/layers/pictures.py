@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from dartprune.evaluation.layers.run import LayerStudy
 from dartprune.reporting.plot import BLUE, GREEN, GREY, ORANGE, look, shades
+
+FEW = 12  # layers that a legend, or numbers beside points, can name
 
 
 def curves(study: LayerStudy) -> Figure:
@@ -24,8 +30,12 @@ def curves(study: LayerStudy) -> Figure:
         axes.set_xlabel("share of neurons kept")
         axes.set_ylabel("loss over dense (nats)")
         axes.axhline(0, color=GREY, linewidth=0.8)
-    if len(study.alone) <= 12:
+    layers = len(study.alone)
+    if layers <= FEW:
         left.legend(frameon=False, fontsize="small")
+    else:
+        scale = ScalarMappable(Normalize(0, layers - 1), ListedColormap(shades(layers)))
+        figure.colorbar(scale, ax=left, label="layer")
     right.legend(frameon=False, fontsize="small")
     return figure
 
@@ -44,8 +54,9 @@ def foretelling(study: LayerStudy) -> Figure:
     ):
         values = [row[k] for row in measured]
         axes.plot(study.sensitivity, values, "o", color=BLUE)
-        for layer, (x, y) in enumerate(zip(study.sensitivity, values, strict=True)):
-            axes.annotate(str(layer), (x, y), textcoords="offset points", xytext=(4, 3), fontsize="small")
+        for layer in _named(study.sensitivity, values):
+            at = study.sensitivity[layer], values[layer]
+            axes.annotate(str(layer), at, textcoords="offset points", xytext=(4, 3), fontsize="small")
         axes.set_xlabel("sensitivity S of the layer")
         axes.set_ylabel("nats")
         if min(study.sensitivity) > 0 and max(study.sensitivity) > 10 * min(study.sensitivity):
@@ -54,6 +65,15 @@ def foretelling(study: LayerStudy) -> Figure:
         said = "constant" if rho is None else f"rank correlation {rho:.2f}"
         axes.set_title(f"{title}, {study.keeps[k]:.0%} kept\n{said}", loc="left", fontsize="medium")
     return figure
+
+
+def _named(across: Sequence[float], up: Sequence[float]) -> list[int]:
+    """Layers whose numbers fit: all of a few, else those that stand out in either direction."""
+    layers = range(len(up))
+    if len(up) <= FEW:
+        return list(layers)
+    most = [layer for values in (across, up) for layer in sorted(layers, key=lambda i: -values[i])[: FEW // 3]]
+    return sorted({0, len(up) - 1, *most})
 
 
 def overlap(study: LayerStudy) -> Figure:

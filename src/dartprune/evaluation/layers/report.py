@@ -50,7 +50,7 @@ def write(study: LayerStudy, folder: Path, name: str, settings: dict[str, Any]) 
     frame.json("results", {"model": name, "settings": settings, **study.to_dict()})
     frame.page.text(
         "Masks are made from each text's prompt and stay; the tokens after it are decoded teacher-forced. Loss over "
-        "dense in nats, with standard errors over texts."
+        "dense in nats; after ± stands one standard error, over texts."
     )
     for table in tables(study):
         frame.page.sheet(table)
