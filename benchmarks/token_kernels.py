@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from dartprune.bench.device import Stream
+from dartprune.bench.device import BandwidthProbe
 from dartprune.bench.result import Result, Row
 from dartprune.bench.timing import Spread, Turns, alternate, seconds_per_call
 from dartprune.ffn.cpu import selectors as cpu_selectors
@@ -130,7 +130,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)  # Numba's start may have set it anew
     device = torch.device("cpu")
     turns = alternate({name: partial(seconds_per_call, way, device, 1) for name, way in timed.items()}, args.rounds)
-    bandwidth = Stream(device).bandwidth()
+    bandwidth = BandwidthProbe(device).bandwidth()
     case = f"H={args.hidden} I={args.neurons} bf16, {args.saved:.0%} of the bytes saved, batch {args.batch}"
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     found = rows(args, turns, case, bandwidth.median)

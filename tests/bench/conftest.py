@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dartprune.bench.device import Stream
+from dartprune.bench.device import BandwidthProbe
 from dartprune.bench.models import Subject
 from tiny import FAMILIES
 
 
 @pytest.fixture
 def stream():
-    return Stream(torch.device("cpu"), 2**16)
+    return BandwidthProbe(torch.device("cpu"), 2**16)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dartprune.bench import kernel
-from dartprune.bench.kernel import ARMS, Case, RandomFFNs, layers_for, measure
+from dartprune.bench.kernel import ARMS, FFNCase, RandomFFNs, layers_for, measure
 from dartprune.ffn.reference import ReferenceBackend
 
 CPU = torch.device("cpu")
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_all_pruned_arms_compute_the_same(gated, batch):
-    case = Case(24, 40, "float32", 0.6, batch, gated, "gelu")
+    case = FFNCase(24, 40, "float32", 0.6, batch, gated, "gelu")
     layers = RandomFFNs(case, 2, ReferenceBackend(), CPU)
     for layer in range(2):
         masked = layers.masked(layer)
@@ -23,18 +23,18 @@ def test_all_pruned_arms_compute_the_same(gated, batch):
         torch.testing.assert_close(layers.in_place(layer), masked)
         assert not torch.allclose(layers.dense(layer), masked, atol=1e-3)
     assert not torch.equal(layers.masked(0), layers.masked(1))  # another layer, other weights
-    everything = RandomFFNs(Case(24, 40, "float32", 0.0, batch, gated, "gelu"), 1, ReferenceBackend(), CPU)
+    everything = RandomFFNs(FFNCase(24, 40, "float32", 0.0, batch, gated, "gelu"), 1, ReferenceBackend(), CPU)
     torch.testing.assert_close(everything.in_place(0), everything.dense(0))
 
 
 def test_every_sequence_has_its_own_mask():
-    layers = RandomFFNs(Case(8, 64, "float32", 0.5, 4), 1, ReferenceBackend(), CPU)
+    layers = RandomFFNs(FFNCase(8, 64, "float32", 0.5, 4), 1, ReferenceBackend(), CPU)
     masks = {tuple(index.tolist()) for index in layers.index[0]}
     assert len(masks) == 4 and all(len(set(mask)) == 32 for mask in masks)
 
 
 def test_one_call_goes_through_all_layers():
-    layers = RandomFFNs(Case(8, 16, "float32", 0.5), 3, ReferenceBackend(), CPU)
+    layers = RandomFFNs(FFNCase(8, 16, "float32", 0.5), 3, ReferenceBackend(), CPU)
     seen = []
     layers.dense = seen.append
     layers.works()["dense"]()
@@ -42,17 +42,17 @@ def test_one_call_goes_through_all_layers():
 
 
 def test_bytes_by_hand():
-    layers = RandomFFNs(Case(16, 100, "bfloat16", 0.7, 2), 1, ReferenceBackend(), CPU)
+    layers = RandomFFNs(FFNCase(16, 100, "bfloat16", 0.7, 2), 1, ReferenceBackend(), CPU)
     neuron = 3 * 16 * 2
     assert layers.bytes_moved("dense") == layers.bytes_moved("masked") == 100 * neuron
     assert layers.bytes_moved("packed copy") == 2 * 30 * neuron
     assert layers.bytes_moved("zero-copy") == 2 * 30 * neuron  # the reference gathers for each sequence
-    plain = RandomFFNs(Case(16, 100, "float32", 0.7, 1, gated=False), 1, ReferenceBackend(), CPU)
+    plain = RandomFFNs(FFNCase(16, 100, "float32", 0.7, 1, gated=False), 1, ReferenceBackend(), CPU)
     assert plain.bytes_moved("zero-copy") == 30 * 2 * 16 * 4
 
 
 def test_rows(stream, finite):
-    cases = [Case(16, 64, "float32", 0.5, 2), Case(16, 64, "bfloat16", 0.7, 1, False, "relu2")]
+    cases = [FFNCase(16, 64, "float32", 0.5, 2), FFNCase(16, 64, "bfloat16", 0.7, 1, False, "relu2")]
     heard = []
     result = measure(cases, backend="reference", layers=2, turns=2, stream=stream, progress=heard.append)
     assert [row.arm for row in result.rows] == [*ARMS, *ARMS] and len(heard) == 2
@@ -68,11 +68,11 @@ def test_rows(stream, finite):
 
 def test_kept_rows_are_four_times_the_last_cache(monkeypatch):
     monkeypatch.setattr(kernel, "last_level_cache", lambda device: 2**20)
-    case = Case(64, 1024, "float32", 0.75)
+    case = FFNCase(64, 1024, "float32", 0.75)
     assert (
         layers_for(case, CPU) * case.weight_bytes / 4 >= 4 * 2**20 > (layers_for(case, CPU) - 1) * case.weight_bytes / 4
     )
-    assert layers_for(Case(4096, 14336, "float32", 0.0), CPU) == 2
+    assert layers_for(FFNCase(4096, 14336, "float32", 0.0), CPU) == 2
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_kept_rows_are_four_times_the_last_cache(monkeypatch):
 )
 def test_cases_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
-        Case(**options)
+        FFNCase(**options)
 
 
 def test_a_backend_that_cannot_read_rows_here(stream, monkeypatch):
     with pytest.raises(ValueError, match="no backend reads single rows here: masked computes all"):
-        measure([Case(8, 16)], backend="masked", stream=stream)
+        measure([FFNCase(8, 16)], backend="masked", stream=stream)
     monkeypatch.setattr(kernel, "free_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match="layers need"):
-        measure([Case(8, 16)], backend="reference", layers=4, stream=stream)
+        measure([FFNCase(8, 16)], backend="reference", layers=4, stream=stream)

@@ -7,7 +7,7 @@ import torch
 
 from dartprune.bench import models
 from dartprune.bench.costs import LLAMA_3_1_8B, Shape
-from dartprune.bench.device import Stream, device_of, free_bytes, last_level_cache, resident_bytes
+from dartprune.bench.device import BandwidthProbe, device_of, free_bytes, last_level_cache, resident_bytes
 from dartprune.bench.models import build, check_room, config_of, dtype_of, fill, prompts, shapes, subject
 
 # parameters as published, in millions
@@ -94,5 +94,5 @@ def test_the_device_tells_what_it_has():
     held = torch.ones(2**24)
     assert resident_bytes() - before > 0.9 * held.nbytes
     assert dtype_of("float16") is torch.float16
-    stream = Stream(device, 2**20)
+    stream = BandwidthProbe(device, 2**20)
     assert stream.bytes == 2**20 and stream.bandwidth(turns=3).lower > 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.benchmark import timer
 
 from dartprune.bench.costs import Shape
-from dartprune.bench.device import Stream, last_level_cache
+from dartprune.bench.device import BandwidthProbe, last_level_cache
 from dartprune.bench.graphs import WARM, GraphedForward, check_graphs
 from dartprune.bench.limits import amdahl, cache_bytes_per_token, step_bytes
 from dartprune.bench.models import Subject, prompts
@@ -109,7 +109,7 @@ def measure(
     *,
     turns: int = 3,
     backend: str = "auto",
-    stream: Stream | None = None,
+    stream: BandwidthProbe | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Seconds of one decode step: dense, and with each pruner attached.
@@ -134,7 +134,7 @@ def measure(
     check(pruners, load, device)
     tokens = prompts(what.model, load.batch, load.prompt)
     prompts(what.model, 1, load.context)  # the new ones must fit too
-    stream = stream or Stream(device)
+    stream = stream or BandwidthProbe(device)
     bandwidth = stream.bandwidth()
     done = {name: ArmTally() for name in ("dense", *pruners)}
     arms: dict[str, Callable[[], float]] = {"dense": lambda: _dense(what.model, tokens, load, done["dense"])}

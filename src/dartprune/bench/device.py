@@ -84,7 +84,7 @@ def _psutil() -> Any:
     return importlib.import_module("psutil")
 
 
-class Stream:
+class BandwidthProbe:
     """A buffer far larger than the caches, and the time in which the device reads it once: the bandwidth limit."""
 
     def __init__(self, device: torch.device, size: int | None = None) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dartprune.bench.device import Stream, device_of, free_bytes, last_level_cache
+from dartprune.bench.device import BandwidthProbe, device_of, free_bytes, last_level_cache
 from dartprune.bench.models import dtype_of, fill
 from dartprune.bench.result import Result, Row
 from dartprune.bench.timing import Turns, Work, alternate, seconds_per_call
@@ -26,7 +26,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu")
 
 
 @dataclass(frozen=True)
-class Case:
+class FFNCase:
     """One FFN: width H, neurons I, dtype, share of neurons left out, sequences with a mask each, form, activation."""
 
     hidden: int = 2048
@@ -66,13 +66,13 @@ class Case:
 
 
 def measure(
-    cases: Sequence[Case],
+    cases: Sequence[FFNCase],
     *,
     backend: str = "auto",
     device: str | None = None,
     turns: int = 11,
     layers: int | None = None,
-    stream: Stream | None = None,
+    stream: BandwidthProbe | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Seconds of one FFN call for each arm and case.
@@ -96,7 +96,7 @@ def measure(
     for case in cases:
         _backend(case, backend, place)
         _check_room(case, layers or layers_for(case, place), place)
-    stream = stream or Stream(place)
+    stream = stream or BandwidthProbe(place)
     bandwidth = stream.bandwidth()
     rows: list[Row] = []
     notes: list[str] = []
@@ -120,7 +120,7 @@ def _timed(work: Work, device: torch.device, layers: int) -> Callable[[], float]
     return lambda: seconds_per_call(work, device) / layers
 
 
-def _row(case: Case, arm: str, moved: int, taken: Turns, stream_bytes: int) -> Row:
+def _row(case: FFNCase, arm: str, moved: int, taken: Turns, stream_bytes: int) -> Row:
     seconds, ratio = taken.spread(arm), taken.times_as_fast(arm, "dense")
     fastest = moved / (stream_bytes / taken.spread("stream").median)
     return Row(
@@ -136,13 +136,13 @@ def _row(case: Case, arm: str, moved: int, taken: Turns, stream_bytes: int) -> R
     )
 
 
-def layers_for(case: Case, device: torch.device) -> int:
+def layers_for(case: FFNCase, device: torch.device) -> int:
     """Layers to rotate over so that the kept rows are four times as large as the last cache."""
     kept = case.weight_bytes * case.kept / case.neurons
     return max(2, math.ceil(4 * last_level_cache(device) / kept))
 
 
-def _check_room(case: Case, layers: int, device: torch.device) -> None:
+def _check_room(case: FFNCase, layers: int, device: torch.device) -> None:
     # the weights, down the other way round for torch, and one packed copy for each sequence
     needed = layers * case.weight_bytes * (1 + (1 / 3 if case.gated else 1 / 2) + case.batch * case.kept / case.neurons)
     free = free_bytes(device)
@@ -153,7 +153,7 @@ def _check_room(case: Case, layers: int, device: torch.device) -> None:
         )
 
 
-def _backend(case: Case, name: str, device: torch.device) -> Backend:
+def _backend(case: FFNCase, name: str, device: torch.device) -> Backend:
     """The backend that reads the rows in place; ValueError if there is none for this case."""
     matrix = torch.empty(case.neurons, case.hidden, dtype=dtype_of(case.dtype), device=device)
     chosen, reason = choose(name, RandomFFNs.weights(case, [matrix] * 3), device)
@@ -165,7 +165,7 @@ def _backend(case: Case, name: str, device: torch.device) -> Backend:
 class RandomFFNs:
     """Several FFNs with random weights, in the forms that the arms read."""
 
-    def __init__(self, case: Case, count: int, backend: Backend, device: torch.device) -> None:
+    def __init__(self, case: FFNCase, count: int, backend: Backend, device: torch.device) -> None:
         self.case = case
         self.backend = backend
         kind = dtype_of(case.dtype)
@@ -193,7 +193,7 @@ class RandomFFNs:
         backend.prepare(self.rows[0])
 
     @staticmethod
-    def weights(case: Case, matrices: Sequence[Tensor]) -> FFNWeights:
+    def weights(case: FFNCase, matrices: Sequence[Tensor]) -> FFNWeights:
         """The matrices (gate if there is one, up, down by rows) as a backend takes them."""
         *gate, up, down = matrices if case.gated else matrices[-2:]
 

@@ -12,7 +12,7 @@ from torch.utils.benchmark import timer
 
 from dartprune.bench.costs import Shape
 from dartprune.bench.decode import Load, check_prompt
-from dartprune.bench.device import Stream
+from dartprune.bench.device import BandwidthProbe
 from dartprune.bench.models import Subject, prompts
 from dartprune.bench.pace import Paced
 from dartprune.bench.result import Result, Row
@@ -96,7 +96,7 @@ def measure(
     prompt: int = 64,
     turns: int = 5,
     backend: str = "auto",
-    stream: Stream | None = None,
+    stream: BandwidthProbe | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Seconds of one replay of all sequences of a batch, of attaching and of detaching, against a dense decode step.
@@ -122,7 +122,7 @@ def measure(
     model, shape = what.model, Shape.of(what.model)
     tokens = prompts(model, batch, prompt)
     prompts(model, 1, load.context)
-    stream = stream or Stream(model.device)
+    stream = stream or BandwidthProbe(model.device)
     bandwidth = stream.bandwidth()
     pruner = replace(pruner, refresh=Paced(tokens=tokens_kept, memory=pruner.refresh.replay_memory, every=1))
     changing: dict[str, list[float]] = {"attach": [], "detach": []}

@@ -140,10 +140,10 @@ def kernel(
     setup.check(turns)
     if layers is not None and layers < 1:
         raise UserError(f"--layers must be at least 1, got {layers}")
-    from dartprune.bench.kernel import Case, measure
+    from dartprune.bench.kernel import FFNCase, measure
 
     cases = [
-        Case(h, n, kind, s, b, not plain, activation)
+        FFNCase(h, n, kind, s, b, not plain, activation)
         for h in o.numbers("--hidden", hidden, int)
         for n in o.numbers("--neurons", neurons, int)
         for kind in comma_list(dtype)

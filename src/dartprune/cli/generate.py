@@ -83,7 +83,7 @@ def generate(
 
 
 @dataclass
-class Result:
+class Decoded:
     """One arm: what it wrote, what it did, and the seconds of each timed repetition.
 
     interrupted: by the user, so that text and report are those of the part that was decoded.
@@ -147,12 +147,12 @@ def _decode(
     seed: int,
     backend: str,
     live: bool,
-) -> list[Result]:
+) -> list[Decoded]:
     import torch
 
     from dartprune.cli.streaming import TextSoFar
 
-    results: list[Result | None] = [None] * len(arms)
+    results: list[Decoded | None] = [None] * len(arms)
     # several arms are timed in turn, so that a slow moment of the machine meets all of them
     for _ in range(3 if len(arms) > 1 else 1):
         for i, arm in enumerate(arms):
@@ -172,7 +172,7 @@ def _decode(
                 run.detach()
             known = results[i]
             if known is None or stopped:
-                results[i] = Result(written.text, report, len(written.tokens), [took], interrupted=stopped)
+                results[i] = Decoded(written.text, report, len(written.tokens), [took], interrupted=stopped)
             else:
                 known.seconds.append(took)
             if stopped:  # what is done so far, this arm's part of a text last
@@ -180,7 +180,7 @@ def _decode(
     return [result for result in results if result is not None]
 
 
-def _as_data(arms: list[Pruner], results: list[Result], compare: bool) -> dict[str, Any]:
+def _as_data(arms: list[Pruner], results: list[Decoded], compare: bool) -> dict[str, Any]:
     parts = [
         {
             "text": result.text,
@@ -195,7 +195,7 @@ def _as_data(arms: list[Pruner], results: list[Result], compare: bool) -> dict[s
     return {"arms": parts} if compare else parts[0]
 
 
-def _picture(results: list[Result], path: Path) -> None:
+def _picture(results: list[Decoded], path: Path) -> None:
     """What a run did; of several, one row each: similarity over its windows, neurons its layers keep."""
     from matplotlib.figure import Figure
 
@@ -216,7 +216,7 @@ def _picture(results: list[Result], path: Path) -> None:
     save(figure, path)
 
 
-def _show(results: list[Result], compare: bool, live: bool) -> None:
+def _show(results: list[Decoded], compare: bool, live: bool) -> None:
     from dartprune.reporting.tables import grid, show
 
     if not compare:

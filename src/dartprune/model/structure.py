@@ -62,7 +62,7 @@ class Seen:
     times: int = 1
 
 
-class Watcher:
+class CallRecorder:
     """Notes what goes through modules during a forward."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class Watcher:
 def _watched(root: nn.Module, found: Sequence[Candidate], vocabulary: int) -> tuple[Layer, ...]:
     if root.training:
         raise Unusual("it is in training mode, where a forward proves nothing: call model.eval() first")
-    watcher = Watcher()
+    watcher = CallRecorder()
     place = next((tensor.device for tensor in held(root)), torch.device("cpu"))
     for candidate in found:
         hook = getattr(candidate.draft.down, "_hf_hook", None)
@@ -136,7 +136,7 @@ def _watched(root: nn.Module, found: Sequence[Candidate], vocabulary: int) -> tu
     return layers
 
 
-def _layer(candidate: Candidate, watcher: Watcher) -> Layer:
+def _layer(candidate: Candidate, watcher: CallRecorder) -> Layer:
     draft, block = candidate.draft, candidate.block
     where = f"layer {draft.index} ({type(block).__name__})"
     x, z = watcher[draft.entry]

@@ -55,7 +55,7 @@ class Unit:
         return {key: value for key, value in vars(self).items() if key != "arrays"}
 
 
-class Detectors:
+class StudyDetectors:
     """What detectors would see whose reference stays the prompt: one of each text, nothing fires."""
 
     def __init__(self, arm: ArmAt, lines: int) -> None:
@@ -119,7 +119,7 @@ def run_unit(
     lines, lead = int(prompt.shape[0]), [Point(len(decoder.layers) - 1, "attention")]
     prompt = prompt.to(next(model.parameters()).device)
     path = Trajectory(settings.window, settings.before, top_dimensions(decoder.hidden, settings.top))
-    detectors = Detectors(arm, lines)
+    detectors = StudyDetectors(arm, lines)
     tape = _Tape()
     losses: list[Tensor] = []
     texts: list[Tensor] = []
