@@ -1,4 +1,4 @@
-"""The structure that docs/architecture.md describes: no circle of imports, no arrow up, each word of the method in its place."""
+"""The structure of docs/architecture.md: no circle of imports, no arrow up, each word of the method in its place."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (SOURCE / "dartprune").rglob("*.py")
 }
+
+
+METHOD = ("scoring", "budget", "drift", "refresh", "method")
+LOOP = ["prompt", "dense forward", "trace", "score", "budget", "selection", "pruned FFN", "token", "drift", "refresh"]
+
+
+def room_of(module: str) -> str:
+    """The first part of a module's name inside the package."""
+    return [*module.split("."), ""][1]
 
 
 def imported(module: str, *, lazy: bool) -> set[str]:
@@ -63,7 +72,7 @@ def test_no_circle_of_imports():
     ("room", "may_not_import"),
     [
         (
-            ("scoring", "budget", "drift", "refresh", "method"),
+            METHOD,
             ("model", "runtime", "evaluation", "cli", "bench", "run"),
         ),
         (("ffn",), ("model", "runtime", "selectors", "evaluation", "cli", "bench", "run", "method", "pruner")),
@@ -77,31 +86,15 @@ def test_no_circle_of_imports():
 def test_no_arrow_up(room, may_not_import):
     """Not even inside a function."""
     for module in MODULES:
-        if module.split(".")[1:2] and module.split(".")[1] in room:
-            up = {
-                name
-                for name in imported(module, lazy=True)
-                if name.split(".")[1:2] and name.split(".")[1] in may_not_import
-            }
+        if room_of(module) in room:
+            up = {name for name in imported(module, lazy=True) if room_of(name) in may_not_import}
             assert not up, f"{module} imports {', '.join(sorted(up))}"
 
 
 def test_every_word_of_the_method_has_its_place():
     words = re.findall(r"^\| ([a-zA-Z ]+) \| `([^`]+)` \|", DOCS.read_text(), flags=re.M)
-    order = [
-        "prompt",
-        "dense forward",
-        "trace",
-        "score",
-        "budget",
-        "selection",
-        "pruned FFN",
-        "token",
-        "drift",
-        "refresh",
-    ]
-    assert [word for word, _ in words][: len(order)] == order
-    for _, place in words[: len(order)]:
+    assert [word for word, _ in words][: len(LOOP)] == LOOP
+    for _, place in words[: len(LOOP)]:
         assert (SOURCE / "dartprune" / place).exists(), place
 
 
