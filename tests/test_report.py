@@ -134,6 +134,17 @@ def test_candidates_that_were_rejected_have_no_reasons(llama):
     assert report.sequences[0].dense_because == {"short": report.dense_tokens}
 
 
+def test_layers_that_cannot_be_read_by_rows(llama):
+    report = decoded(llama, Static(sparsity=0.5), text(llama, 20), backend="masked")
+    assert report.reasons == {BYTES: ["every layer computes all neurons and zeroes the rest"]}
+    handle = llama.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *args: None)
+    report = decoded(llama, Static(sparsity=0.5), text(llama, 20), backend="auto")
+    handle.remove()
+    assert report.bytes_saved == 0 and report.reasons[BYTES] == [
+        "1 of 3 layers cannot be read by rows: every layer computes all neurons and zeroes the rest"
+    ]
+
+
 def test_replays_are_named(llama, monkeypatch):
     monkeypatch.setattr("dartprune.drift.AttentionDrift.decide", lambda *args: True)
     report = decoded(llama, Dart(sparsity=0.5, detector=Detector(window=4)), text(llama, 24), new=30)

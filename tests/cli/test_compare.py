@@ -68,7 +68,7 @@ def test_the_arms_are_listed(compare):
     [
         ((), "nothing to read: give --texts"),
         (("--texts", "/no/such/folder"), "/no/such/folder: there is no such file or folder"),
-        (("--texts", "TEXTS", "--method", "static,drat"), "unknown arm 'drat': did you mean 'dart'"),
+        (("--texts", "TEXTS", "--method", "static,drat"), "unknown method 'drat': did you mean 'dart'"),
         (("--texts", "TEXTS", "--method", "calibrated-wanda"), "give --calibration FILE"),
         (("--texts", "TEXTS", "--arms", "static", "--versus", "dart"), "unknown arm for --versus 'dart'"),
         (("--texts", "TEXTS", "--sparsity", "1.2"), "between 0 and 1, got 1.2"),

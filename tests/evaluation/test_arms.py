@@ -67,7 +67,7 @@ def test_the_settings_of_the_reference_code():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("drat", "unknown arm 'drat': did you mean 'dart'"),
+        ("drat", "unknown method 'drat': did you mean 'dart'"),
         ("dart-relaern@50", "did you mean 'dart-relearn'"),
         ("dart-release", "needs a number of tokens: write dart-release@100"),
         ("dart-release@", "a whole number of tokens"),
@@ -77,7 +77,7 @@ def test_the_settings_of_the_reference_code():
         ("static@3", "static takes no number"),
         ("calibrated-wanda@3", "takes no number"),
         ("calibrated-wanda", "needs a calibration text: give --calibration"),
-        ("", "unknown arm ''"),
+        ("", "unknown method ''"),
     ],
 )
 def test_wrong_names(name, said):
@@ -128,9 +128,9 @@ def test_arms_at_one_sparsity():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("drat", "unknown arm 'drat': did you mean 'dart'"),
+        ("drat", "unknown method 'drat': did you mean 'dart'"),
         ("dart-release@0", "a whole number of tokens"),
-        ("200", "unknown arm '200'"),
+        ("200", "unknown method '200'"),
         ("dart-release@100,...", "needs a number after it, as in dart-release@100,...,600"),
         ("dart-release@100,200,...,150", "must rise"),
         ("dart,dart", "named once"),

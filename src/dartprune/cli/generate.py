@@ -69,7 +69,7 @@ def generate(
         sampling["temperature"] = temperature
     live = stream and not as_json and not compare
     results = _decode(loaded, tokenizer, inputs, arms, sampling, seed, backend, live)
-    interrupted = results[-1].interrupted
+    interrupted = any(result.interrupted for result in results)
     if plot is not None and not interrupted:
         _picture(results, plot)
     if as_json:
@@ -171,12 +171,14 @@ def _decode(
             finally:
                 run.detach()
             known = results[i]
-            if known is None or stopped:
+            if known is None:
                 results[i] = Decoded(written.text, report, len(written.tokens), [took], interrupted=stopped)
+            elif stopped:  # its whole text is known from an earlier turn
+                known.interrupted = True
             else:
                 known.seconds.append(took)
-            if stopped:  # what is done so far, this arm's part of a text last
-                return [result for result in results[:i] if result is not None] + [r for r in results[i : i + 1] if r]
+            if stopped:
+                return [result for result in results if result is not None]
     return [result for result in results if result is not None]
 
 

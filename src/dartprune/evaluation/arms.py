@@ -155,7 +155,7 @@ def arm(name: str, calibration: Calibration | None = None) -> Arm:
         cls = presets.get(head)
         return Arm(head, lambda sparsity: cls(sparsity=sparsity) if cls.prunes else cls(), prunes=cls.prunes)
     if head not in arm_kinds.names():
-        raise unknown("arm", head, [*presets.names(), *arm_kinds.names()])
+        raise unknown("method", head, [*presets.names(), *arm_kinds.names()])
     kind = arm_kinds.get(head)
     number = _number(name, head, at, tail, kind.number)
     if kind.calibrated and calibration is None:

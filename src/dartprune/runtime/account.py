@@ -155,6 +155,10 @@ class Account:
         causes = {name: sum(s.dense_because.get(name, 0) for s in sequences) for name in CAUSES}
         share = saved / pruned if pruned else 0.0
         reasons = {"realised sparsity": for_sparsity(self.method, realised, pruned, dense, share, causes)}
+        if not self._gathers and self.method.prunes and self.steps.all:
+            layers, masked = len(self.parts.layers), sum(not layer.backend.gathers for layer in self.parts.layers)
+            some = f"{masked} of {layers} layers cannot be read by rows: " if masked < layers else ""
+            reasons["FFN bytes saved"] = [f"{some}every layer computes all neurons and zeroes the rest"]
         if self._gathers and self.steps.all:
             reasons["FFN bytes saved"] = for_bytes(realised, self._bytes_saved(), self.steps, self.replays)
         return {figure: lines for figure, lines in reasons.items() if lines}
