@@ -180,8 +180,8 @@ def _show(data: dict[str, Any]) -> None:
     )
     if data["saves_time"] and any(row["bytes_saved"] < row["realised_sparsity"] - 0.005 for row in data["arms"]):
         say(
-            f"The {len(texts)} texts are decoded as one batch, each with its own neurons: a step reads the union, every "
-            "neuron that any of them keeps, so fewer bytes are saved than neurons are left out."
+            f"The {len(texts)} texts are decoded as one batch, each with its own neurons: a step reads the union, "
+            "every neuron that any of them keeps, so fewer bytes are saved than neurons are left out."
         )
     sample = data["sample"]
     say(f"\nDART, {sample['domain']}: ...{sample['prompt_ends']}", style="dim")
