@@ -82,7 +82,7 @@ def measure(
     model: torch.nn.Module, pruner: Pruner, tokens: Tensor, dense: Tensor, change: int | None
 ) -> dict[str, float]:
     """Loss over dense and events of one setting on streams [B, T]; change: position of the second domain."""
-    losses, report = forced_losses(model, pruner, tokens, PROMPT, backend="masked")
+    losses, report = forced_losses(model, pruner, tokens, PROMPT, block=None, backend="masked")
     over = losses - dense
     often = 200 * len(report.events) / over.numel()
     row = {"realised_sparsity": report.realised_sparsity, "refreshes_in_200": often}

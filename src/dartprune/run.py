@@ -216,6 +216,13 @@ class Run(Refuses):
             raise UserError("this cache was not filled inside the block, so it has no slots yet")
         return ids
 
+    def quiet_tokens(self, slots: Sequence[int], most: int) -> int:
+        """How many tokens these slots may decode in one forward so that no mask changes inside it, 1 to `most`.
+
+        Given tokens that are decoded in blocks of that many see the masks that they would see one by one.
+        """
+        return self._events.quiet_tokens([self._pool.live[slot] for slot in slots], most)
+
     def selection(self, slot: int) -> list[Tensor | None]:
         """Kept neurons of each layer for a slot, int32 [k_l] on the layer's device; None where nothing is pruned.
 

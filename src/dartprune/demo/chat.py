@@ -117,7 +117,7 @@ def write_in_turn(
     assert whole is not None
     base: Tensor | None = None
     for arm, written in zip(arms, found, strict=True):
-        losses, _ = forced_losses(model, arm, whole, length, backend=backend, progress=progress)
+        losses, _ = forced_losses(model, arm, whole, length, block=None, backend=backend, progress=progress)
         base = losses if base is None else base
         written.losses = (losses - base)[0]
     return found

@@ -7,6 +7,7 @@ tokens, so that every scored token is computed as a decoded one would be (DART s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,12 @@ from dartprune.pruner import Pruner
 from dartprune.report import Report
 from dartprune.run import Run
 
+LONGEST_BLOCK = 64  # tokens of one forward
+LARGEST_LOGITS = 1 << 26  # their elements
+
 
 def forced_steps(
-    model: nn.Module, run: Run, tokens: Tensor, context: int, *, block: int = 1
+    model: nn.Module, run: Run, tokens: Tensor, context: int, *, block: int | None = 1
 ) -> Iterator[tuple[int, Tensor]]:
     """Decode given texts on an attached model; the caller may look at the run between the steps.
 
@@ -27,7 +31,8 @@ def forced_steps(
         run: the run; its sequences are new ones.
         tokens: int64 [B, T], one text a line, no padding.
         context: tokens of each line that are given, at least 2.
-        block: decode tokens of one forward; events act after a block, so 1 is exact for every method.
+        block: decode tokens of one forward; events act after a block, so 1 is exact for every method. None: as many as
+            go before the next token at which a mask may change, up to rounding the same as one by one.
 
     Yields:
         position p of the first token that the logits are for, and logits [B, n, V] of the tokens p to p + n - 1.
@@ -38,15 +43,20 @@ def forced_steps(
     length = int(tokens.shape[1])
     if not 2 <= context < length:
         raise UserError(f"context must lie between 2 and {length - 1} tokens for texts of {length}, got {context}")
-    if block < 1:
+    if block is not None and block < 1:
         raise UserError(f"block must be at least 1, got {block}")
     tokens = tokens.to(next(model.parameters()).device)
     cache = run.prefill(tokens[:, : context - 1])
-    for first in range(context - 1, length - 1, block):
-        last = min(first + block, length - 1)
+    config: Any = model.config
+    most = max(1, min(LONGEST_BLOCK, LARGEST_LOGITS // (len(tokens) * config.get_text_config().vocab_size)))
+    first = context - 1
+    while first < length - 1:
+        size = run.quiet_tokens(run.slots_of(cache), most) if block is None else block
+        last = min(first + size, length - 1)
         with torch.no_grad(), run.phase("decode"):
             logits = model(input_ids=tokens[:, first:last], past_key_values=cache, use_cache=True).logits
         yield first + 1, logits
+        first = last
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -66,7 +76,7 @@ def forced_losses(
     tokens: Tensor,
     context: int,
     *,
-    block: int = 1,
+    block: int | None = 1,
     backend: str = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Report]:

@@ -49,6 +49,22 @@ class Events:
         learnt = slot.dense_left == 0 and slot.traced >= slot.least and slot.decoded >= self.method.start
         return slot.state is State.LEARNING and learnt
 
+    def quiet_tokens(self, slots: Sequence[Slot], most: int) -> int:
+        """Tokens that all of these may decode in one forward with no mask changing in between, 1 to `most`."""
+        return max(1, min(most, *(self._quiet_tokens(slot, most) for slot in slots)))
+
+    def _quiet_tokens(self, slot: Slot, most: int) -> int:
+        method, ready = self.method, self._is_ready(slot)
+        if slot.state is State.LEARNING and not ready:
+            return max(slot.dense_left, slot.least - slot.traced, method.start - slot.decoded)
+        if not ready and slot.state is not State.PRUNED:
+            return most
+        # masks that are about to be made are new, and so is the detector's window
+        age, fill = (0, 0) if ready else (slot.masks.age, slot.detection.fill)
+        until = min(most, method.detector.window - fill) if method.refresh.detects else most
+        changes = (t for t in range(1, until) if method.refresh.due(slot.decoded + t, age + t, False) is not None)
+        return next(changes, until)
+
     def after_tokens(
         self, slots: Sequence[Slot], pruned: Sequence[Slot], fired: set[int], settled: set[int], ended: Tensor | None
     ) -> None:

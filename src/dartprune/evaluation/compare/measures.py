@@ -54,7 +54,7 @@ class BatchMeasures:
 def reference(
     model: torch.nn.Module, tokens: Tensor, context: int, progress: Callable[[int], None] | None = None
 ) -> Reference:
-    """Decode streams int64 [B, T] with the plain model, token by token after `context` ones, as every arm does.
+    """Decode streams int64 [B, T] with the plain model, block by block after `context` tokens, as every arm does.
 
     Args:
         model: a decoder in evaluation mode, not attached.
@@ -64,7 +64,7 @@ def reference(
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     with Dense()(model) as run:
-        for position, logits in forced_steps(model, run, tokens, context):
+        for position, logits in forced_steps(model, run, tokens, context, block=None):
             exact = logits.float().log_softmax(-1)
             half = exact.half()
             parts.append((half, half.float().logsumexp(-1), exact.argmax(-1), step_losses(logits, tokens, position)))
@@ -90,7 +90,7 @@ def measure(
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     short = 0
     with pruner(model, backend=backend) as run:
-        for position, logits in forced_steps(model, run, tokens, context):
+        for position, logits in forced_steps(model, run, tokens, context, block=None):
             if not parts and pruner.prunes and pruner.start == 0:
                 short = sum(sequence.dense_tokens > 0 for sequence in run.report().sequences)
             ours = logits.float().log_softmax(-1)
