@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -71,8 +73,11 @@ def test_it_answers_as_before(smollm2):
     )
 
 
-def test_the_chat_demo(smollm2, tmp_path, capsys):
-    main(["demo", "--model", "smollm2", "--sparsity", "0.5", "-n", "24", "--out", str(tmp_path)])
+def test_the_chat_demo(smollm2, tmp_path, capsys, monkeypatch):
+    options = ["--model", "smollm2", "--sparsity", "0.5", "-n", "24", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["dartprune", "demo", *options])
+    with pytest.raises(SystemExit, match="0"):
+        main()
     said = capsys.readouterr().out
     assert "Dense, 24 tokens" in said and "SketchDart" in said and "tokens/s" in said
     assert (tmp_path / "demo-chat.png").stat().st_size > 20_000
