@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,12 @@ def make_output_folder(path: Path) -> None:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def require(module: str, what: str, extra: str = "eval") -> None:
+    """UserError if a package of one of our extras is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{what} needs the package {module}: pip install 'dartprune[{extra}]'")
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

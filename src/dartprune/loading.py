@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from dartprune.demo import model_folder
-from dartprune.errors import UserError
+from dartprune.errors import UserError, require
 from dartprune.pretrained import CARRIED, carried_folder
 
 DEMO = "demo"
@@ -142,8 +141,7 @@ def _load(source: str, dtype: str, local: bool) -> tuple[Any, Any]:
 
 def _gguf(options: dict[str, Any], source: str) -> dict[str, Any]:
     """Tell transformers in `options` which file to read; what it must know to unpack the weights."""
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"reading {source!r} needs the package gguf: pip install 'dartprune[gguf]'")
+    require("gguf", f"reading {source!r}", "gguf")
     import transformers
 
     options["gguf_file"] = Path(source).name

@@ -7,7 +7,7 @@ import textwrap
 
 import typer
 
-from dartprune.errors import UserError
+from dartprune.errors import UserError, require
 
 EXAMPLE = "Example: dartprune lm-eval --model_args pretrained=demo,sparsity=0.7,method=dart --tasks boolq --limit 20"
 # everything but --help of this command goes to lm_eval as it stands; behind its subcommands --help is lm_eval's
@@ -20,8 +20,6 @@ def lm_eval(context: typer.Context) -> None:
     Arguments of the model: pretrained (folder, name on the hub, or demo), method, sparsity, dtype, device, batch_size,
     backend, max_length, and any setting of the pruner, such as refresh=relearn or min_traced=8.
     """
-    from dartprune.evaluation.benchmarks.sources import require
-
     require("lm_eval", "this command")
     import torch
     from lm_eval._cli import HarnessCLI

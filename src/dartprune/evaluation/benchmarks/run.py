@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from dartprune.errors import require
 from dartprune.evaluation.arms import arms_at
 from dartprune.evaluation.benchmarks.perplexity import cut, perplexity
 from dartprune.evaluation.benchmarks.recipe import Recipe
 from dartprune.evaluation.benchmarks.report import RecipeResults
 from dartprune.evaluation.benchmarks.results import collect
-from dartprune.evaluation.benchmarks.sources import SUMMARIES, corpus, require, summaries
+from dartprune.evaluation.benchmarks.sources import SUMMARIES, corpus, summaries
 from dartprune.evaluation.benchmarks.summaries import summarise
 from dartprune.evaluation.benchmarks.tasks import load_tasks, run_task
 from dartprune.evaluation.protocol import Protocol

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dartprune.errors import UserError, read_user_text
+from dartprune.errors import UserError, read_user_text, require
 from dartprune.evaluation.texts import json_lines, read_texts
 from dartprune.names import unknown
 
@@ -43,12 +42,6 @@ SUMMARIES = {
         "EdinburghNLP/xsum", None, "test", ("document", "summary"), revision="refs/convert/parquet", written=64
     ),
 }
-
-
-def require(module: str, what: str) -> None:
-    """ValueError if a package of the extra `eval` is missing."""
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"{what} needs the package {module}: pip install 'dartprune[eval]'")
 
 
 def corpus(name: str) -> dict[str, list[str]]:

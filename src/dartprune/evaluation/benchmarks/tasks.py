@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from dartprune.errors import UserError
-from dartprune.evaluation.benchmarks.sources import require, why
+from dartprune.errors import UserError, require
+from dartprune.evaluation.benchmarks.sources import why
 from dartprune.names import unknown
 from dartprune.pruner import Pruner
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dartprune.evaluation.benchmarks.sources import require
+from dartprune.errors import require
 
 LIBRARIES = ("rouge_score", "sacrebleu")
 NGRAM = 4  # words whose return counts as repetition
