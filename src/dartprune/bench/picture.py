@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dartprune.bench.result import MemoryRow, Result, Row
-from dartprune.reporting.plot import BLUE, GREEN, GREY, ORANGE, save
+from dartprune.reporting.plot import AMBER, BLUE, GREEN, GREY, ORANGE, SKY, save
 
-LOOKS = ((GREY, ""), (ORANGE, "//"), (GREEN, ".."), (BLUE, ""), ("#E69F00", "xx"), ("#56B4E9", "\\\\"))
+LOOKS = ((GREY, ""), (ORANGE, "//"), (GREEN, ".."), (BLUE, ""), (AMBER, "xx"), (SKY, "\\\\"))
 CLAIM = 10e6  # bytes a sequence, DART section 4.4
 
 
