@@ -204,11 +204,10 @@ def _run(
     from dartprune.evaluation.study.run import run_study
     from dartprune.reporting.progress import bar
 
-    with bar("reading texts", settings.steps, silent=silent) as work:
+    with bar("reading texts", 0, silent=silent) as work:
         return run_study(
             model, tokenizer, texts, arms, settings,
-            folder=out, batch=batch, backend=backend, name=name,
-            told=lambda text, steps: work.reach(steps, text=text),
+            folder=out, batch=batch, backend=backend, name=name, watcher=work,
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ tokens, so that every scored token is computed as a decoded one would be (DART s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dartprune.errors import UserError
 from dartprune.pruner import Pruner
 from dartprune.report import Report
+from dartprune.reporting.progress import Advance
 from dartprune.run import Run
 
 LONGEST_BLOCK = 64  # tokens of one forward
@@ -78,7 +79,7 @@ def forced_losses(
     *,
     block: int | None = 1,
     backend: str = "auto",
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> tuple[Tensor, Report]:
     """Loss of each token after the context, as the pruned model decodes the text.
 

@@ -20,11 +20,11 @@ from dartprune.evaluation.lines import Lines
 from dartprune.evaluation.tally import Tally
 from dartprune.pruner import Pruner
 from dartprune.report import Report
+from dartprune.reporting.progress import Advance
 from dartprune.run import Run
 
 PER_RUN = 256  # sequences until the model is attached anew: a run remembers each of them until its report
 Tokens = tuple[int, ...]
-Progress = Callable[[int], None]
 T = TypeVar("T")
 E = TypeVar("E")
 
@@ -95,7 +95,7 @@ class Protocol:
         return len(context) - 1 - self.pruner.skip_first < self.pruner.least_traced
 
     def score(
-        self, questions: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Progress | None = None
+        self, questions: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Advance | None = None
     ) -> list[Scored]:
         """Score answers, each after its context; equal contexts are prefilled once.
 
@@ -142,7 +142,7 @@ class Protocol:
         ends: Sequence[int],
         stop: Callable[[list[int]], bool] | None = None,
         choose: Callable[[Tensor], Tensor] | None = None,
-        progress: Progress | None = None,
+        progress: Advance | None = None,
     ) -> list[Written]:
         """Continue contexts token by token.
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 EVERY = 30.0  # seconds between lines where there is no terminal
+Advance = Callable[[int], None]  # is told of so many more parts that are done
+
+
+class Watcher(Protocol):
+    """Is told how far work of many units has come; `Bar` is one."""
+
+    def expect(self, parts: int, /) -> None:
+        """So many more parts are to be done than was known."""
+
+    def step(self, label: str, parts: int, /) -> None:
+        """So many more parts of what `label` says are done."""
 
 
 class Bar:

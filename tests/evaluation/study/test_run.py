@@ -19,8 +19,23 @@ from small_study import SETTINGS, Tokenizer, arms, model, texts
 FREE = Settings(**{**vars(SETTINGS), "mode": "free", "temperature": 1.0})
 
 
-def run(folder=None, chosen=None, told=None, settings=SETTINGS, kinds=None):
-    options = {"folder": folder, "batch": 2, "backend": "masked", "told": told}
+class Heard:
+    """A watcher: steps of each unit, and of all that were announced; may stop the work at a unit's step."""
+
+    def __init__(self, stop=None):
+        self.steps, self.expected, self.stop = {}, 0, stop
+
+    def expect(self, steps):
+        self.expected += steps
+
+    def step(self, label, steps):
+        self.steps[label] = self.steps.get(label, 0) + steps
+        if (label, self.steps[label]) == self.stop:
+            raise KeyboardInterrupt
+
+
+def run(folder=None, chosen=None, watcher=None, settings=SETTINGS, kinds=None):
+    options = {"folder": folder, "batch": 2, "backend": "masked", "watcher": watcher}
     return run_study(model(), Tokenizer(), kinds or texts(4), chosen or arms(), settings, **options)
 
 
@@ -35,21 +50,21 @@ def same(a, b):
 
 def test_a_stopped_study_goes_on(tmp_path):
     whole = run()
-    done = []
-
-    def stop(label, steps):
-        done.append((label, steps))
-        if label == "dart-frozen change 1" and steps == 9:
-            raise KeyboardInterrupt
-
+    stopped = Heard(stop=("dart-frozen change 1", 9))
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, told=stop)
-    again = []
-    resumed = run(tmp_path, told=lambda label, steps: again.append((label, steps)))
-    assert "dart-frozen change 0" not in {label for label, _ in again}
-    assert again[0] == ("dart-frozen change 1", 0), "the unit that was cut short is done anew"
+        run(tmp_path, watcher=stopped)
+    again = Heard()
+    resumed = run(tmp_path, watcher=again)
+    assert "dart-frozen change 0" not in again.steps
+    assert next(iter(again.steps)) == "dart-frozen change 1", "the unit that was cut short is done anew"
+    assert set(again.steps.values()) == {SETTINGS.steps} and again.expected == sum(again.steps.values())
+    assert again.expected == stopped.expected - (len(stopped.steps) - 1) * SETTINGS.steps, (
+        "what is there counts no more"
+    )
     same(whole, resumed)
-    same(whole, run(tmp_path, told=lambda label, steps: pytest.fail("everything is there")))
+    there = Heard()
+    same(whole, run(tmp_path, watcher=there))
+    assert not there.steps and there.expected == 0
     kinds = {kind: {arm for arm, k in whole.records if k == kind} for kind in ("change", "control")}
     assert kinds["control"] == kinds["change"] - {"dart-release@24"} and len(kinds["change"]) == 5
     assert all(record.texts == 4 for record in whole.records.values())

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from dartprune.errors import UserError
-from dartprune.evaluation.protocol import Progress, Protocol
+from dartprune.evaluation.protocol import Protocol
 from dartprune.evaluation.texts import opening
+from dartprune.reporting.progress import Advance
 
 
 def windows(tokens: Sequence[int], size: int, head: Sequence[int] = ()) -> list[tuple[list[int], list[int]]]:
@@ -66,7 +67,7 @@ def cut(documents: Sequence[str], tokenizer: Any, size: int, limit: int | None =
 def perplexity(
     protocol: Protocol,
     parts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    progress: Progress | None = None,
+    progress: Advance | None = None,
     head: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Perplexity of the second halves of windows.

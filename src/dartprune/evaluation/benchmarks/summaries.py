@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from dartprune.errors import UserError
-from dartprune.evaluation.protocol import Progress, Protocol, end_tokens
+from dartprune.evaluation.protocol import Protocol, end_tokens
 from dartprune.evaluation.stats import standard_error
 from dartprune.model.context import context_length
+from dartprune.reporting.progress import Advance
 
 INSTRUCTION = "Summarize the following text.\n\n{document}\n\nSummary:"
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
@@ -62,7 +63,7 @@ def summarise(
     most: int = 1024,
     written: int = 128,
     chat: bool = False,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> dict[str, Any]:
     """Summarise documents greedily and compare with their summaries.
 

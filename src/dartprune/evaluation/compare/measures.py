@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from dartprune.errors import UserError
 from dartprune.evaluation.forced import forced_losses, forced_steps, step_losses
 from dartprune.pruner import Dense, Pruner
 from dartprune.report import Report
+from dartprune.reporting.progress import Advance
 
 ALIKE = {torch.float32: 1e-5, torch.float64: 1e-10}  # mean change of loss, nats, that rounding alone may make
 ALIKE_16_BIT = 2e-3
@@ -51,9 +52,7 @@ class BatchMeasures:
     short: int
 
 
-def reference(
-    model: torch.nn.Module, tokens: Tensor, context: int, progress: Callable[[int], None] | None = None
-) -> Reference:
+def reference(model: torch.nn.Module, tokens: Tensor, context: int, progress: Advance | None = None) -> Reference:
     """Decode streams int64 [B, T] with the plain model, block by block after `context` tokens, as every arm does.
 
     Args:
@@ -81,7 +80,7 @@ def measure(
     dense: Reference,
     *,
     backend: str = "masked",
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> BatchMeasures:
     """Decode streams teacher-forced with a pruner and compare every token's distribution with the dense one.
 

@@ -10,7 +10,7 @@ import json
 import warnings
 import zlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,21 +26,12 @@ from dartprune.evaluation.compare.tuning import Tuned, tune
 from dartprune.evaluation.texts import batch
 from dartprune.pruner import Pruner
 from dartprune.reporting.journal import Journal
+from dartprune.reporting.progress import Watcher
 
 ALONE = 2  # streams that are decoded one by one for the bytes saved
 HELD = 2 << 30  # bytes of dense distributions kept between units; the rest is computed again for every unit
 DIGESTED = 1 << 18  # values of each weight that tell one checkpoint from another
 BACKEND = "masked"  # quality is the same on every backend, and masks are the quickest way through a batch
-
-
-class Watcher(Protocol):
-    """Is told how far the work has come, in decoded steps."""
-
-    def expect(self, steps: int) -> None:
-        """So many more steps are to be done than was known."""
-
-    def step(self, label: str, steps: int) -> None:
-        """So many steps of what `label` says are done."""
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -79,7 +70,7 @@ def compare(
         plan: the settings they were made with.
         journal: made with `journal_settings`, for work that can be interrupted; None keeps everything in memory.
         backend: whose bytes are counted; quality is measured with masks.
-        watcher: told of the progress.
+        watcher: told of the decoded steps.
 
     Raises:
         ValueError: two arms of one name, an arm that does not prune though it says so, or dense distributions that

@@ -5,7 +5,7 @@ Masks are made from each text's prompt and stay; the tokens after it are decoded
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,7 @@ from dartprune.evaluation.stats import standard_error
 from dartprune.evaluation.texts import Stream, batch
 from dartprune.pruner import Dense, Static
 from dartprune.reporting.journal import Journal
+from dartprune.reporting.progress import Advance
 
 ALL = "all layers"
 
@@ -91,7 +92,7 @@ def study_layers(
     size: int = 8,
     backend: str = "auto",
     journal: Journal | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> LayerStudy:
     """Prune one layer at a time, several, and all but one.
 

@@ -23,6 +23,7 @@ from dartprune.evaluation.study.neurons import NeuronLog
 from dartprune.evaluation.study.observe import Observer, Point
 from dartprune.evaluation.study.settings import Settings
 from dartprune.model.families import describe
+from dartprune.reporting.progress import Advance
 
 Choose = Callable[[int, Tensor], Tensor]
 
@@ -100,7 +101,7 @@ def run_unit(
     own: Sequence[Sequence[Tensor]],
     *,
     backend: str = "auto",
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> Unit:
     """Decode one batch with one arm.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ from dartprune.evaluation.study.results import KINDS, Record, Results, join, sav
 from dartprune.evaluation.study.settings import Settings
 from dartprune.model.families import describe
 from dartprune.reporting.journal import Journal
-
-Told = Callable[[str, int], None]
+from dartprune.reporting.progress import Watcher
 
 
 def run_study(
@@ -37,7 +37,7 @@ def run_study(
     batch: int = 30,
     backend: str = "auto",
     name: str = "",
-    told: Told | None = None,
+    watcher: Watcher | None = None,
 ) -> Results:
     """Run every arm over every text.
 
@@ -51,7 +51,7 @@ def run_study(
         batch: texts decoded at once in forced mode. Part of what a unit is: another size starts anew.
         backend: how the pruned FFN is computed.
         name: of the model, to tell studies apart.
-        told: called with a unit's description and the steps it has gone, 0 first.
+        watcher: told of the decoded steps of each unit that is not there yet.
 
     Raises:
         ValueError: settings, texts and model that do not fit, or a folder that holds another study.
@@ -70,15 +70,18 @@ def run_study(
         },
     )
     units = _Units(model, tokenizer, settings, folder, journal)
+    groups = {kind: batches(texts[kind], batch) for kind in KINDS if kind in texts}
+    running = {kind: [arm for arm in arms if kind != "control" or arm.release is None] for kind in groups}
+    if watcher is not None:
+        labels = [units.label(a.name, k, n) for k in groups for n in range(len(groups[k])) for a in running[k]]
+        watcher.expect(settings.steps * sum(label not in journal for label in labels))
     records: dict[tuple[str, str], Record] = {}
-    for kind in (k for k in KINDS if k in texts):
-        groups = batches(texts[kind], batch)
-        running = [arm for arm in arms if kind != "control" or arm.release is None]
-        for number, group in enumerate(groups):
-            for arm in running:
-                units.ensure(arm, kind, number, group, backend, told)
-        for arm in running:
-            labels = [units.label(arm.name, kind, number) for number in range(len(groups))]
+    for kind in groups:
+        for number, group in enumerate(groups[kind]):
+            for arm in running[kind]:
+                units.ensure(arm, kind, number, group, backend, watcher)
+        for arm in running[kind]:
+            labels = [units.label(arm.name, kind, number) for number in range(len(groups[kind]))]
             records[arm.name, kind] = join(arm, kind, [(units.arrays(label), journal[label]) for label in labels])
     decoder = describe(model)
     return Results(
@@ -108,12 +111,12 @@ class _Units:
         return f"{arm} {kind} {number}"
 
     def ensure(
-        self, arm: ArmAt, kind: str, number: int, group: Sequence[Text], backend: str, told: Told | None
+        self, arm: ArmAt, kind: str, number: int, group: Sequence[Text], backend: str, watcher: Watcher | None
     ) -> None:
         """Compute a unit unless it is there; ValueError if it is there with other settings of the arm."""
         label = self.label(arm.name, kind, number)
         if label not in self._journal:
-            unit = self._compute(arm, label, group, self._own_neurons(kind, number, group), backend, told)
+            unit = self._compute(arm, label, group, self._own_neurons(kind, number, group), backend, watcher)
             if self._folder is None:
                 self._memory[label] = unit.arrays
             else:
@@ -146,17 +149,9 @@ class _Units:
         group: Sequence[Text],
         own: list[list[Tensor]],
         backend: str,
-        told: Told | None,
+        watcher: Watcher | None,
     ) -> Unit:
-        steps = 0
-
-        def progress(n: int) -> None:
-            nonlocal steps
-            steps += n
-            if told is not None:
-                told(label, steps)
-
-        progress(0)
+        progress = None if watcher is None else partial(watcher.step, label)
         prompt = torch.tensor([text.prompt for text in group])
         choose = chooser(group, self._settings, self._tokenizer.eos_token_id)
         return run_unit(
