@@ -105,6 +105,7 @@ def results(records, settings=SETTINGS):
         neurons=[72] * 3,
         arms=arms_,
         top=4,
+        dtype="float32",
         names={kind: [f"text {i}" for i in range(count)] for kind in ("change", "control")},
         records={(r.arm.name, r.kind): r for r in records},
     )

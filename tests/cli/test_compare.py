@@ -57,6 +57,40 @@ def test_on_the_model_inside(compare, texts, tmp_path):
     assert code == 2 and "other settings (seed)" in err.replace("\n", " ")
 
 
+def test_after_ctrl_c_the_same_command_goes_on(compare, texts, tmp_path, monkeypatch):
+    from dartprune.evaluation.compare import run as module
+
+    out = tmp_path / "out"
+    options = ("--texts", texts, "--method", "static", *SMALL, "--kinds", "one-topic", "--versus", "static")
+    real, done = module.measure, []
+
+    def stopped(*given, **named):
+        if len(done) == 1:
+            done.append("stopped")
+            raise KeyboardInterrupt
+        done.append(given[1].name)
+        return real(*given, **named)
+
+    monkeypatch.setattr(module, "measure", stopped)
+    code, _, err = compare(*options, "--out", out)
+    said = "".join(err.split())
+    assert code == 130 and f"what is done lies in {out}: the same command goes on".replace(" ", "") in said
+    code, _, err = compare(*options, "--out", out)
+    assert code == 0, err
+    assert done == ["Dense", "stopped", "Static"], "what was done is not done again"
+
+
+def test_out_is_looked_at_before_anything_is_read(compare, texts, monkeypatch, tmp_path):
+    def read(*given, **named):
+        raise AssertionError("read before --out was looked at")
+
+    monkeypatch.setattr("dartprune.loading.load", read)
+    monkeypatch.setattr("dartprune.evaluation.texts.read_texts", read)
+    (tmp_path / "file").write_text("")
+    code, _, err = compare("--texts", texts, *SMALL, "--out", tmp_path / "file" / "out")
+    assert code == 2 and "file/out" in "".join(err.split()) and "Traceback" not in err
+
+
 def test_the_arms_are_listed(compare):
     code, told, _ = compare("--method", "list")
     assert code == 0 and "dart-release@N" in told and "griffin" in told

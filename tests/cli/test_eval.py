@@ -29,7 +29,9 @@ def test_perplexity_resumes_and_writes(run, text, tmp_path, monkeypatch):
         calls.append(args[0].pruner.name)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        done = real(*args, **kwargs)
+        done["did"]["notes"] = ["something was odd"] if len(calls) > 1 else []
+        return done
 
     monkeypatch.setattr(execute, "perplexity", killed)
     code, _, err = run(*how, "--out", out)
@@ -43,11 +45,19 @@ def test_perplexity_resumes_and_writes(run, text, tmp_path, monkeypatch):
     assert list(arms) == ["dense", "static 0.5", "static 0.7"]
     assert arms["static 0.7"]["realised_sparsity"] == pytest.approx(0.7, abs=0.01)
     assert arms["dense"]["scores"]["dogs"] < arms["static 0.7"]["scores"]["dogs"]
+    assert [note for note in data["notes"] if "odd" in note] == [
+        "static 0.5: something was odd",
+        "static 0.7: something was odd",
+    ]
+    assert data["dtype"] == "bfloat16" and "its weights bfloat16" in (out / "report.html").read_text()
     assert (out / "curves.png").stat().st_size > 10_000 and "<img" in (out / "report.html").read_text()
     printed = json.loads(run(*how, "--json", "--out", out)[1])
     assert printed == data
     code, _, err = run(*how[:-1], 2, "--out", out)
     assert code == 2 and "holds results of other settings (limit)" in err
+    calls[:] = calls[:2]
+    code, _, err = run(*how)
+    assert code == 130 and "nothing was kept: with --out FOLDER the same command goes on" in " ".join(err.split())
 
 
 def test_summaries(run, tmp_path):

@@ -52,8 +52,33 @@ def test_forced(run, topics, tmp_path):
     ]
     assert data["texts"]["change"] and {*data["texts"]["change"]} <= {"novels > code", "code > novels"}
     assert len(data["recovery"]) == 1 and (tmp_path / "s" / "report.html").stat().st_size > 100_000
+    assert data["dtype"] == "bfloat16" and data["notes"][1].startswith("Each stretch of a text begins with token ")
+    assert data["verdict"].startswith("Whether the model recovers when released at 30 is undecided") or (
+        data["recovery"][0]["verdict"] == "undecided"
+    )
     code, _, err = run(*args, "--seed", 5)
     assert code == 2 and "holds results of other settings (settings, texts)" in err
+
+
+def test_after_ctrl_c_the_same_command_goes_on(run, topics, monkeypatch):
+    from dartprune.evaluation.study import run as module
+
+    options = ("--streams", 1, "--control", 0, "--layers", "last", "--method", "dart-frozen", *SHORT)
+    real, done = module.run_unit, []
+
+    def stopped(*given, **named):
+        if len(done) == 1:
+            done.append("stopped")
+            raise KeyboardInterrupt
+        done.append(given[1].name)
+        return real(*given, **named)
+
+    monkeypatch.setattr(module, "run_unit", stopped)
+    code, _, err = run("study", "--texts", *topics, "--out", "s", *options)
+    assert code == 130 and "what is done lies in s: the same command goes on from there" in " ".join(err.split())
+    code, out, _ = run("study", "--texts", *topics, "--out", "s", *options)
+    assert code == 0 and "report: s/report.html" in out
+    assert done == ["dense", "stopped", "dart-frozen"], "what was done is not done again"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

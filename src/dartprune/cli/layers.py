@@ -163,7 +163,7 @@ def _study(
             journal=journal,
             progress=advance,
         )
-    return found, settings
+    return found, {**settings, "dtype": str(model.dtype).removeprefix("torch."), "begins_with": head}
 
 
 def _groups(text: str | None) -> dict[str, tuple[int, int]] | None:

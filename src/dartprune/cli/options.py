@@ -105,8 +105,9 @@ def resumable(out: Path | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if out is not None:
-            say(f"what is done lies in {out}: the same command goes on from there", style="yellow", error=True)
+        kept = f"what is done lies in {out}: the same command goes on from there"
+        lost = "nothing was kept: with --out FOLDER the same command goes on where it was stopped"
+        say(lost if out is None else kept, style="yellow", error=True)
         raise
 
 

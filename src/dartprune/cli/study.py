@@ -86,6 +86,7 @@ def study(
 ) -> None:
     """Follow texts that change their topic through a pruned model, and ask when a release of the masks still helps."""
     from dartprune.evaluation.arms import parse_arms
+    from dartprune.evaluation.study.layout import stretch_begin
     from dartprune.evaluation.study.settings import Settings
     from dartprune.names import comma_list
 
@@ -134,7 +135,8 @@ def study(
     name = "demo" if model is None else Path(model).name
     with o.resumable(out):
         results = _run(loaded, tokenizer, laid, chosen, settings, out, batch, backend, name, as_json)
-    found, paths = _conclude(results, laid, tokenizer, encoder, out, name, one_request)
+    begin = stretch_begin(tokenizer, separator) if mode == "forced" else None
+    found, paths = _conclude(results, laid, tokenizer, encoder, out, name, one_request, begin)
     if as_json:
         from dartprune.evaluation.study.findings import to_data
 
@@ -219,6 +221,7 @@ def _conclude(
     out: Path,
     name: str,
     one_request: bool,
+    begin: int | None,
 ) -> tuple[Findings, list[Path]]:
     import json
 
@@ -260,6 +263,8 @@ def _conclude(
             "The text is given, so a pruned model cannot write itself into a corner: what a release must undo is the "
             "cache that was filled by the pruned model. Free mode shows the other half."
         )
+        if begin is not None:
+            notes.append(f"Each stretch of a text begins with token {begin}.")
     found = find(results, quality, notes)
     return found, write(
         results, found, out, f"Knowledge drift: {name} at sparsity {settings.sparsity:g}, {settings.mode}"

@@ -51,7 +51,7 @@ def test_realised_sparsities_agree_or_say_so(comparison):
 
 def test_dense_is_at_no_distance(comparison):
     for outcome in comparison.of(ONE, 0.0) + comparison.of(CHANGING, 0.0):
-        assert outcome.arm == "dense" and outcome.curve == [0.0] * PLAN.steps
+        assert outcome.arm == "dense" and set(outcome.curve) <= {0.0, None} and len(outcome.curve) == PLAN.steps
         for part in outcome.parts.values():
             assert part.over_dense.value == part.over_dense.low == part.over_dense.high == 0
             assert abs(part.divergence.value) < 1e-5 and part.agreement.value == 1
@@ -70,7 +70,9 @@ def test_parts_add_up_to_the_curve_without_what_follows_the_join(comparison):
     change = PLAN.lengths[0] - PLAN.prompt
     assert comparison.settings["left_out_after_change"] == 1 + JOIN
     for outcome in comparison.of(CHANGING, 0.5):
-        before, after = outcome.curve[:change], outcome.curve[change + 1 + JOIN :]
+        before, left_out = outcome.curve[:change], outcome.curve[change : change + 1 + JOIN]
+        after = outcome.curve[change + 1 + JOIN :]
+        assert left_out == [None] * (1 + JOIN)
         assert outcome.parts["before"].over_dense.value == pytest.approx(sum(before) / len(before))
         assert outcome.parts["after"].over_dense.value == pytest.approx(sum(after) / len(after))
 

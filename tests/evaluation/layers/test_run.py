@@ -156,13 +156,15 @@ def test_continues_where_it_was_killed(model, drawn, found, tmp_path, monkeypatc
 
 
 def test_written(found, tmp_path):
-    paths = write(found, tmp_path, "a <tiny> model", {"seed": 1})
+    settings = {"seed": 1, "dtype": "bfloat16", "begins_with": 2}
+    paths = write(found, tmp_path, "a <tiny> model", settings)
     drawn = [f"{name}.{ending}" for name in ("curves", "sensitivity", "overlap") for ending in ("png", "svg")]
     assert [path.name for path in paths] == ["report.html", "results.json", *drawn]
     data = json.loads(paths[1].read_text())
-    assert data["alone"] == found.alone and data["settings"] == {"seed": 1}
+    assert data["alone"] == found.alone and data["settings"] == settings
     page = paths[0].read_text()
     assert "a &lt;tiny&gt; model" in page and page.count("<img") == 3
+    assert "The weights are bfloat16." in page and "Each begins with token 2," in page
     single, several, ranks = tables(found)
     assert len(single.rows) == 3 and single.columns[0] == "layer" and len(several.rows) == len(ranks.rows) == 2
     assert single.rows[0][2].startswith(f"{found.alone[0][0]:.3f}"), "75 % is the middle one of two"

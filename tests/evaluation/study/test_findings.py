@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import json
+
 import numpy as np
 import pytest
 
 from dartprune.evaluation.arms import parse_arms
+from dartprune.evaluation.stats import Interval
 from dartprune.evaluation.study import claims as c
 from dartprune.evaluation.study import findings as f
+from dartprune.evaluation.study import pictures
 from dartprune.evaluation.study import recovery as r
 from dartprune.evaluation.study.settings import Settings
+from dartprune.evaluation.study.tables import write_tables
+from dartprune.reporting.frame import Frame
 from small_study import SETTINGS, arms, record, results
 
 S = SETTINGS
@@ -93,20 +100,55 @@ def test_until_when():
 
 def test_few_texts_answer_nothing(monkeypatch):
     """Whatever the figures say: an interval over two texts knows two values."""
-    monkeypatch.setattr("dartprune.evaluation.study.claims.LEAST_TEXTS", COUNT + 1)
+    for module in (c, r):
+        monkeypatch.setattr(module, "LEAST_TEXTS", COUNT + 1)
+    found = study(0.6)
+    rows = r.recoveries(found)
+    assert [row.verdict for row in rows] == ["undecided"] and rows[0].regained.high < 0.8
+    line = r.verdict(rows, 0.8)
+    assert line.startswith("Whether the model recovers when released at 24 is undecided: ") and "than 13 texts" in line
     made = c.claims(study(0.0), [])
     assert [claim.answer for claim in made] == ["undecided"] * 3
     assert made[0].figures.startswith("12 texts of a kind answer nothing: give at least 13; seen were: loss over dense")
     monkeypatch.undo()
     assert c.claims(study(0.0), [])[0].answer == "reproduced" and c.LEAST_TEXTS == 10
+    assert [row.verdict for row in r.recoveries(found)] == ["does not"]
+    assert r._recovers(Interval(1, 0.5, 1.5), Interval(0.4, 0.0, 0.9), 0.8) == "undecided", "the interval allows both"
 
 
-def test_the_first_tokens_after_the_change_are_not_compared():
-    high = loss(0.2, 1.0, 1)
-    high[S.before : S.before + 5] = 100.0
-    made = results([record(DENSE, "change", loss(0, 0, 0) * 0), record(STATIC, "change", high)])
-    row = next(row for row in f.find(made).arms if row.arm == STATIC.name)
-    assert row.excess_after.value == pytest.approx(1.0, abs=0.02) and S.compared_from == S.before + 5
+def test_the_first_tokens_of_the_second_topic_are_compared_nowhere(tmp_path):
+    """The first one is predicted by the last step that feeds the first topic."""
+    kept, freed = loss(0.2, 1.0, 1), loss(0.2, 1.0, 2)
+    for high in (kept, freed):
+        high[S.before - 1 : S.before + 5] = 100.0
+    release = parse_arms(f"dart-release@{S.before}", 0.5)[-1]
+    rows = ((DENSE, kept * 0), (STATIC, kept), (release, freed))
+    made = results([record(arm, "change", losses) for arm, losses in rows])
+    assert S.join == slice(S.before - 1, S.before + 5)
+    found = f.find(made)
+    row = next(row for row in found.arms if row.arm == STATIC.name)
+    assert row.excess_before.value == pytest.approx(0.2, abs=0.02)
+    assert row.excess_after.value == pytest.approx(1.0, abs=0.02)
+    assert found.recovery[0].frozen.value == pytest.approx(1.0, abs=0.02)
+    windows = made.windowed_excess(made.records[STATIC.name, "change"])
+    assert windows.shape == (S.windows, COUNT) and np.allclose(windows.mean(1)[:2], 0.2, atol=0.03)
+    assert np.allclose(windows.mean(1)[2:], 1.0, atol=0.03)
+    frame = Frame(tmp_path, "t")
+    write_tables(made, found, frame)
+    with (tmp_path / "texts.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["arm"] == STATIC.name]
+    assert all(float(row["excess_before"]) < 0.3 and float(row["excess_after"]) < 1.1 for row in rows)
+    assert max(json.loads((tmp_path / "series.json").read_text())[1]["excess_loss"]) < 1.1
+    drawn = pictures.losses(made).axes[0].lines[0].get_ydata()
+    assert max(drawn) < 1.1
+
+
+def test_a_window_that_holds_nothing_else_has_no_loss():
+    small = Settings(**{**vars(S), "window": 2})
+    made = results([record(DENSE, "change", loss(0, 0, 0) * 0, settings=small)], small)
+    windows = made.windowed_excess(made.records["dense", "change"])
+    empty = np.isnan(windows).all(1)
+    assert np.flatnonzero(empty).tolist() == [8, 9] and not np.isnan(windows[~empty]).any()
 
 
 def test_the_three_claims():
@@ -151,7 +193,8 @@ def test_free_mode_compares_with_what_the_dense_arm_wrote():
     made = results(list(study(0.0).records.values()), Settings(**{**vars(S), "mode": "free"}))
     static = made.records["dart-frozen", "change"]
     static.dense_loss = static.dense_loss + 0.25
-    assert np.allclose(made.excess(static), 0.25)
+    excess = made.excess(static)
+    assert np.isnan(excess[S.join]).all() and np.allclose(np.delete(excess, S.join, 0), 0.25)
 
 
 def test_the_curve_needs_a_frozen_arm():

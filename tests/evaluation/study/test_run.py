@@ -137,6 +137,8 @@ def test_free_mode_repeats_exactly():
     assert record.text[FREE.before - 1 : FREE.before + 1].tolist() == [[100, 100], [101, 101]]
     assert not np.array_equal(record.text[:, 0], record.text[:, 1]), "every text draws for itself"
     dense = first.records["dense", "change"]
-    assert np.allclose(first.excess(record), record.dense_loss - dense.dense_loss)
+    excess = first.excess(record)
+    compared = ~np.isnan(excess)
+    assert np.allclose(excess[compared], (record.dense_loss - dense.dense_loss)[compared]) and compared.mean() > 0.8
     other = run(settings=Settings(**{**vars(FREE), "seed": 1}), kinds=free_kinds(), chosen=arms()[:2])
     assert not np.array_equal(other.records["dart-frozen", "change"].text, record.text)

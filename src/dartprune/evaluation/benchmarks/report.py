@@ -23,10 +23,11 @@ PROTOCOL = (
 
 @dataclass
 class RecipeResults:
-    """Results of a recipe on a model; `notes` say what must be known to read them."""
+    """Results of a recipe on a model whose weights are `dtype`; `notes` say what must be known to read them."""
 
     recipe: Recipe
     model: str
+    dtype: str
     arms: list[ArmScores]
     notes: list[str] = field(default_factory=list)
 
@@ -41,6 +42,7 @@ class RecipeResults:
             "measure": self.recipe.measure,
             "title": self.recipe.title,
             "model": self.model,
+            "dtype": self.dtype,
             "settings": self.recipe.settings(),
             "arms": [arm.to_dict() for arm in self.arms],
             "notes": self.notes,
@@ -50,7 +52,7 @@ class RecipeResults:
         """Write results.json, report.html and, for several sparsities, the picture; their paths, the page first."""
         frame = Frame(folder, self.recipe.title or f"{self.recipe.measure}: {', '.join(self.recipe.what)}")
         frame.json("results", self.to_dict())
-        frame.page.text(f"Model: {self.model}. {PROTOCOL}")
+        frame.page.text(f"Model: {self.model}, its weights {self.dtype}. {PROTOCOL}")
         for table in self.tables():
             frame.page.sheet(table)
         if len({arm.pruner.sparsity for arm in self.arms if arm.pruner.prunes}) > 1:

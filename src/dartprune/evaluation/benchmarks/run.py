@@ -77,11 +77,12 @@ def execute(
         ValueError: a text too short, or a journal of other settings.
     """
     units, work, notes = _Work(recipe, gathered, model, tokenizer, backend, silent).of(recipe.measure)
+    dtype = str(model.dtype).removeprefix("torch.")
     settings = {**recipe.settings(), "model": name, "backend": backend, "dtype": str(model.dtype)}
     journal = Journal(None if out is None else out / "journal.jsonl", settings)
     arms = collect(arms_at(recipe.methods, recipe.sparsities), units, work, journal)
-    said = dict.fromkeys(note for arm in arms for note in arm.tally.notes)
-    return RecipeResults(recipe, name, arms, notes + list(said))
+    notes += [f"{arm.name}: {note}" for arm in arms for note in arm.tally.notes]
+    return RecipeResults(recipe, name, dtype, arms, notes)
 
 
 class _Work:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dartprune.evaluation.compare.plan import CHANGING, ONE, Material, Plan
+from dartprune.evaluation.compare.plan import CHANGING, ONE, Material, Part, Plan
 from dartprune.evaluation.compare.tuning import Tuned
 from dartprune.evaluation.stats import Interval, interval
 
@@ -65,7 +65,7 @@ class Outcome:
     too short to trace.  refreshes: of one stream, settles too.  false_alarms_per_200: events in 200 tokens on one
     topic, None where the topic changes.  noticed: share of the streams with an event after the change.  delay: tokens
     until the first one, median.  ceiling: computes everything to know what it could have left out.  curve: loss over
-    dense at each scored token, mean over streams.
+    dense at each decoded token, mean over streams; None at those that no part holds.
     """
 
     arm: str
@@ -84,7 +84,7 @@ class Outcome:
     delay: float | None
     ceiling: bool
     parts: dict[str, PartOutcome]
-    curve: list[float]
+    curve: list[float | None]
     notes: list[str] = field(default_factory=list)
 
 
@@ -117,7 +117,7 @@ def assemble(cases: Sequence[Case], material: Material, plan: Plan) -> Compariso
             for part in material.parts(case.kind, plan)
         }
         _count_events(case, parts, plan)
-        outcomes.append(_outcome(case, dense, parts, plan))
+        outcomes.append(_outcome(case, dense, parts, material.parts(case.kind, plan), plan))
     told = {
         **plan.to_dict(),
         "sparsities": list(plan.sparsities),
@@ -125,7 +125,7 @@ def assemble(cases: Sequence[Case], material: Material, plan: Plan) -> Compariso
         "versus": plan.versus,
         "domains": material.domains,
         "domains_too_short": material.too_short,
-        "separator": material.separator is not None,
+        "separator": material.separator,
         "left_out_after_change": material.left_out,
         "texts": material.digest,
     }
@@ -161,13 +161,14 @@ def _count_events(case: Case, parts: dict[str, PartOutcome], plan: Plan) -> None
     parts["after"].events = (len(everything) - before) / plan.count
 
 
-def _outcome(case: Case, dense: Case, parts: dict[str, PartOutcome], plan: Plan) -> Outcome:
+def _outcome(case: Case, dense: Case, parts: dict[str, PartOutcome], scored: Sequence[Part], plan: Plan) -> Outcome:
     streams = case.streams
     firsts = [
         min((p - plan.lengths[0] for p in stream["events"] if p > plan.lengths[0]), default=None) for stream in streams
     ]
     delays = [delay for delay in firsts if delay is not None] if case.kind == CHANGING else []
     sums = [[sum(column) for column in zip(*(unit["losses"] for unit in c.units), strict=True)] for c in (case, dense)]
+    over_dense = [(ours - theirs) / plan.count for ours, theirs in zip(*sums, strict=True)]
     return Outcome(
         arm=case.arm,
         kind=case.kind,
@@ -185,6 +186,6 @@ def _outcome(case: Case, dense: Case, parts: dict[str, PartOutcome], plan: Plan)
         delay=statistics.median(delays) if delays else None,
         ceiling=any(unit["ceiling"] for unit in case.units),
         parts=parts,
-        curve=[(ours - theirs) / plan.count for ours, theirs in zip(*sums, strict=True)],
+        curve=[over if any(p.first <= at < p.last for p in scored) else None for at, over in enumerate(over_dense)],
         notes=list(dict.fromkeys(note for unit in case.units for note in unit["notes"])),
     )

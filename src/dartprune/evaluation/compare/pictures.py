@@ -26,7 +26,7 @@ def styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
     return out | {versus: {"color": "black", "linestyle": "-", "marker": "o", "linewidth": 2.4, "markersize": 5}}
 
 
-def smoothed(values: Sequence[float], window: int = SMOOTH) -> np.ndarray:
+def smoothed(values: Sequence[float | None], window: int = SMOOTH) -> np.ndarray:
     """Centred moving mean; at the ends over what is there."""
     array = np.asarray(values, dtype=float)
     kernel = np.ones(min(window, len(array)))

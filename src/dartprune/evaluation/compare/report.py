@@ -195,6 +195,7 @@ def _streams(comparison: Comparison) -> str:
         f"{first - s['prompt']} of the first and {second} of the second. The weights are {s['weights']['dtype']}. The "
         f"first {s['left_out_after_change']} tokens after a change are in no figure and no picture: a text that is cut "
         "in begins in mid-sentence, and costs the dense model itself ten nats and more a token there."
+        + ("" if s["separator"] is None else f" Each stretch begins with token {s['separator']}, which is one of them.")
     )
 
 

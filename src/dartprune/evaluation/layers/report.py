@@ -45,12 +45,17 @@ def tables(study: LayerStudy) -> list[Sheet]:
 
 
 def write(study: LayerStudy, folder: Path, name: str, settings: dict[str, Any]) -> list[Path]:
-    """Write results.json, the pictures and report.html into a folder; their paths, the page first."""
+    """Write results.json, the pictures and report.html into a folder; their paths, the page first.
+
+    `settings` say, beside what else there is, the weights' `dtype` and the token that each text `begins_with`, or None.
+    """
     frame = Frame(folder, f"Layers of {name}")
     frame.json("results", {"model": name, "settings": settings, **study.to_dict()})
+    head = settings["begins_with"]
+    begin = "" if head is None else f"Each begins with token {head}, as the tokenizer begins a text. "
     frame.page.text(
-        "Masks are made from each text's prompt and stay; the tokens after it are decoded teacher-forced. Loss over "
-        "dense in nats; after ± stands one standard error, over texts."
+        f"The weights are {settings['dtype']}. Masks are made from each text's prompt and stay; the tokens after it "
+        f"are decoded teacher-forced. {begin}Loss over dense in nats; after ± stands one standard error, over texts."
     )
     for table in tables(study):
         frame.page.sheet(table)

@@ -9,12 +9,11 @@ import numpy as np
 
 from dartprune.evaluation.stats import Array, Interval, difference, share
 from dartprune.evaluation.study.detector import first_events, judge
-from dartprune.evaluation.study.recovery import Recovery
+from dartprune.evaluation.study.recovery import LEAST_TEXTS, Recovery
 from dartprune.evaluation.study.results import Record, Results
 
 YES, NO, OPEN = "reproduced", "refuted", "undecided"
 RESCUED_UNTIL, LOST_FROM = 400, 500  # the paper's release times, in decoded tokens
-LEAST_TEXTS = 10  # fewer answer nothing: an interval over two texts knows two values
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def _trap(results: Results) -> Claim:
 
     def rise(record: Record) -> Array:
         excess = results.excess(record)
-        return np.asarray(excess[s.compared_from :].mean(0) - excess[: s.before].mean(0))
+        return np.asarray(np.nanmean(excess[s.before :], 0) - np.nanmean(excess[: s.before], 0))
 
     def fall(record: Record) -> Array:
         cosine = record.measure("cosine_to_dense", results.lead)

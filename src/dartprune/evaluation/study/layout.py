@@ -67,7 +67,7 @@ def forced_texts(
     for a, b in combinations(documents, 2):
         if list(documents[a]) == list(documents[b]):
             raise UserError(f"topics {a!r} and {b!r} have the same text: a change of topic needs two different ones")
-    mark = tokenizer.bos_token_id if separator or opening(tokenizer) else None
+    mark = stretch_begin(tokenizer, separator)
     first, second = settings.prompt - 1 + settings.before, settings.after + 1
     enough = pieces(documents, tokenizer, max(first, second))
     if len(documents) == 2 and len(enough) < 2:
@@ -84,6 +84,12 @@ def forced_texts(
 
 def _forced(stream: Stream, settings: Settings, number: int) -> Text:
     return Text(stream.tokens[: settings.prompt], stream.tokens[settings.prompt :], stream.domains, number)
+
+
+def stretch_begin(tokenizer: Any, separator: bool) -> int | None:
+    """The token that begins each stretch of a given text, None for none; `separator` as in `forced_texts`."""
+    token: int | None = tokenizer.bos_token_id if separator or opening(tokenizer) else None
+    return token
 
 
 def free_texts(

@@ -48,8 +48,7 @@ class _Pen:
 
     def loss(self, axes: Axes, record: Record, shade: bool = True) -> None:
         """Loss over dense, window by window."""
-        s = self.results.settings
-        self.line(axes, record, self.results.excess(record).reshape(s.windows, s.window, -1).mean(1), shade)
+        self.line(axes, record, self.results.windowed_excess(record), shade)
 
     def change(self, axes: Axes, label: str | None = "the topic changes") -> None:
         """The change of topic."""

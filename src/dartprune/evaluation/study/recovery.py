@@ -11,6 +11,9 @@ from dartprune.evaluation.arms import ArmAt
 from dartprune.evaluation.stats import Interval, regained
 from dartprune.evaluation.study.results import Record, Results
 
+LEAST_TEXTS = 10  # fewer answer nothing: an interval over two texts knows two values
+UNDECIDED = "undecided"
+
 
 @dataclass(frozen=True)
 class Recovery:
@@ -19,8 +22,8 @@ class Recovery:
     tokens: over which it is judged, from the release on.  frozen, released: loss over dense there.  regained: the share
     of the frozen arm's that is gone.  similar_frozen, similar, similarity_regained: the same of the cosine with the
     dense model at the leading point.  half_time: tokens until a window's excess is at most half of the frozen arm's,
-    None: never.  lost: loss over dense in the text's last tokens.  verdict: recovers, does not, undecided, nothing to
-    regain.
+    None: never.  lost: loss over dense in the text's last tokens.  verdict: recovers, does not, undecided (the interval
+    allows both, or fewer than `LEAST_TEXTS` texts), nothing to regain.
     """
 
     release: int
@@ -48,13 +51,14 @@ def _recovery(results: Results, arm: ArmAt, release: int, frozen: Record) -> Rec
     s, record = results.settings, results.records[arm.name, "change"]
     span = slice(release, min(release + s.horizon, s.steps))
     stays, freed = results.excess(frozen), results.excess(record)
-    pair = np.stack((freed[span].mean(0), stays[span].mean(0)))
+    pair = np.stack([np.nanmean(losses[span], 0) for losses in (freed, stays)])
     # whole windows after the release
     windows = slice(-(-release // s.window), span.stop // s.window)
     alike = [r.measure("cosine_to_dense", results.lead)[windows].mean(0) for r in (record, frozen)]
     gain, loss = results.interval(pair, statistic=regained), results.interval(pair[1])
     blocks = [slice(i, i + s.window) for i in range(release, span.stop - s.window + 1, s.window)]
-    halved = [b.stop - release for b in blocks if freed[b].mean() <= stays[b].mean() / 2]
+    blocks = [b for b in blocks if np.isfinite(stays[b]).any()]
+    halved = [b.stop - release for b in blocks if np.nanmean(freed[b]) <= np.nanmean(stays[b]) / 2]
     return Recovery(
         release=release,
         tokens=span.stop - span.start,
@@ -65,8 +69,8 @@ def _recovery(results: Results, arm: ArmAt, release: int, frozen: Record) -> Rec
         similar=float(alike[0].mean()),
         similarity_regained=results.interval(1 - np.stack(alike), statistic=regained),
         half_time=halved[0] if halved else None,
-        lost=results.interval(freed[-min(s.horizon, s.after) :].mean(0)),
-        verdict=_recovers(loss, gain, s.recovered),
+        lost=results.interval(np.nanmean(freed[-min(s.horizon, s.after) :], 0)),
+        verdict=_recovers(loss, gain, s.recovered) if record.texts >= LEAST_TEXTS else UNDECIDED,
     )
 
 
@@ -75,7 +79,7 @@ def _recovers(loss: Interval, gain: Interval, wanted: float) -> str:
         return "nothing to regain"
     if gain.low >= wanted:
         return "recovers"
-    return "does not" if gain.high < wanted else "undecided"
+    return "does not" if gain.high < wanted else UNDECIDED
 
 
 def verdict(rows: Sequence[Recovery], wanted: float) -> str:
@@ -87,6 +91,10 @@ def verdict(rows: Sequence[Recovery], wanted: float) -> str:
     good = [row.release for row in rows if row.verdict == "recovers"]
     said = ", ".join(f"{row.release}: {row.regained.value:.0%}" for row in rows)
     tail = f" (share of the loss regained by release time: {said}; wanted: {wanted:.0%})."
+    open_ = ", ".join(str(row.release) for row in rows if row.verdict == UNDECIDED)
+    if not good and open_:
+        why = f"intervals allow both, or there are fewer than {LEAST_TEXTS} texts"
+        return f"Whether the model recovers when released at {open_} is undecided: {why}" + tail
     if not good:
         return "The model does not recover at any release time that was tried" + tail
     if len(good) == len(rows):

@@ -47,9 +47,10 @@ def _opening(results: Results, findings: Findings, frame: Frame) -> None:
     page.text(
         f"{results.records['dense', 'change'].texts} texts; decoded tokens are counted from 1, the second topic begins "
         f"after token {s.before}, the text ends at {s.steps}. Windows have {s.window} tokens; the overlap of largest "
-        f"dimensions counts {results.top}. The loss after the change leaves out its first {s.compared_from - s.before} "
-        "tokens, which begin in mid-sentence. Every arm prunes from the first decoded token on, and the dense model "
-        "reads the same tokens beside it."
+        f"dimensions counts {results.top}. The first {s.join.stop - s.join.start} tokens of the "
+        "second topic are in no loss that is compared, in table or picture: they begin in mid-sentence, and cost the "
+        "dense model itself ten nats and more. Every arm prunes from the first decoded token on, and the dense model "
+        f"reads the same tokens beside it. The weights are {results.dtype}."
     )
     for note in findings.notes:
         page.text(note)

@@ -101,6 +101,7 @@ class Results:
     neurons: list[int]
     arms: list[ArmAt]
     top: int  # largest dimensions whose overlap is counted
+    dtype: str  # of the model's weights
     names: dict[str, list[str]]
     records: dict[tuple[str, str], Record]
 
@@ -116,12 +117,25 @@ class Results:
         """Loss over the dense model's, [steps, texts] in nats.
 
         Forced mode: the arm's loss minus the dense model's on the same token. Free mode: the dense model's loss on the
-        text that the arm wrote, minus that on the text which the dense arm wrote.
+        text that the arm wrote, minus that on the text which the dense arm wrote. NaN at the steps of `Settings.join`,
+        on one-topic texts too, so that both kinds are compared over the same steps.
         """
         if self.settings.mode == "forced":
-            return np.asarray(record.loss - record.dense_loss)
-        dense = self.records["dense", record.kind]
-        return np.asarray(record.dense_loss - dense.dense_loss)
+            excess = np.asarray(record.loss - record.dense_loss)
+        else:
+            excess = np.asarray(record.dense_loss - self.records["dense", record.kind].dense_loss)
+        excess[self.settings.join] = np.nan
+        return excess
+
+    def windowed_excess(self, record: Record) -> Array:
+        """`excess` window by window, [windows, texts]: means of what is compared, NaN where nothing is."""
+        s = self.settings
+        parts = self.excess(record).reshape(s.windows, s.window, -1)
+        compared = np.isfinite(parts)
+        count = compared.sum(1)
+        total = np.where(compared, parts, 0.0).sum(1)
+        out: Array = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+        return out
 
     def interval(self, *groups: Array, statistic: Callable[[list[Array]], Array] | None = None) -> Interval:
         """Interval over texts with the study's draws; see `stats.interval`."""

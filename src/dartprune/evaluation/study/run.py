@@ -88,6 +88,7 @@ def run_study(
         settings=settings,
         points=points,
         top=top_dimensions(decoder.hidden, settings.top),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         neurons=[layer.neurons for layer in decoder.layers],
         arms=list(arms),
         names={kind: [text.name for text in group] for kind, group in texts.items()},

@@ -58,7 +58,7 @@ class Settings:
                 raise unknown("space", space, SPACES)
         if not self.spaces or not self.layers:
             raise UserError("nothing to look at: name at least one layer and one space")
-        least = {"prompt": 4, "window": 1, "top": 1, "early": 1, "horizon": 1, "resamples": 100, "seed": 0}
+        least = {"prompt": 4, "window": 1, "top": 1, "early": 1, "horizon": JOIN + 2, "resamples": 100, "seed": 0}
         for name, smallest in least.items():
             value = getattr(self, name)
             if value < smallest:
@@ -82,9 +82,12 @@ class Settings:
         return self.before + self.after
 
     @property
-    def compared_from(self) -> int:
-        """Decoded tokens before the first one whose loss counts as after the change, see `texts.JOIN`."""
-        return self.before + min(JOIN, self.after // 2)
+    def join(self) -> slice:
+        """Steps, from 0, whose losses are not compared: they predict the second topic's first tokens, see `texts.JOIN`.
+
+        The first of them may be a separator. It is predicted by the last step that still feeds the first topic.
+        """
+        return slice(self.before - 1, self.before + min(JOIN, self.after // 2))
 
     @property
     def windows(self) -> int:

@@ -118,9 +118,9 @@ def _texts(results: Results, record: Record) -> Rows:
             "text": number,
             "topics": results.names[record.kind][number],
             "realised_sparsity": float(record.realised[number]),
-            "dense_loss": float(record.dense_loss[:, number].mean()),
-            "excess_before": float(excess[:before, number].mean()),
-            "excess_after": float(excess[before:, number].mean()),
+            "dense_loss": float(np.delete(record.dense_loss[:, number], results.settings.join).mean()),
+            "excess_before": float(np.nanmean(excess[:before, number])),
+            "excess_after": float(np.nanmean(excess[before:, number])),
             "events": len(alarms[number]),
             "first_event_after": next((at for at in alarms[number] if at > before), None),
         }
@@ -153,7 +153,7 @@ def _series(results: Results, record: Record) -> dict[str, Any]:
     return {
         **_head(record),
         "window": s.window,
-        "excess_loss": _listed(results.excess(record).reshape(s.windows, s.window, -1).mean((1, 2))),
+        "excess_loss": _listed(results.windowed_excess(record).mean(1)),
         "own_neurons_kept": {topic: _listed(record.overlap[:, i].mean((1, 2))) for i, topic in topics},
         "measures": {
             point.name: {name: _listed(record.measure(name, place).mean(1)) for name in WINDOW_MEASURES}
