@@ -153,7 +153,7 @@ class GatedDart(Dart):
 @register_preset("sketch-dart")
 @dataclass(frozen=True)
 class SketchDart(Pruner):
-    """Each token its own neurons, found by a low-bit sketch of the weights: no context, so no drift can hurt it."""
+    """Each token its own neurons, found by a low-bit sketch of the weights whose errors the prompt calibrates."""
 
     budget: Budget = field(default_factory=Uniform)
     token: TokenSelector | None = field(default_factory=Sketch)

@@ -12,6 +12,7 @@ from dartprune import Dart, Dense, Static
 from dartprune.cli import demo
 from dartprune.cli.options import saved
 from dartprune.demo import pairs, passages
+from dartprune.demo.chat import write_in_turn
 from dartprune.evaluation.forced import forced_losses
 from dartprune.loading import load
 
@@ -123,3 +124,31 @@ def test_a_model_that_nobody_here_trained(shared):
         report = run.report()
     assert out.shape == plain.shape and report.realised_sparsity > 0.2
     assert torch.equal(model.generate(**inputs, max_new_tokens=40, do_sample=False), plain)
+
+
+def test_an_answer_of_one_token_has_no_rate():
+    model, tokenizer = load()
+    prompt = tokenizer("once upon a time there was a dog", return_tensors="pt", return_token_type_ids=False)
+    plain = model.generate(**prompt, max_new_tokens=3, do_sample=False)
+    found = write_in_turn(model, tokenizer, [Dense(), Static(sparsity=0.5)], prompt, most=3, repetitions=2)
+    assert [len(written.rates) for written in found] == [2, 2] and found[0].tokens_per_second > 0
+    assert found[0].text == tokenizer.decode(plain[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert found[0].losses.abs().max() == 0 and found[1].losses.shape == (3,)
+    model.generation_config.eos_token_id = int(plain[0, prompt["input_ids"].shape[1]])
+    (alone,) = write_in_turn(model, tokenizer, [Dense()], prompt, most=3, repetitions=1)
+    assert (alone.tokens, alone.tokens_per_second) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("-n", 50), "--max-new-tokens 50 is for a chat model's answer: name one with --model"),
+        (("--model", "demo"), "this model's tokenizer has no chat template"),
+        (("--model", "demo", "--sparsity", 1.7), "sparsity must be a number in [0, 1)"),
+        (("--model", "/no/such/model"), "there is no model folder or .gguf file at '/no/such/model'"),
+        (("--model", "demo", "--backend", "cpux"), "unknown backend 'cpux': did you mean 'cpu'"),
+    ],
+)
+def test_mistakes_of_the_chat_demo_are_one_line(run, tmp_path, args, message):
+    code, _, err = run("demo", *args, "--out", tmp_path)
+    assert code == 2 and message in " ".join(err.split()) and "Traceback" not in err

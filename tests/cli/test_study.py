@@ -53,9 +53,9 @@ def test_forced(run, topics, tmp_path):
     assert data["texts"]["change"] and {*data["texts"]["change"]} <= {"novels > code", "code > novels"}
     assert len(data["recovery"]) == 1 and (tmp_path / "s" / "report.html").stat().st_size > 100_000
     assert data["dtype"] == "bfloat16" and data["notes"][1].startswith("Each stretch of a text begins with token ")
-    assert data["verdict"].startswith("Whether the model recovers when released at 30 is undecided") or (
-        data["recovery"][0]["verdict"] == "undecided"
-    )
+    # two texts decide nothing
+    assert data["recovery"][0]["verdict"] == "undecided"
+    assert data["verdict"].startswith("Whether the model recovers when released at 30 is undecided")
     code, _, err = run(*args, "--seed", 5)
     assert code == 2 and "holds results of other settings (settings, texts)" in err
 

@@ -10,7 +10,7 @@ import typer
 
 from dartprune.cli import options as o
 from dartprune.cli.demo_chat import chat_demo
-from dartprune.errors import make_output_folder
+from dartprune.errors import UserError, make_output_folder
 
 if TYPE_CHECKING:
     from dartprune.report import Report
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: dartprune demo --sparsity 0.7 --out out"
 ARMS = ("dense", "static", "dart", "gated-dart", "sketch-dart")
 DART = ARMS.index("dart")
+ANSWER = 240  # tokens of a chat model's
 CONTEXT = 64
 HALF = 184  # tokens of each domain
 
@@ -25,7 +26,10 @@ HALF = 184  # tokens of each domain
 def demo(
     model: o.Model = None,
     sparsity: o.Sparsity = 0.7,
-    tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2, help="Of a chat model's answer.")] = 240,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", "-n", min=2, help="Of a chat model's answer.", show_default="240"),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the picture.")] = Path("out"),
     backend: o.Backend = "auto",
     as_json: o.AsJson = False,
@@ -38,8 +42,10 @@ def demo(
         o.check_backend(backend)
         make_output_folder(out)
         o.quiet()
-        chat_demo(model, sparsity, out, backend, tokens, as_json=as_json)
+        chat_demo(model, sparsity, out, backend, tokens or ANSWER, as_json=as_json)
         return
+    if tokens is not None:
+        raise UserError(f"--max-new-tokens {tokens} is for a chat model's answer: name one with --model, as smollm2")
     arms = [o.make_pruner(name, sparsity) for name in ARMS]
     o.check_backend(backend)
     make_output_folder(out)

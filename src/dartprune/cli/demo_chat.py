@@ -97,8 +97,8 @@ def _show(data: dict[str, Any]) -> None:
     rows = [
         (
             row["arm"],
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}",
+            "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.1f}",
+            "" if row["tokens_per_second"] is None else f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}",
             f"{max(0.0, row['realised_sparsity']):.3f}",
             o.saved(row["bytes_saved"]),
             "{:.2f} / {:.2f}".format(*row["loss_over_dense"]),

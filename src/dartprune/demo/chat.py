@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,17 +38,17 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
         """Nothing is kept open."""
 
     @property
-    def seconds_per_token(self) -> float:
-        """Median over the decode steps; the first token is the prefill's."""
-        steps = [after - before for before, after in zip(self.times[1:], self.times[2:], strict=False)]
-        return statistics.median(steps) if steps else float("nan")
+    def rates(self) -> list[float]:
+        """Tokens a second in the median decode step; none where the prefill's own token was the only one."""
+        steps = [after - before for before, after in pairwise(self.times[1:])]
+        return [1 / statistics.median(steps)] if steps else []
 
 
 @dataclass
 class Answer:
     """What one arm wrote and did.
 
-    tokens: written.  tokens_per_second: of decoding, from the median step; of each repetition in `rates`.
+    tokens: written.  rates: tokens a second of each repetition, from its median decode step.
     losses: of the dense model's own text as this arm decodes it, over dense, in nats, float32 [n]; zeros for dense.
     """
 
@@ -59,9 +60,9 @@ class Answer:
     losses: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu"))
 
     @property
-    def tokens_per_second(self) -> float:
-        """Median over the repetitions."""
-        return statistics.median(self.rates)
+    def tokens_per_second(self) -> float | None:
+        """Median over the repetitions; None for an answer of one token, which no decode step wrote."""
+        return statistics.median(self.rates) if self.rates else None
 
 
 def prompt_tokens(tokenizer: Any, instruction: str) -> Any:
@@ -112,7 +113,7 @@ def write_in_turn(
                 found.append(Answer(arm.name, text, len(new), report))
                 if number == 0:
                     whole = out
-            found[number].rates.append(1 / clock.seconds_per_token)
+            found[number].rates += clock.rates
             progress(most)
     assert whole is not None
     base: Tensor | None = None
