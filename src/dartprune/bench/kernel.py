@@ -17,7 +17,7 @@ from dartprune.bench.result import Result, Row
 from dartprune.bench.timing import Turns, Work, alternate, seconds_per_call
 from dartprune.errors import UserError
 from dartprune.ffn import Backend, FFNWeights, choose
-from dartprune.ffn.backend import activation, row_bytes
+from dartprune.ffn.backend import activation
 from dartprune.ffn.masked import apply_mask
 from dartprune.names import unknown
 
@@ -248,9 +248,9 @@ class RandomFFNs:
 
     def bytes_moved(self, arm: str) -> int:
         """Weight bytes that one FFN call of an arm must read (the first layer's lists stand for all)."""
-        whole = self.case.neurons * row_bytes(self.rows[0])
+        whole = self.case.neurons * self.rows[0].row_bytes
         if arm in ("dense", "masked"):
             return whole
         if arm == "packed copy":
-            return self.case.batch * self.case.kept * row_bytes(self.rows[0])
+            return self.case.batch * self.case.kept * self.rows[0].row_bytes
         return self.backend.bytes_read(self.rows[0], list(self.index[0]))

@@ -84,7 +84,3 @@ def activation(name: str, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
     raise ValueError(f"activation {name!r} has no canonical form: use the masked backend")
 
-
-def row_bytes(weights: FFNWeights) -> int:
-    """Bytes of all the rows that belong to one neuron."""
-    return weights.matrices * weights.hidden * weights.up.element_size()

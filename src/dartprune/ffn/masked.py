@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dartprune.ffn.backend import row_bytes
 from dartprune.ffn.weights import FFNWeights
 
 
@@ -32,7 +31,7 @@ class MaskedBackend:
 
     def bytes_read(self, weights: FFNWeights, kept: Sequence[Tensor]) -> int:
         """All of them."""
-        return weights.neurons * row_bytes(weights)
+        return weights.neurons * weights.row_bytes
 
 
 def apply_mask(a: Tensor, mask: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dartprune.ffn.backend import activation, exactly
 from dartprune.ffn.planes import estimates
+from dartprune.ffn.quantised import QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
 from dartprune.ffn.sketch import FFNSketch, SketchPlanes
 from dartprune.ffn.weights import FFNWeights
@@ -50,8 +51,11 @@ def ffn_operator(name: str) -> Callable[[FFNCall], FFNCall]:
             return x.new_empty(x.shape)
 
         operator = _operator(name, _FFN, flat, fake)
+        packed = outside_graphs(work)
 
         def call(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
+            if isinstance(weights, QuantisedRows):
+                return packed(x, weights, index, count, slots)
             out: Tensor = operator(x, *weights.tensors(), weights.activation, index, count, slots)
             return out
 
@@ -151,6 +155,12 @@ def _operator(name: str, schema: str, work: Callable[..., Any], fake: Callable[.
     operator = torch.library.custom_op(f"dartprune::{name}", exactly(work), mutates_args=(), schema=schema)
     operator.register_fake(fake)
     return operator
+
+
+def outside_graphs(work: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of packed rows, which are no tensors that an operator takes: a graph ends before it and goes on behind."""
+    disabled: Callable[..., Any] = torch.compiler.disable(exactly(work))
+    return disabled
 
 
 def _weights(given: tuple[Any, ...]) -> FFNWeights:

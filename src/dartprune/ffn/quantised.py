@@ -96,23 +96,33 @@ def _lines(size: int) -> int:
     return -(-size // LINE) * LINE
 
 
-@dataclass(frozen=True)
-class QuantisedRows:
-    """An FFN in rows of 4 or 8 bits; takes the place of `FFNWeights`.
+class QuantisedRows(FFNWeights):
+    """An FFN in rows of 4 or 8 bits; its matrices are unpacked whenever they are asked for.
 
-    head: uint8 [I, layout.head].  tail: uint8 [I, layout.tail].  gate_bias, up_bias: [I] or None.
-    down_bias: [H] or None.  activation, act: as in `FFNWeights`.  dtype: of the weights that were rounded.
+    head: uint8 [I, layout.head].  tail: uint8 [I, layout.tail].  layout: what lies where in them.
+    original: dtype of the weights that were rounded, and of the matrices.
     """
 
     head: Tensor
     tail: Tensor
     layout: RowLayout
-    gate_bias: Tensor | None
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-    activation: str
-    act: Callable[[Tensor], Tensor]
-    dtype: torch.dtype
+    original: torch.dtype
+
+    def __init__(
+        self,
+        head: Tensor,
+        tail: Tensor,
+        layout: RowLayout,
+        biases: tuple[Tensor | None, Tensor | None, Tensor | None],
+        activation: str,
+        act: Callable[[Tensor], Tensor],
+        original: torch.dtype,
+    ) -> None:
+        """Set up; biases of gate [I], up [I] and down [H], or None each."""
+        names = ("gate_bias", "up_bias", "down_bias")
+        parts = {"head": head, "tail": tail, "layout": layout, "activation": activation, "act": act, "original": original}
+        for name, value in {**parts, **dict(zip(names, biases, strict=True))}.items():
+            object.__setattr__(self, name, value)
 
     @property
     def neurons(self) -> int:
@@ -130,35 +140,48 @@ class QuantisedRows:
         return 3 if self.layout.gated else 2
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrices."""
+        return self.original
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
+        return self.head.device
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        """None: no gradient reaches packed weights."""
+        return ()
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of all that belongs to one neuron."""
         return self.layout.head + self.layout.tail
 
     @property
-    def gate(self) -> Tensor | None:
+    def kind(self) -> str:
+        """What a weight is kept in."""
+        return f"{self.layout.bits}-bit"
+
+    @property
+    def gate(self) -> Tensor | None:  # type: ignore[override]
         """The gate unpacked, [I, H]: made anew at every access."""
         return self.unpacked("gate") if self.layout.gated else None
 
     @property
-    def up(self) -> Tensor:
+    def up(self) -> Tensor:  # type: ignore[override]
         """Up unpacked, [I, H]: made anew at every access."""
         return self.unpacked("up")
 
     @property
-    def down(self) -> Tensor:
+    def down(self) -> Tensor:  # type: ignore[override]
         """Down unpacked and transposed, [I, H]: made anew at every access."""
         return self.unpacked("down")
 
     def unpacked(self, role: str, first: int = 0, last: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Rows `first` to `last` of a matrix ("gate", "up" or "down"), [rows, H], in `dtype` (that of the original)."""
-        return unpack(self.head[first:last], self.tail[first:last], self.layout, role).to(dtype or self.dtype)
-
-    def tensors(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """gate, up and down unpacked, and the three biases: for who computes with plain matrices."""
-        return self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias
-
-
-AnyWeights = FFNWeights | QuantisedRows
+        return unpack(self.head[first:last], self.tail[first:last], self.layout, role).to(dtype or self.original)
 
 
 def quantised_rows(weights: FFNWeights, bits: int, *, nested: bool = True) -> QuantisedRows:
@@ -184,7 +207,9 @@ def quantised_rows(weights: FFNWeights, bits: int, *, nested: bool = True) -> Qu
         lows = [pack_fields(code & ((1 << layout.low) - 1), layout.low, layout) for code, _ in codes if layout.low]
         _put(head[block], [*heads, *(scales for _, scales in codes)])
         _put(tail[block], [*lows, pack_down(rows[0], bits, layout), rows[1]])
-    return QuantisedRows(head, tail, layout, *biases, weights.activation, weights.act, weights.up.dtype)
+    return QuantisedRows(
+        head, tail, layout, (biases[0], biases[1], biases[2]), weights.activation, weights.act, weights.up.dtype
+    )
 
 
 def _put(rows: Tensor, parts: list[Tensor]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dartprune.ffn.backend import row_bytes
 from dartprune.ffn.operators import ffn_operator
 from dartprune.ffn.weights import FFNWeights
 
@@ -56,4 +55,4 @@ class ReferenceBackend:
 
     def bytes_read(self, weights: FFNWeights, kept: Sequence[Tensor]) -> int:
         """Every sequence gathers its own rows."""
-        return sum(rows.shape[0] for rows in kept) * row_bytes(weights)
+        return sum(rows.shape[0] for rows in kept) * weights.row_bytes

@@ -38,7 +38,7 @@ class SelectorKernels:
             return
         with kept_threads():
             for rows in (1, 2):
-                x = torch.zeros(rows, weights.hidden, dtype=weights.up.dtype, device=weights.up.device)
+                x = torch.zeros(rows, weights.hidden, dtype=weights.dtype, device=weights.device)
                 self._call(x, weights, sketch, calibrated)
 
     def _call(self, x: Tensor, weights: FFNWeights, sketch: FFNSketch | None, calibrated: bool) -> None:

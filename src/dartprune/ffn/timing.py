@@ -122,8 +122,7 @@ def kept_timing(
 
 
 def _key(weights: FFNWeights) -> str:
-    dtype = str(weights.up.dtype).removeprefix("torch.")
-    shape = f"{weights.matrices}x{weights.neurons}x{weights.hidden} {dtype}"
+    shape = f"{weights.matrices}x{weights.neurons}x{weights.hidden} {weights.kind}"
     return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}: {shape}"
 
 

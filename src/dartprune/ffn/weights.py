@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -29,6 +30,31 @@ class FFNWeights:
     def tensors(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """gate, up, down and the three biases, in the order in which the operators take them."""
         return self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        """A tensor that a gradient would reach."""
+        return (self.up,)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of all the rows that belong to one neuron."""
+        return self.matrices * self.hidden * self.up.element_size()
+
+    @property
+    def kind(self) -> str:
+        """What a weight is kept in."""
+        return str(self.up.dtype).removeprefix("torch.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.up.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.up.device
 
     @property
     def neurons(self) -> int:

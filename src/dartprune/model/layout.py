@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dartprune.ffn.quantised import QuantisedRows
 from dartprune.model.layer import Layer
 from dartprune.model.weights import row_weights
 
@@ -20,7 +21,7 @@ _ALONE = 2  # references to a storage that one tensor holds: the tensor's, and t
 def scattered(layer: Layer) -> list[nn.Module]:
     """The projections whose rows per neuron are no contiguous memory as they are (down, or GPT-2's c_fc)."""
     weights = row_weights(layer)
-    if isinstance(weights, str):
+    if isinstance(weights, (str, QuantisedRows)):
         return []
     parts = [(layer.up, weights.up), (layer.down, weights.down)]
     if layer.gate is not None and weights.gate is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.calls import between, replaced, watched_globally
 from dartprune.model.layer import Layer
+from dartprune.model.packed import packed_rows
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -29,11 +30,15 @@ def row_weights(layer: Layer) -> FFNWeights | str:
     """Views of an FFN's weights, one row per neuron; nothing is copied.
 
     Returns:
-        FFNWeights whose matrices share storage with the model's parameters, or one line that says why the rows cannot
+        FFNWeights whose matrices share storage with the model's parameters, `QuantisedRows` of a model that
+        `dartprune.quantise` packed, or one line that says why the rows cannot
         be read: adapters, quantised, sharded or offloaded weights, modules with hooks or of unknown types.
     """
     try:
         _only_weights(layer)
+        rows = packed_rows(layer)
+        if rows is not None:
+            return rows
         up, up_bias = _projection("up", layer.up)
         down, down_bias = _projection("down", layer.down)
         gate, gate_bias = (None, None) if layer.gate is None else _projection("gate", layer.gate)

@@ -152,7 +152,7 @@ class _Builder:
                 self._layout.apply(modules, self._owners)
                 weights = row_weights(layer)
         if not isinstance(weights, str):
-            with self.preparation(f"{weights.up.dtype} weights".removeprefix("torch.")):
+            with self.preparation(f"{weights.kind} weights"):
                 backend.prepare(weights)
         if reason is not None and (note := f"{backend.name} backend: {reason}") not in self.notes:
             self.notes.append(note)

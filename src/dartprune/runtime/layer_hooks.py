@@ -178,7 +178,7 @@ class LiveLayer:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             with torch.no_grad():
                 out = self._from_rows(x, step)
-            return _WithoutGradient.told(out, x, self.weights.up)
+            return _WithoutGradient.told(out, x, *self.weights.sources)
         return self._from_rows(x, step)
 
     def _from_rows(self, x: Tensor, step: Step) -> Tensor:

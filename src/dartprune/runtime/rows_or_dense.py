@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dartprune.cache import cache_folder
-from dartprune.ffn.backend import Backend, row_bytes
+from dartprune.ffn.backend import Backend
 from dartprune.ffn.masked import apply_mask
+from dartprune.ffn.quantised import QuantisedRows
 from dartprune.ffn.timing import Dense, Timing, kept_timing
 from dartprune.ffn.weights import FFNWeights
 from dartprune.runtime.layer_hooks import LiveLayer
@@ -23,7 +24,8 @@ MEASURED = 1 << 28  # weight bytes that are measured on: more than the caches ho
 
 def has_choice(backend: Backend, weights: FFNWeights | str) -> bool:
     """Whether a batch on this layer may run dense with masks where that is faster; then its masks must be held."""
-    return backend.name == "cpu" and not isinstance(weights, str) and _bytes(weights) >= SMALL
+    # rows of 4 and 8 bits have no other form that could be faster
+    return backend.name == "cpu" and not isinstance(weights, (str, QuantisedRows)) and _bytes(weights) >= SMALL
 
 
 class RowsOrDense:
@@ -90,4 +92,4 @@ def _shape(layer: LiveLayer) -> tuple[int, int, int]:
 
 
 def _bytes(weights: FFNWeights) -> int:
-    return weights.neurons * row_bytes(weights)
+    return weights.neurons * weights.row_bytes

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dartprune.ffn.backend import row_bytes
+from dartprune.ffn.cpu import quantised
 from dartprune.ffn.cpu.arrays import WORDS, weight_arrays
 from dartprune.ffn.cpu.threads import kept_threads, use_threads
 from dartprune.ffn.operators import ffn_operator
+from dartprune.ffn.quantised import QuantisedRows
 from dartprune.ffn.weights import FFNWeights
 
 
@@ -20,6 +21,8 @@ from dartprune.ffn.weights import FFNWeights
 def _pruned_ffn(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
     from dartprune.ffn.cpu import kernels
 
+    if isinstance(weights, QuantisedRows):
+        return quantised.pruned_ffn(x, weights, index, count, slots)
     threads = use_threads()
     rows, hidden = x.shape
     wide = x.detach().float().contiguous()
@@ -64,8 +67,8 @@ class CpuBackend:
             return f"the cpu kernel does not run on {device.type}"
         if importlib.util.find_spec("numba") is None:
             return "the cpu kernel needs Numba (pip install 'dartprune[cpu]')"
-        if weights.up.dtype not in WORDS:
-            return f"the cpu kernel has no {str(weights.up.dtype).removeprefix('torch.')} form"
+        if not isinstance(weights, QuantisedRows) and weights.dtype not in WORDS:
+            return f"the cpu kernel has no {weights.kind} form"
         if weights.activation == "other":
             return "the activation has no canonical form"
         return None
@@ -76,7 +79,7 @@ class CpuBackend:
         count = torch.ones(1, dtype=torch.int32, device="cpu")
         with kept_threads():
             for rows in (1, 2):
-                x = torch.zeros(rows, weights.hidden, dtype=weights.up.dtype, device="cpu")
+                x = torch.zeros(rows, weights.hidden, dtype=weights.dtype, device="cpu")
                 self.ffn(x, weights, index, count, torch.zeros(rows, dtype=torch.int64, device="cpu"))
 
     def ffn(self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
@@ -86,5 +89,5 @@ class CpuBackend:
     def bytes_read(self, weights: FFNWeights, kept: Sequence[Tensor]) -> int:
         """The union of the kept rows, each read once."""
         if len(kept) == 1:
-            return kept[0].numel() * row_bytes(weights)
-        return int(torch.cat(list(kept)).unique().numel()) * row_bytes(weights)
+            return kept[0].numel() * weights.row_bytes
+        return int(torch.cat(list(kept)).unique().numel()) * weights.row_bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -79,9 +78,3 @@ def unpacked(rows: QuantisedRows, role: str, first: int, last: int, dtype: torch
     out = torch.empty(head.shape[0], rows.hidden, dtype=torch.float32, device="cpu")
     kernels.unpack_rows(head, tail, rows.layout.offsets, _ROLES[role], use_threads(), out.numpy())
     return out.to(dtype)
-
-
-def union_bytes(rows: QuantisedRows, kept: Sequence[Tensor]) -> int:
-    """Bytes that one call reads for sequences that keep these neurons (int32 [k] each)."""
-    union = kept[0] if len(kept) == 1 else torch.cat(list(kept)).unique()
-    return int(union.numel()) * rows.row_bytes

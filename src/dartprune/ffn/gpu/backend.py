@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dartprune.ffn.backend import row_bytes
 from dartprune.ffn.operators import ffn_operator
+from dartprune.ffn.quantised import QuantisedRows
 from dartprune.ffn.weights import FFNWeights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -69,8 +69,8 @@ class GpuBackend:
             return "the gpu kernel needs Triton (pip install 'dartprune[gpu]')"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
             return "the gpu kernel needs a GPU of compute capability 7.0 or newer"
-        if weights.up.dtype not in DTYPES:
-            return f"the gpu kernel has no {str(weights.up.dtype).removeprefix('torch.')} form"
+        if isinstance(weights, QuantisedRows) or weights.dtype not in DTYPES:
+            return f"the gpu kernel has no {weights.kind} form"
         if weights.activation == "other":
             return "the activation has no canonical form"
         return None
@@ -95,7 +95,7 @@ class GpuBackend:
 
     def bytes_read(self, weights: FFNWeights, kept: Sequence[Tensor]) -> int:
         """Every sequence reads its own rows, once however many candidate tokens it has."""
-        return sum(rows.numel() for rows in kept) * row_bytes(weights)
+        return sum(rows.numel() for rows in kept) * weights.row_bytes
 
 
 def _interpreting() -> bool:

@@ -1,0 +1,240 @@
+"""The modules of a quantised model: FFN projections in rows of 4 or 8 bits, other layers as torch packs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dartprune.errors import UserError
+from dartprune.ffn.quantised import GROUP, QuantisedRows, RowLayout, rounded
+from dartprune.model.layer import Layer
+
+FEW = 8  # inputs of one call that the row kernels serve; more are multiplied with unpacked blocks
+BLOCK = 1 << 22  # weights that are unpacked at a time
+
+
+class Packed(nn.Module):
+    """Base: weights that are computed on the CPU only, kept out of state dicts."""
+
+    def keep(self, **tensors: Tensor) -> None:
+        """Register packed tensors."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if fn(torch.empty(0, dtype=torch.uint8, device="cpu")).device.type != "cpu":
+            raise UserError("a quantised model computes on the CPU: move the original elsewhere and do not quantise it")
+        return super()._apply(fn, recurse)
+
+
+class RowProjection(Packed):
+    """One projection of an FFN in rows; all projections of the FFN hold the same two tensors.
+
+    role: gate, up, gate_up (both in one, gate first) or down.
+    """
+
+    head: Tensor
+    tail: Tensor
+
+    def __init__(self, rows: QuantisedRows, role: str, bias: Tensor | None) -> None:
+        super().__init__()
+        self.keep(head=rows.head, tail=rows.tail)
+        self.layout, self.role = rows.layout, role
+        self.dtype = rows.dtype
+        wide = rows.neurons * (2 if role == "gate_up" else 1)
+        self.in_features, self.out_features = (wide, rows.hidden) if role == "down" else (rows.hidden, wide)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def rows(self) -> QuantisedRows:
+        """The rows, without biases."""
+        return QuantisedRows(self.head, self.tail, self.layout, (None, None, None), "other", F.silu, self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The projection of x [..., in_features]."""
+        flat = x.reshape(-1, x.shape[-1])
+        with_gradient = torch.is_grad_enabled() and x.requires_grad
+        if self.role == "gate_up":
+            out = torch.cat([self._product(flat, role, with_gradient) for role in ("gate", "up")], dim=-1)
+        else:
+            out = self._product(flat, self.role, with_gradient)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor, role: str, with_gradient: bool) -> Tensor:
+        if has_kernels() and x.shape[0] <= FEW and not with_gradient:
+            return _few(x, self.rows(), role)
+        return _many(x, self.rows(), role)
+
+    def extra_repr(self) -> str:
+        """What torch prints."""
+        kind = f"{self.layout.bits} bits{', nested' if self.layout.low else ''}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, role={self.role}, {kind}"
+
+
+def has_kernels() -> bool:
+    """Whether the row kernels can be used: they need Numba."""
+    import importlib.util
+
+    return importlib.util.find_spec("numba") is not None
+
+
+@torch.compiler.disable
+def _few(x: Tensor, rows: QuantisedRows, role: str) -> Tensor:
+    """Some inputs [N, ...] by the row kernels."""
+    from dartprune.ffn.cpu import quantised
+
+    return quantised.down_product(x, rows) if role == "down" else quantised.products(x, rows, role)
+
+
+def _many(x: Tensor, rows: QuantisedRows, role: str) -> Tensor:
+    """Any number of inputs by matrix products with one unpacked block after another."""
+    step = max(1, BLOCK // rows.layout.width)
+    blocks = [(first, min(rows.neurons, first + step)) for first in range(0, rows.neurons, step)]
+    if role != "down":
+        return torch.cat([F.linear(x, _unpacked(rows, role, *block, x.dtype)) for block in blocks], dim=-1)
+    out = x.new_zeros(x.shape[0], rows.hidden, dtype=torch.float32)
+    for first, last in blocks:
+        out = out + x[:, first:last] @ _unpacked(rows, role, first, last, x.dtype)
+    return out.to(x.dtype)
+
+
+@torch.compiler.disable
+def _unpacked(rows: QuantisedRows, role: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    if not has_kernels():
+        return rows.unpacked(role, first, last, dtype)
+    from dartprune.ffn.cpu import quantised
+
+    return quantised.unpacked(rows, role, first, last, dtype)
+
+
+class PackedLinear(Packed):
+    """A linear layer of 4 bits in groups of 32 along its inputs, as torch's own CPU kernel takes it."""
+
+    weight4: Tensor
+    scales: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        codes, scale, low = _groups(weight)
+        # torch's zero is the value in the middle of the codes
+        pairs = torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1).contiguous()
+        self.keep(
+            weight4=torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1),
+            scales=pairs.to(weight.dtype),
+        )
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @staticmethod
+    def fits(weight: Tensor) -> bool:
+        """Whether torch's kernel takes a weight of this shape and dtype."""
+        outputs, inputs = weight.shape
+        floats = (torch.bfloat16, torch.float16, torch.float32)
+        return outputs % 16 == 0 and inputs % GROUP == 0 and weight.dtype in floats
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output of x [..., in_features]."""
+        flat = x.reshape(-1, self.in_features).to(self.scales.dtype)
+        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.weight4, GROUP, self.scales)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """What torch prints."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, 4 bits"
+
+
+def _groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [O, K], scale and low float32 [O, K / 32] of a weight rounded as rows are."""
+    layout = RowLayout(weight.shape[1], False, 4, 0)
+    codes, scales = rounded(weight, layout, 4)
+    groups = layout.groups
+    floats = scales[:, 2 * groups :].contiguous().view(torch.float32)
+    scale = scales[:, :groups].float() * floats[:, :1]
+    low = scales[:, groups : 2 * groups].contiguous().view(torch.int8).float() * floats[:, 1:]
+    count = weight.shape[1] // GROUP
+    return codes[:, : weight.shape[1]], scale[:, :count], low[:, :count]
+
+
+class ByteLinear(Packed):
+    """A linear layer of 8 bits with one scale a row, as torch's own CPU kernel takes it."""
+
+    weight8: Tensor
+    scale: Tensor
+
+    def __init__(self, weight8: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight8.shape
+        self.keep(weight8=weight8, scale=scale)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output of x [..., in_features]."""
+        flat = x.reshape(-1, self.in_features).to(self.scale.dtype)
+        out: Tensor = torch.ops.aten._weight_int8pack_mm(flat, self.weight8, self.scale)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """What torch prints."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, 8 bits"
+
+
+class ByteEmbedding(Packed):
+    """An embedding of 8 bits with one scale a row; shares its rows with a tied head.
+
+    factor: what every vector is multiplied with (Gemma), 1 otherwise.
+    """
+
+    weight8: Tensor
+    scale: Tensor
+
+    def __init__(self, weight8: Tensor, scale: Tensor, factor: float) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = weight8.shape
+        self.factor = factor
+        self.keep(weight8=weight8, scale=scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The vectors of token ids, [..., embedding_dim]."""
+        out = self.weight8[ids].to(self.scale.dtype) * self.scale[ids][..., None]
+        return out if self.factor == 1.0 else out * torch.tensor(self.factor, dtype=out.dtype)
+
+    def extra_repr(self) -> str:
+        """What torch prints."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, 8 bits"
+
+
+def bytes_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [O, K] as int8, and its scales [O] in its own dtype."""
+    scale = (weight.detach().float().abs().amax(1) / 127).clamp_min(1e-30).to(weight.dtype)
+    weight8 = torch.empty(weight.shape, dtype=torch.int8, device="cpu")
+    step = max(1, BLOCK // weight.shape[1])
+    for first in range(0, weight.shape[0], step):
+        part = slice(first, first + step)
+        weight8[part] = (weight[part].float() / scale[part].float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return weight8, scale
+
+
+def packed_rows(layer: Layer) -> QuantisedRows | None:
+    """The rows of a layer whose projections `dartprune.quantise` packed together; None for any other."""
+    parts = [part for part in (layer.gate, layer.up, layer.down) if part is not None]
+    if not all(isinstance(part, RowProjection) for part in parts):
+        return None
+    if len({(part.head.data_ptr(), part.tail.data_ptr()) for part in parts}) != 1:
+        return None
+    up, down = layer.up, layer.down
+    gate_bias, up_bias = (None if layer.gate is None else layer.gate.bias), up.bias
+    if layer.fused and up_bias is not None:
+        gate_bias, up_bias = up_bias.chunk(2)
+    biases = tuple(None if bias is None else bias.detach() for bias in (gate_bias, up_bias, down.bias))
+    return QuantisedRows(up.head, up.tail, up.layout, biases, layer.activation, layer.act, up.dtype)
+
+

@@ -1,0 +1,162 @@
+"""Packs a model's weights into 4 or 8 bits in place: the FFN in rows that can be left unread, the rest as torch has it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from dartprune.errors import UserError, require
+from dartprune.ffn.quantised import BITS, quantised_rows
+from dartprune.model.families import Decoder, Layer, describe
+from dartprune.model.layer import held
+from dartprune.model.packed import ByteEmbedding, ByteLinear, Packed, PackedLinear, RowProjection, bytes_of
+from dartprune.model.weights import row_weights
+from dartprune.run import run_of
+
+Progress = Callable[[int, int], None]  # layers done, layers in all
+# embeddings whose vectors are multiplied with a number that they keep
+_SCALED = {"Gemma2TextScaledWordEmbedding", "Gemma3TextScaledWordEmbedding", "GemmaTextScaledWordEmbedding"}
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """What `quantise` did: bits of the FFN's weights; bytes of all weights before and after; what it left alone."""
+
+    bits: int
+    bytes_before: int
+    bytes: int
+    left: tuple[str, ...]
+
+    def __str__(self) -> str:
+        size = f"{self.bytes_before / 1e6:.0f} MB to {self.bytes / 1e6:.0f} MB"
+        left = f"; left as they were: {', '.join(self.left)}" if self.left else ""
+        return f"{self.bits} bits: weights {size}{left}"
+
+
+@torch.no_grad()
+def quantise(
+    model: Any, bits: int = 4, *, nested: bool = True, whole: bool = True, progress: Progress | None = None
+) -> Quantisation:
+    """Pack a model's weights into 4 or 8 bits, in place and layer by layer; pruners are attached to it as to any other.
+
+    The FFN becomes rows, one neuron a row, with a scale and a low for each 32 weights. Other linear layers become what
+    torch's CPU kernels take: 4 bits in groups of 32, or 8 bits a row. Embedding and head become 8 bits.
+
+    Args:
+        model: a transformers decoder on the CPU, in evaluation mode.
+        bits: 4 or 8.
+        nested: each code of gate and up lies in two halves, the first of which serves token selectors as their sketch.
+        whole: False leaves everything but the FFN as it is.
+        progress: told how many layers are done, of how many.
+
+    Raises:
+        TypeError: no model.
+        ValueError: other bits; a model that is attached, elsewhere than on the CPU, in training mode, quantised before,
+            or with an FFN whose weights cannot be read. Nothing has been changed then.
+    """
+    if isinstance(bits, bool) or bits not in BITS:
+        raise UserError(f"bits must be 4 or 8, got {bits!r}")
+    require("numba", "quantised rows", "cpu")
+    decoder = describe(model)
+    _check(model, decoder)
+    before = _size(model)
+    parents = {module: (parent, name) for parent in model.modules() for name, module in parent.named_children()}
+    for layer in decoder.layers:
+        _pack_ffn(layer, bits, nested, parents)
+        if progress is not None:
+            progress(layer.index + 1, len(decoder.layers))
+    left = _pack_rest(model, bits) if whole else []
+    # its packed weights are in no state dict, and transformers would make others up when it loads what it wrote
+    model.save_pretrained = functools.partial(_refuse_to_save, bits)
+    return Quantisation(bits, before, _size(model), tuple(left))
+
+
+def _check(model: Any, decoder: Decoder) -> None:
+    if run_of(model) is not None:
+        raise UserError("the model is attached: call dartprune.detach(model) before quantising it")
+    if model.training:
+        raise UserError("the model is in training mode: call model.eval() before quantising it")
+    for name, tensor in model.named_parameters():
+        if tensor.device.type != "cpu":
+            raise UserError(f"{name} lies on {tensor.device}: rows of 4 and 8 bits are computed on the CPU")
+    if any(isinstance(module, Packed) for module in model.modules()):
+        raise UserError("the model is quantised already: load it again to quantise it otherwise")
+    for layer in decoder.layers:
+        weights = row_weights(layer)
+        if isinstance(weights, str):
+            raise UserError(f"layer {layer.index} cannot be quantised: {weights}")
+        if weights.activation == "other":
+            raise UserError(f"layer {layer.index} cannot be quantised: its activation has no canonical form")
+
+
+def _refuse_to_save(bits: int, *args: Any, **kwargs: Any) -> NoReturn:
+    raise UserError(
+        f"a model that was quantised in place is not saved: keep the original, and call dartprune.quantise(model, "
+        f"bits={bits}) after loading it"
+    )
+
+
+def _size(model: nn.Module) -> int:
+    tensors = {id(t): t for t in held(model)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _pack_ffn(layer: Layer, bits: int, nested: bool, parents: dict[nn.Module, tuple[nn.Module, str]]) -> None:
+    weights = row_weights(layer)
+    assert not isinstance(weights, str)
+    rows = quantised_rows(weights, bits, nested=nested)
+    roles = {"gate_up" if layer.fused else "up": layer.up, "down": layer.down}
+    if layer.gate is not None:
+        roles["gate"] = layer.gate
+    for role, module in roles.items():
+        parent, name = parents[module]
+        setattr(parent, name, RowProjection(rows, role, module.bias))  # type: ignore[arg-type]
+
+
+def _pack_rest(model: Any, bits: int) -> list[str]:
+    """Pack what is no FFN; returns the names of linear layers and embeddings that torch's kernels do not take."""
+    left: list[str] = []
+    shared: dict[int, tuple[Tensor, Tensor]] = {}
+    head = model.get_output_embeddings()
+
+    def rows_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The packed form of a weight, the same for an embedding and a head that are tied."""
+        place = weight.data_ptr()
+        if place not in shared:
+            shared[place] = bytes_of(weight)
+        return shared[place]
+
+    for path, module in list(model.named_modules()):
+        kind = type(module).__name__
+        packed: nn.Module | None = None
+        if type(module) is nn.Embedding or kind in _SCALED:
+            if module is not model.get_input_embeddings():
+                continue  # of positions: small, and added to something
+            factor = float(getattr(module, "embed_scale", 1.0)) if kind in _SCALED else 1.0
+            packed = ByteEmbedding(*rows_of(module.weight), factor)
+        elif kind == "Conv1D" or type(module) is nn.Linear:
+            weight = module.weight.detach()
+            weight = weight.t().contiguous() if kind == "Conv1D" else weight
+            if module is head:
+                packed = ByteLinear(*rows_of(module.weight), module.bias)
+            elif bits == 8:
+                packed = ByteLinear(*bytes_of(weight), module.bias)
+            elif PackedLinear.fits(weight):
+                packed = PackedLinear(weight, module.bias)
+        elif not isinstance(module, Packed) and isinstance(getattr(module, "weight", None), Tensor):
+            if module.weight.dim() > 1:
+                left.append(path)
+            continue
+        else:
+            continue
+        if packed is None:
+            left.append(path)
+            continue
+        parent = model.get_submodule(path.rpartition(".")[0])
+        setattr(parent, path.rpartition(".")[2], packed)
+    return left
