@@ -2,6 +2,7 @@
 
 An operator takes tensors, numbers and strings alone. Here, and nowhere else, stands how weights and sketches are taken
 apart into its arguments and put together again; a backend writes functions of `FFNWeights` and `FFNSketch`.
+Packed rows are no tensors that an operator takes: graphs of torch.compile end before them and go on behind.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from dartprune.ffn.backend import activation, exactly
-from dartprune.ffn.planes import estimates
-from dartprune.ffn.quantised import QuantisedRows
+from dartprune.ffn.planes import estimates, estimates_of_rows
+from dartprune.ffn.quantised import NestedSketch, QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
-from dartprune.ffn.sketch import FFNSketch, SketchPlanes
+from dartprune.ffn.sketch import AnySketch, FFNSketch, SketchPlanes
 from dartprune.ffn.weights import FFNWeights
 
 FFNCall = Callable[[Tensor, FFNWeights, Tensor, Tensor, Tensor], Tensor]
@@ -78,6 +79,7 @@ def gated_operator(name: str, *, direct: bool = False) -> Callable[[TokenRowsCal
             return room_for_rows(x, given[_OF_WEIGHTS].shape[1])
 
         operator = _operator(name, _GATED, flat, fake)
+        packed = outside_graphs(work)
 
         def call(
             x: Tensor,
@@ -90,6 +92,8 @@ def gated_operator(name: str, *, direct: bool = False) -> Callable[[TokenRowsCal
             importance: Tensor | None = None,
         ) -> TokenRows:
             lists = index, count, slots, wanted, threshold, importance
+            if isinstance(weights, QuantisedRows):
+                return packed(x, weights, *lists)
             if direct and not torch.compiler.is_compiling():
                 return work(x, weights, *lists)
             return TokenRows(*operator(x, *weights.tensors(), weights.activation, *lists))
@@ -111,11 +115,12 @@ def sketched_operator(name: str, *, direct: bool = False) -> Callable[[TokenRows
             return room_for_rows(x, given[-3])
 
         operator = _operator(name, _SKETCHED, flat, fake)
+        packed = outside_graphs(work)
 
         def call(
             x: Tensor,
             weights: FFNWeights,
-            sketch: FFNSketch,
+            sketch: AnySketch,
             slots: Tensor,
             wanted: Tensor,
             importance: Tensor,
@@ -124,6 +129,8 @@ def sketched_operator(name: str, *, direct: bool = False) -> Callable[[TokenRows
             errors: Tensor | None = None,
         ) -> TokenRows:
             choice = slots, wanted, importance, width, threshold, errors
+            if isinstance(weights, QuantisedRows) or isinstance(sketch, NestedSketch):
+                return packed(x, weights, sketch, *choice)
             if direct and not torch.compiler.is_compiling():
                 return work(x, weights, sketch, *choice)
             gate, up = sketch.gate, sketch.up
@@ -158,7 +165,7 @@ def _operator(name: str, schema: str, work: Callable[..., Any], fake: Callable[.
 
 
 def outside_graphs(work: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of packed rows, which are no tensors that an operator takes: a graph ends before it and goes on behind."""
+    """A function that no graph of torch.compile holds."""
     disabled: Callable[..., Any] = torch.compiler.disable(exactly(work))
     return disabled
 
@@ -189,3 +196,9 @@ _estimated = _operator(
     _estimate,
     lambda x, planes, *_: x.new_empty(x.shape[0], planes.shape[0], dtype=torch.float32),
 )
+
+
+@torch.compiler.disable
+def nested_estimated(x: Tensor, rows: QuantisedRows) -> tuple[Tensor | None, Tensor]:
+    """See `quantised.nested_estimates`; by the kernels where they can be used."""
+    return estimates_of_rows(x, rows)

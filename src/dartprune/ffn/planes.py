@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dartprune.ffn import sketch
 from dartprune.ffn.cpu.threads import kept_threads, use_threads
+from dartprune.ffn.quantised import QuantisedRows, nested_estimates
 from dartprune.ffn.sketch import SketchPlanes
 
 _BLOCK = 1 << 24  # weights widened at a time
@@ -43,6 +44,16 @@ def estimates(x: Tensor, planes: SketchPlanes, activation_bits: int, outliers: i
         with kept_threads():
             return cpu_selectors.estimates(x, planes, activation_bits, outliers)
     return sketch.sketch_dots(sketch.quantise_input(x, activation_bits, outliers), planes)
+
+
+def estimates_of_rows(x: Tensor, rows: QuantisedRows) -> tuple[Tensor | None, Tensor]:
+    """Products of rows x [N, H] with the high codes of nested rows: see `quantised.nested_estimates`."""
+    if importlib.util.find_spec("numba") is None:
+        return nested_estimates(x, rows)
+    from dartprune.ffn.cpu import quantised as cpu_quantised
+
+    with kept_threads():
+        return cpu_quantised.estimates(x, rows)
 
 
 def _fill(weight: Tensor, into: SketchPlanes) -> None:

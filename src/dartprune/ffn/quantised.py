@@ -301,6 +301,11 @@ def unpack(head: Tensor, tail: Tensor, layout: RowLayout, role: str) -> Tensor:
         if low:
             rest = gate_low if role == "gate" else up_low
             codes = codes << low | unpack_fields(tail[:, rest : rest + layout.codes(low)], low, layout)
+    return _values(codes, scales, layout)
+
+
+def _values(codes: Tensor, scales: Tensor, layout: RowLayout) -> Tensor:
+    """Weights float32 [I, H] from codes [I, width] and scales, lows and floats, uint8 [I, layout.scales]."""
     groups = layout.groups
     scale8, low8 = scales[:, :groups].float(), scales[:, groups : 2 * groups].contiguous().view(torch.int8).float()
     floats = scales[:, 2 * groups : 2 * groups + 8].contiguous().view(torch.float32)
@@ -317,3 +322,44 @@ def segments(groups: int) -> list[tuple[int, int]]:
             out.append((first, size))
             first += size
     return out
+
+
+@dataclass(frozen=True)
+class NestedSketch:
+    """The sketch of nested rows: the high halves of their own codes, which every token reads."""
+
+    rows: QuantisedRows
+
+    @property
+    def bytes(self) -> int:
+        """Read for each token; nothing is held beside the rows."""
+        return self.rows.neurons * self.rows.layout.head
+
+
+def rounded_inputs(x: Tensor) -> Tensor:
+    """Rows x [N, H] as the kernels round them, float32: 8 bits in groups of 32, the largest of a group being 127."""
+    filled = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % GROUP)).view(x.shape[0], -1, GROUP)
+    largest = filled.abs().amax(-1, keepdim=True)
+    whole = (filled * torch.where(largest > 0, 127 / largest, 0.0)).round() * (largest / 127)
+    return whole.flatten(1)[:, : x.shape[1]]
+
+
+def nested_estimates(x: Tensor, rows: QuantisedRows) -> tuple[Tensor | None, Tensor]:
+    """Products of x [N, H] with gate (None for a plain FFN) and up from their high codes, float32 [N, I], no biases.
+
+    What the low codes may add is taken at its middle.
+    """
+    wide = rounded_inputs(x)
+    gate = wide @ rough(rows, "gate").t() if rows.layout.gated else None
+    return gate, wide @ rough(rows, "up").t()
+
+
+def rough(rows: QuantisedRows, role: str) -> Tensor:
+    """Gate or up with all low codes in the middle, float32 [I, H]."""
+    layout = rows.layout
+    flat = RowLayout(layout.hidden, layout.gated, layout.high, 0)
+    _, _, _, _, *places, _, _, _, _ = layout.offsets
+    begin, home = places[::2] if role == "gate" else places[1::2]
+    codes = unpack_fields(rows.head[:, begin : begin + layout.codes(layout.high)], layout.high, layout)
+    middle = ((1 << layout.low) - 1) / 2
+    return _values(codes.float() * (1 << layout.low) + middle, rows.head[:, home:], flat)

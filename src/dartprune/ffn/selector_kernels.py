@@ -15,7 +15,7 @@ from dartprune.ffn.cpu.threads import kept_threads
 from dartprune.ffn.gpu import selectors as gpu_selectors
 from dartprune.ffn.operators import gated_operator, sketched_operator
 from dartprune.ffn.selector_ops import TokenRows
-from dartprune.ffn.sketch import FFNSketch
+from dartprune.ffn.sketch import AnySketch
 from dartprune.ffn.weights import FFNWeights
 
 
@@ -32,7 +32,7 @@ class SelectorKernels:
     saves_time: bool
     reads_union: bool
 
-    def prepare(self, weights: FFNWeights, sketch: FFNSketch | None, *, calibrated: bool = False) -> None:
+    def prepare(self, weights: FFNWeights, sketch: AnySketch | None, *, calibrated: bool = False) -> None:
         """Compile what must be compiled for these weights, so that no token waits for it."""
         if not self.saves_time:
             return
@@ -41,7 +41,7 @@ class SelectorKernels:
                 x = torch.zeros(rows, weights.hidden, dtype=weights.dtype, device=weights.device)
                 self._call(x, weights, sketch, calibrated)
 
-    def _call(self, x: Tensor, weights: FFNWeights, sketch: FFNSketch | None, calibrated: bool) -> None:
+    def _call(self, x: Tensor, weights: FFNWeights, sketch: AnySketch | None, calibrated: bool) -> None:
         slots = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         one = torch.ones(1, dtype=torch.int32, device=x.device)
         importance = torch.ones(1, weights.neurons, dtype=torch.float32, device=x.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dartprune.ffn.backend import activation
-from dartprune.ffn.sketch import FFNSketch, sketch_scores
+from dartprune.ffn.sketch import AnySketch, sketch_scores
 from dartprune.ffn.weights import FFNWeights
 
 
@@ -79,7 +79,7 @@ def gated_rows(
 def sketched_rows(
     x: Tensor,
     weights: FFNWeights,
-    sketch: FFNSketch,
+    sketch: AnySketch,
     slots: Tensor,
     wanted: Tensor,
     importance: Tensor,
@@ -92,7 +92,7 @@ def sketched_rows(
     Args:
         x: [N, H], any float dtype.
         weights: the FFN's weights; the activation must have a canonical name.
-        sketch: bit planes of these weights.
+        sketch: of these weights: bit planes, or the high codes of nested rows.
         slots: int64 [N], the slot of each row.
         wanted: int32 [S], neurons to choose for each token of a slot.
         importance: float32 [S, I], or [1, I] for all slots alike: the norms of the down rows (0: never chosen).

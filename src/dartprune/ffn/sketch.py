@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dartprune.ffn.backend import activation
 from dartprune.ffn.expected import expected_sizes
+from dartprune.ffn.quantised import NestedSketch, nested_estimates
 from dartprune.ffn.weights import FFNWeights
 
 WORD = 64  # bits of one word of a plane
@@ -74,6 +75,9 @@ class FFNSketch:
     def bytes(self) -> int:
         """Memory held, and read for each token."""
         return self.up.bytes + (0 if self.gate is None else self.gate.bytes)
+
+
+AnySketch = Union[FFNSketch, NestedSketch]
 
 
 class InputPlanes(NamedTuple):
@@ -189,22 +193,22 @@ def sketch_dots(x: InputPlanes, sketch: SketchPlanes) -> Tensor:
 
 
 def sketch_scores(
-    x: Tensor, weights: FFNWeights, sketch: FFNSketch, importance: Tensor, errors: Tensor | None = None
+    x: Tensor, weights: FFNWeights, sketch: AnySketch, importance: Tensor, errors: Tensor | None = None
 ) -> Tensor:
     """Estimated weight of each neuron, float32 [N, I]: `|act(g^ + bias) (u^ + bias)| * importance` [N, I].
 
     With errors float32 [N, 4 or 2, I], what is expected under them: see `expected.expected_sizes`.
     """
-    rounded = quantise_input(x, sketch.activation_bits, sketch.outliers)
     act = partial(activation, weights.activation)
-    a = sketch_dots(rounded, sketch.up)
+    if isinstance(sketch, NestedSketch):
+        g, a = nested_estimates(x, sketch.rows)
+    else:
+        rounded = quantise_input(x, sketch.activation_bits, sketch.outliers)
+        g, a = None if sketch.gate is None else sketch_dots(rounded, sketch.gate), sketch_dots(rounded, sketch.up)
     if weights.up_bias is not None:
         a = a + weights.up_bias.float()
-    g = None
-    if sketch.gate is not None:
-        g = sketch_dots(rounded, sketch.gate)
-        if weights.gate_bias is not None:
-            g = g + weights.gate_bias.float()
+    if g is not None and weights.gate_bias is not None:
+        g = g + weights.gate_bias.float()
     return estimated_sizes(act, g, a, errors) * importance
 
 

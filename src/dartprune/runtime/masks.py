@@ -142,7 +142,11 @@ class Masks:
             settings.split((1 - float(p)) * layer.neurons, layer.neurons, gated=layer.parts.gated)
             for p, layer in zip(pruned.tolist(), self.layers, strict=True)
         ]
-        slot.masks.keep, slot.masks.per_token = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        slot.masks.keep = [pair[0] for pair in pairs]
+        slot.masks.per_token = [
+            min(pair[0], round(pair[1] / selector.chosen_cost))
+            for pair, selector in zip(pairs, self.selectors, strict=True)
+        ]
         for selector, count in zip(self.selectors, slot.masks.per_token, strict=True):
             selector.wanted[slot.id] = count
 

@@ -1,7 +1,8 @@
-"""Fused FFN over rows of 4 and 8 bits in Numba: the chosen neurons are read once, where they lie.
+"""Fused FFN over rows of 4 and 8 bits in Numba: the chosen neurons are read where they lie, nothing else is.
 
-The input is rounded to 8 bits in groups of 32, once for a call; products of codes are whole numbers, everything that is
-summed over groups is float32. Neurons are split over threads as in `kernels`, and added in the same fixed order.
+Neurons are split over threads by their numbers, and passed block by block, so that a row of weights comes from memory
+once for all inputs that need it. Within a block each input adds its own neurons, four at a time and in ascending order:
+so it gives the same bits alone and in a batch.
 """
 
 from __future__ import annotations
@@ -12,213 +13,241 @@ from numba import njit, prange
 from dartprune.ffn.cpu.activations import ACTIVATIONS as ACTIVATIONS
 from dartprune.ffn.cpu.activations import ZERO, activate
 from dartprune.ffn.cpu.cache import kernel
-from dartprune.ffn.cpu.group_blocks import add_codes, fetch_bytes, float_at, row_parts
-from dartprune.ffn.cpu.kernels import union_of
-from dartprune.ffn.quantised import GROUP, LANES, QUAD, SEGMENTS, STEPS
+from dartprune.ffn.cpu.cut import choose_part
+from dartprune.ffn.cpu.group_blocks import fetch_bytes, float_at
+from dartprune.ffn.cpu.group_parts import (
+    BOTH,
+    LARGEST,
+    SECOND,
+    THIRD,
+    add,
+    fetch,
+    gather,
+    group_inputs,
+    high_part,
+    neuron_value,
+    product,
+)
+from dartprune.ffn.cpu.sketch import expected_block
+from dartprune.ffn.quantised import GROUP, LANES, QUAD, STEPS
 
-LARGEST, SECOND, THIRD = SEGMENTS
-MOST = np.float32(127.0)
-BOTH = 4  # neurons whose down rows are added at a time
-
-
-@njit(nogil=True)
-def group_inputs(x, codes, scale, sums):
-    """Round x float32 [H] to 8 bits in groups.
-
-    Gives codes int8 [groups * 32] in the order of the rows' codes, scale float32 [groups], and sums float32 [groups],
-    each group's sum after rounding.
-    """
-    groups = scale.shape[0]
-    padded = np.zeros(groups * GROUP, np.float32)
-    padded[: x.shape[0]] = x
-    first = 0
-    while first < groups:
-        left = groups - first
-        lanes = LARGEST if left >= LARGEST else (SECOND if left >= SECOND else THIRD)
-        for lane in range(lanes):
-            part = padded[(first + lane) * GROUP : (first + lane + 1) * GROUP]
-            largest = ZERO
-            for k in range(GROUP):
-                largest = max(largest, abs(part[k]))
-            step = largest / MOST
-            inverse = MOST / largest if largest > ZERO else ZERO
-            total = np.int32(0)
-            at = first * GROUP + lane * QUAD
-            for s in range(STEPS):
-                for j in range(QUAD):
-                    code = np.int8(np.rint(part[s * QUAD + j] * inverse))
-                    codes[at + s * QUAD * lanes + j] = code
-                    total += np.int32(code)
-            scale[first + lane] = step
-            sums[first + lane] = step * np.float32(total)
-        first += lanes
-
-
-@njit(inline="always")
-def product(x, scale, sums, head, tail, offsets, of_up):
-    """One input's dot product with the gate's or up's row of a neuron: head and tail are its own."""
-    groups, high, low = offsets[0], offsets[1], offsets[2]
-    at, scales, rest = (offsets[5], offsets[7], offsets[9]) if of_up else (offsets[4], offsets[6], offsets[8])
-    if high == 2:
-        whole, lows, _ = row_parts(x, scale, sums, head, scales, head, at, groups, 2, 1)
-        part, _, _ = row_parts(x, scale, sums, head, scales, tail, rest, groups, 2, 0)
-        return np.float32(4.0) * whole + part + lows
-    if high == 4 and low == 4:
-        whole, lows, _ = row_parts(x, scale, sums, head, scales, head, at, groups, 4, 1)
-        part, _, _ = row_parts(x, scale, sums, head, scales, tail, rest, groups, 4, 0)
-        return np.float32(16.0) * whole + part + lows
-    if high == 4:
-        whole, lows, _ = row_parts(x, scale, sums, head, scales, head, at, groups, 4, 1)
-        return whole + lows
-    whole, lows, _ = row_parts(x, scale, sums, head, scales, head, at, groups, 8, 1)
-    return whole + lows
-
-
-@njit(inline="always")
-def _fetch(head, tail, i):
-    """Ask for a whole neuron at once, in the order of memory: spread through the arithmetic it takes half as long again."""
-    fetch_bytes(head[i], 0, head.shape[1])
-    fetch_bytes(tail[i], 0, tail.shape[1])
-
-
-@njit(inline="always")
-def _value(x, scale, sums, head, tail, offsets, i, gate_bias, up_bias, biased, kind):
-    """A neuron's value, the input of its down row."""
-    gate = ZERO
-    if offsets[3]:
-        gate = product(x, scale, sums, head[i], tail[i], offsets, False)
-        if biased & 1:
-            gate += gate_bias[i]
-    up = product(x, scale, sums, head[i], tail[i], offsets, True)
-    if biased & 2:
-        up += up_bias[i]
-    if offsets[3]:
-        return np.float32(activate(kind, gate) * up)
-    return np.float32(activate(kind, up))
-
-
-@njit(inline="always")
-def _add(out, lows, shares, values, many, tail, offsets, rows):
-    """Add `many` (1 or 4) neurons' down rows, each by its value: codes to out [width], lows to lows [groups].
-
-    A scale times a value is a 16-bit share of the largest one that these neurons may have.
-    """
-    groups, bits = offsets[0], offsets[1] + offsets[2]
-    at, scales = offsets[10], offsets[11]
-    largest = ZERO
-    for r in range(many):
-        largest = max(largest, abs(values[r] * float_at(tail[rows[r]], scales + 2 * groups)))
-    factor = largest * np.float32(255.0 / 32767.0)
-    inverse = np.float32(1.0) / factor if factor > ZERO else ZERO
-    for p in range(-(-many // 2)):
-        one, other = tail[rows[2 * p]], tail[rows[min(2 * p + 1, many - 1)]]
-        step = values[2 * p] * float_at(one, scales + 2 * groups) * inverse
-        step_other = values[2 * p + 1] * float_at(other, scales + 2 * groups) * inverse if many > 1 else ZERO
-        mine, bytes_, theirs = shares[p], one[scales : scales + groups], other[scales : scales + groups]
-        for g in range(groups):
-            share = np.int32(np.rint(step * np.float32(bytes_[g])))
-            mine[g] = share & 0xFFFF | np.int32(np.rint(step_other * np.float32(theirs[g]))) << 16
-    for r in range(many):
-        low = values[r] * float_at(tail[rows[r]], scales + 2 * groups + 4)
-        signed = tail[rows[r], scales + groups : scales + 2 * groups].view(np.int8)
-        for g in range(groups):
-            lows[g] += low * np.float32(signed[g])
-    if many == BOTH:
-        four = (tail[rows[0]], tail[rows[1]], tail[rows[2]], tail[rows[3]])
-        if bits == 4:
-            add_codes(out, factor, shares, four, at, groups, 4)
-        else:
-            add_codes(out, factor, shares, four, at, groups, 8)
-    else:
-        if bits == 4:
-            add_codes(out, factor, shares, (tail[rows[0]],), at, groups, 4)
-        else:
-            add_codes(out, factor, shares, (tail[rows[0]],), at, groups, 8)
+BLOCK = 256  # neurons that pass through the second cache at a time
+SCORED = 64  # neurons that are scored at a time
 
 
 @njit(nogil=True)
-def _span(x, scale, sums, head, tail, offsets, gate_bias, up_bias, biased, index, first, last, kind, out, lows):
-    """Add what the neurons index[first:last] give for one input to out [width] and lows [groups]."""
-    values, shares = np.empty(BOTH, np.float32), np.empty((BOTH // 2, offsets[0]), np.int32)
+def _inputs(x, groups):
+    """Rows x float32 [N, H] rounded, see `group_parts.group_inputs`."""
+    rows = x.shape[0]
+    codes = np.empty((rows, groups * GROUP), np.int8)
+    scale, sums = np.empty((rows, groups), np.float32), np.empty((rows, groups), np.float32)
+    for n in range(rows):
+        group_inputs(x[n], codes[n], scale[n], sums[n])
+    return codes, scale, sums
+
+
+@njit(nogil=True)
+def _share(neurons, t, threads):
+    """The neurons of a thread."""
+    return neurons * t // threads, neurons * (t + 1) // threads
+
+
+@njit(nogil=True)
+def _span(inputs, n, head, tail, offsets, biases, kind, known, gates, ups, index, first, last, values, shares, partial):
+    """Add what the neurons index[first:last] give for input n to partial [width + groups]; index goes on behind them."""
+    codes, scale, sums = inputs
+    width, end = offsets[0] * GROUP, index.shape[0] - 1
     i = first
     while i < last:
         many = BOTH if i + BOTH <= last else 1
-        then = i + many if i + 2 * many <= last else i
-        rows, ahead = index[i : i + many], index[then : then + many]
+        rows = index[i : i + many]
         for r in range(many):
-            _fetch(head, tail, ahead[r])
-            values[r] = _value(x, scale, sums, head, tail, offsets, rows[r], gate_bias, up_bias, biased, kind)
-        _add(out, lows, shares, values, many, tail, offsets, rows)
+            fetch(head, tail, offsets, index[min(i + BOTH + r, end)], known)
+            values[r] = neuron_value(
+                codes[n], scale[n], sums[n], head, tail, offsets, rows[r], biases, kind, known, gates, ups
+            )
+        add(partial[:width], partial[width:], shares, values, many, tail, offsets, rows)
         i += many
 
 
 @njit(nogil=True)
-def _gather(partial, out):
-    """out float32 [H] = the codes' and the lows' sums of all threads, partial float32 [threads, width + groups]."""
-    width = partial.shape[1] // (GROUP + 1) * GROUP
-    for j in range(out.shape[0]):
-        total = ZERO
-        for t in range(partial.shape[0]):
-            total += partial[t, j] + partial[t, width + j // GROUP]
-        out[j] = total
+def _rows_part(first, last, inputs, head, tail, offsets, biases, kind, known, gates, ups, index, count, partial):
+    """Add the neurons first:last of every input's list (ascending) to partial [N, width + groups]."""
+    rows = partial.shape[0]
+    values, shares = np.empty(BOTH, np.float32), np.empty((BOTH // 2, offsets[0]), np.int32)
+    done = np.empty(rows, np.int64)
+    for n in range(rows):
+        done[n] = np.searchsorted(index[n, : count[n]], first)
+    for start in range(first, last, BLOCK):
+        end = min(start + BLOCK, last)
+        for n in range(rows):
+            mine = index[n, : count[n]]
+            until = done[n]
+            while until < mine.shape[0] and mine[until] < end:
+                until += 1
+            _span(
+                inputs, n, head, tail, offsets, biases, kind, known, gates[n], ups[n],
+                mine, done[n], until, values, shares, partial[n],
+            )  # fmt: skip
+            done[n] = until
 
 
 @kernel(parallel=True)
-def single(x, head, tail, offsets, gate_bias, up_bias, biased, index, k, kind, threads, out):
-    """One input x float32 [H], the neurons index[:k]; out float32 [H]."""
-    groups = offsets[0]
-    width = groups * GROUP
-    codes, scale, sums = np.empty(width, np.int8), np.empty(groups, np.float32), np.empty(groups, np.float32)
-    group_inputs(x, codes, scale, sums)
-    partial = np.zeros((threads, width + groups), np.float32)
-    for t in prange(threads):
-        first, last = k * t // threads, k * (t + 1) // threads
-        given = index[:k]
-        _span(
-            codes, scale, sums, head, tail, offsets, gate_bias, up_bias, biased, given, first, last, kind,
-            partial[t, :width], partial[t, width:],
-        )  # fmt: skip
-    _gather(partial, out)
-
-
-@kernel(parallel=True)
-def several(x, head, tail, offsets, gate_bias, up_bias, biased, index, count, slots, kind, threads, out):
-    """Up to 64 inputs x float32 [N, H], each with its slot's neurons: a row in the union is read once for all."""
+def chosen(x, head, tail, offsets, biases, kind, index, count, threads, out):
+    """The FFN of inputs x float32 [N, H], each over its own neurons: index int32 [N, W] ascending, count int32 [N]."""
     rows, groups = x.shape[0], offsets[0]
-    width = groups * GROUP
-    member, union = union_of(head.shape[0], rows, index, count, slots)
-    k = union.shape[0]
-    codes = np.empty((rows, width), np.int8)
-    scale, sums = np.empty((rows, groups), np.float32), np.empty((rows, groups), np.float32)
-    for n in prange(rows):
-        group_inputs(x[n], codes[n], scale[n], sums[n])
-    partial = np.zeros((rows, threads, width + groups), np.float32)
+    inputs = _inputs(x, groups)
+    nothing = np.empty((rows, 0), np.float32)
+    partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
     for t in prange(threads):
-        values, shares = np.empty(BOTH, np.float32), np.empty((BOTH // 2, groups), np.int32)
-        last = k * (t + 1) // threads
-        for i in range(k * t // threads, last):
-            mine = union[i : i + 1]
-            _fetch(head, tail, union[min(i + BOTH, last - 1)])
-            for n in range(rows):
-                if (member[mine[0]] >> np.uint64(n)) & np.uint64(1):
-                    values[0] = _value(
-                        codes[n], scale[n], sums[n], head, tail, offsets, mine[0], gate_bias, up_bias, biased, kind
-                    )
-                    part = partial[n, t]
-                    _add(part[:width], part[width:], shares, values, 1, tail, offsets, mine)
-    for n in prange(rows):
-        _gather(partial[n], out[n])
+        first, last = _share(head.shape[0], t, threads)
+        _rows_part(
+            first, last, inputs, head, tail, offsets, biases, kind, 0, nothing, nothing, index, count, partial[t]
+        )
+    for n in range(rows):
+        gather(partial, n, out[n])
+
+
+@njit(nogil=True)
+def _gate_part(first, last, inputs, head, tail, offsets, biases, kind, index, count, slots, importance, gates, key):
+    """Activations of the candidates first:last of every input to gates [N, I], their scores to key [N, I]."""
+    codes, scale, sums = inputs
+    gated = bool(offsets[3])
+    at, scales, rest = (offsets[4], offsets[6], offsets[8]) if gated else (offsets[5], offsets[7], offsets[9])
+    size, size_rest = offsets[0] * QUAD * offsets[1], offsets[0] * QUAD * offsets[2]
+    for n in range(key.shape[0]):
+        mine = index[n, : count[n]]
+        end = mine.shape[0] - 1
+        for j in range(np.searchsorted(mine, first), np.searchsorted(mine, last)):
+            i, later = mine[j], mine[min(j + BOTH, end)]
+            fetch_bytes(head[later], at, size)
+            fetch_bytes(tail[later], rest, size_rest)
+            fetch_bytes(head[later], scales, 2 * offsets[0] + 8)
+            v = product(codes[n], scale[n], sums[n], head[i], tail[i], offsets, not gated)
+            if gated and biases[2] & 1:
+                v += biases[0][i]
+            if not gated and biases[2] & 2:
+                v += biases[1][i]
+            v = np.float32(activate(kind, v))
+            gates[n, i] = v
+            if importance.shape[0]:
+                v *= importance[slots[n] if importance.shape[0] > 1 else 0, i]
+            key[n, i] = abs(v)  # last, also for the sign of a NaN: the search needs bits without a sign
+
+
+@kernel(parallel=True)
+def gate_rows(x, head, tail, offsets, biases, kind, candidates, slots, choice, importance, threads, key, index, count, cut, out):
+    """`selector_ops.gated_rows` of up to 64 inputs.
+
+    candidates (index int32 [N, W] ascending, count int32 [N]) of each input; choice (wanted, least); importance float32
+    [S, I], [1, I] or empty; key float32 [N, I], zeros; index int32 [N, W], count int32 [N], cut uint32 [N] and out
+    float32 [N, H] are filled.
+    """
+    rows, groups = x.shape[0], offsets[0]
+    inputs = _inputs(x, groups)
+    gates = np.empty(key.shape, np.float32)
+    for t in prange(threads):
+        first, last = _share(head.shape[0], t, threads)
+        _gate_part(
+            first, last, inputs, head, tail, offsets, biases, kind, *candidates, slots, importance, gates, key
+        )
+    choose_part(0, rows, key.view(np.uint32), slots, *choice, index, count, cut)
+    partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
+    known = 2 if offsets[3] else 0
+    for t in prange(threads):
+        first, last = _share(head.shape[0], t, threads)
+        _rows_part(
+            first, last, inputs, head, tail, offsets, biases, kind, known, gates, gates, index, count, partial[t]
+        )
+    for n in range(rows):
+        gather(partial, n, out[n])
+
+
+@njit(nogil=True)
+def _estimate_part(first, last, inputs, head, offsets, gates, ups, gate_middles, up_middles):
+    """Products of the neurons first:last without their low codes, [N, I]; and what these add in the middle, [N, B]."""
+    codes, scale, sums = inputs
+    for i in range(first, last):
+        fetch_bytes(head[min(i + BOTH, head.shape[0] - 1)], 0, head.shape[1])
+        for n in range(codes.shape[0]):
+            if offsets[3]:
+                gates[n, i], gate_middles[n, i - first] = high_part(
+                    codes[n], scale[n], sums[n], head[i], offsets, False
+                )
+            ups[n, i], up_middles[n, i - first] = high_part(codes[n], scale[n], sums[n], head[i], offsets, True)
+
+
+@njit(nogil=True)
+def _score_part(first, last, inputs, head, offsets, biases, kind, slots, importance, errors, gates, ups, key):
+    """Scores of the neurons first:last to key [N, I]; their products without the low codes to gates and ups [N, I]."""
+    gated, rows = bool(offsets[3]), key.shape[0]
+    middles = np.empty((2, rows, SCORED), np.float32)
+    low, high = np.empty(SCORED, np.float32), np.empty(SCORED, np.float32)
+    for start in range(first, last, SCORED):
+        end = min(start + SCORED, last)
+        _estimate_part(start, end, inputs, head, offsets, gates, ups, middles[0], middles[1])
+        for n in range(rows):
+            g, u = middles[0, n, : end - start], middles[1, n, : end - start]
+            for i in range(start, end):
+                u[i - start] += ups[n, i]
+                if biases[2] & 2:
+                    u[i - start] += biases[1][i]
+                if gated:
+                    g[i - start] += gates[n, i]
+                    if biases[2] & 1:
+                        g[i - start] += biases[0][i]
+            known = errors[slots[n], :, start:end] if errors.shape[0] else errors[:0, 0, 0:0]
+            expected_block(kind, gated, g, u, known, low[: end - start], high[: end - start])
+            weight = importance[slots[n] if importance.shape[0] > 1 else 0]
+            for i in range(start, end):
+                key[n, i] = abs(u[i - start] * weight[i])
+
+
+@kernel(parallel=True)
+def nested_rows(x, head, tail, offsets, biases, kind, slots, choice, importance, errors, threads, key, index, count, cut, out):
+    """`selector_ops.sketched_rows` of up to 64 inputs, the high codes being the sketch; arguments as for `gate_rows`.
+
+    errors float32 [S, 4 or 2, I] or empty.
+    """
+    rows, groups = x.shape[0], offsets[0]
+    inputs = _inputs(x, groups)
+    gates, ups = np.empty(key.shape, np.float32), np.empty(key.shape, np.float32)
+    for t in prange(threads):
+        first, last = _share(head.shape[0], t, threads)
+        _score_part(
+            first, last, inputs, head, offsets, biases, kind, slots, importance, errors, gates, ups, key
+        )
+    choose_part(0, rows, key.view(np.uint32), slots, *choice, index, count, cut)
+    partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
+    for t in prange(threads):
+        first, last = _share(head.shape[0], t, threads)
+        _rows_part(
+            first, last, inputs, head, tail, offsets, biases, kind, 1, gates, ups, index, count, partial[t]
+        )
+    for n in range(rows):
+        gather(partial, n, out[n])
+
+
+@kernel(parallel=True)
+def estimates(x, head, offsets, threads, gates, ups):
+    """Products of inputs x float32 [N, H] with the high codes, the low ones in the middle: gates and ups [N, I]."""
+    inputs = _inputs(x, offsets[0])
+    for t in prange(threads):
+        first, last = _share(head.shape[0], t, threads)
+        middles = np.zeros((2, x.shape[0], SCORED), np.float32)
+        for start in range(first, last, SCORED):
+            end = min(start + SCORED, last)
+            _estimate_part(start, end, inputs, head, offsets, gates, ups, middles[0], middles[1])
+            ups[:, start:end] += middles[1, :, : end - start]
+            if offsets[3]:
+                gates[:, start:end] += middles[0, :, : end - start]
 
 
 @kernel(parallel=True)
 def products(x, head, tail, offsets, of_up, threads, out):
     """All neurons' dot products with the gate's or up's rows: x float32 [N, H], out float32 [N, I]."""
     rows, groups, neurons = x.shape[0], offsets[0], head.shape[0]
-    width = groups * GROUP
-    codes = np.empty((rows, width), np.int8)
-    scale, sums = np.empty((rows, groups), np.float32), np.empty((rows, groups), np.float32)
-    for n in range(rows):
-        group_inputs(x[n], codes[n], scale[n], sums[n])
+    codes, scale, sums = _inputs(x, groups)
     at, scales, rest = (offsets[5], offsets[7], offsets[9]) if of_up else (offsets[4], offsets[6], offsets[8])
     size, size_rest = groups * QUAD * offsets[1], groups * QUAD * offsets[2]
     for t in prange(threads):
@@ -237,7 +266,7 @@ def down_rows(a, tail, offsets, threads, out):
     """All neurons' down rows, each by its value: a float32 [N, I], out float32 [N, H]."""
     rows, groups, neurons = a.shape[0], offsets[0], tail.shape[0]
     width = groups * GROUP
-    partial = np.zeros((rows, threads, width + groups), np.float32)
+    partial = np.zeros((threads, rows, width + groups), np.float32)
     order = np.arange(neurons)
     for t in prange(threads):
         shares = np.empty((BOTH // 2, groups), np.int32)
@@ -248,11 +277,11 @@ def down_rows(a, tail, offsets, threads, out):
             for r in range(many):
                 fetch_bytes(tail[then + r], offsets[10], tail.shape[1] - offsets[10])
             for n in range(rows):
-                part, values = partial[n, t], a[n, i : i + many]
-                _add(part[:width], part[width:], shares, values, many, tail, offsets, order[i : i + many])
+                part, values = partial[t, n], a[n, i : i + many]
+                add(part[:width], part[width:], shares, values, many, tail, offsets, order[i : i + many])
             i += many
-    for n in prange(rows):
-        _gather(partial[n], out[n])
+    for n in range(rows):
+        gather(partial, n, out[n])
 
 
 @njit(nogil=True)

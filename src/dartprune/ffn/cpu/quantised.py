@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dartprune.ffn.cpu.threads import use_threads
 from dartprune.ffn.quantised import QuantisedRows
+from dartprune.ffn.selector_ops import TokenRows
 
 _NONE = numpy.empty(0, numpy.float32)
 _ROLES = {"gate": 0, "up": 1, "down": 2}
@@ -20,34 +22,127 @@ def _floats(bias: Tensor | None) -> Any:
 
 
 def _arrays(rows: QuantisedRows) -> tuple[Any, ...]:
-    """Head, tail and offsets; both biases and which are there."""
+    """Head, tail and offsets; the biases of gate and up and which are there; the activation's number."""
+    from dartprune.ffn.cpu.activations import ACTIVATIONS
+
     biased = (rows.gate_bias is not None) + 2 * (rows.up_bias is not None)
-    packed = rows.head.numpy(), rows.tail.numpy(), rows.layout.offsets
-    return *packed, _floats(rows.gate_bias), _floats(rows.up_bias), biased
+    biases = _floats(rows.gate_bias), _floats(rows.up_bias), biased
+    return rows.head.numpy(), rows.tail.numpy(), rows.layout.offsets, biases, ACTIVATIONS[rows.activation]
 
 
 def pruned_ffn(x: Tensor, rows: QuantisedRows, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
     """The FFN of x [N, H] over each row's own neurons; see `Backend.ffn`."""
     from dartprune.ffn.cpu import group_kernels as kernels
+
+    wide = x.detach().float().contiguous().numpy()
+    out = numpy.empty_like(wide)
+    counts = count[slots]
+    lists = _ascending(index[slots, : int(counts.max()) if len(counts) else 0], counts)
+    kernels.chosen(wide, *_arrays(rows), *lists, use_threads(), out)
+    return _finished(out, rows, x.dtype)
+
+
+def _ascending(index: Tensor, count: Tensor) -> tuple[Any, Any]:
+    """Lists int32 [N, W] in ascending order as far as they count, int32 [N]; those of masks are so already."""
+    if index.shape[1] > 1:
+        last = count.clamp_min(1)[:, None] - 1
+        places = torch.arange(1, index.shape[1], dtype=torch.int64, device="cpu")
+        if not bool(((index[:, 1:] > index[:, :-1]) | (places > last)).all()):
+            most = torch.iinfo(torch.int32).max
+            index = index.masked_fill(torch.arange(index.shape[1], device="cpu") > last, most).sort(dim=1).values
+    return index.contiguous().numpy(), count.contiguous().numpy()
+
+
+def _finished(out: Any, rows: QuantisedRows, dtype: torch.dtype) -> Tensor:
+    result = torch.from_numpy(out)
+    if rows.down_bias is not None:
+        result += rows.down_bias.detach().float()
+    return result.to(dtype)
+
+
+def gated_rows(
+    x: Tensor,
+    rows: QuantisedRows,
+    index: Tensor,
+    count: Tensor,
+    slots: Tensor,
+    wanted: Tensor,
+    threshold: Tensor | None,
+    importance: Tensor | None,
+) -> TokenRows:
+    """See `selector_ops.gated_rows`."""
+    from dartprune.ffn.cpu import group_kernels as kernels
+
+    candidates = _ascending(index[slots], count[slots])
+    weight = numpy.empty((0, 0), numpy.float32) if importance is None else importance.float().numpy()
+    return _by_parts(
+        x, rows, slots, wanted, threshold, index.shape[1],
+        lambda part, wide, owners, choice, results: kernels.gate_rows(
+            wide, *_arrays(rows), tuple(lists[part] for lists in candidates), owners, choice, weight, *results
+        ),
+    )  # fmt: skip
+
+
+def nested_rows(
+    x: Tensor,
+    rows: QuantisedRows,
+    slots: Tensor,
+    wanted: Tensor,
+    importance: Tensor,
+    width: int,
+    threshold: Tensor | None,
+    errors: Tensor | None,
+) -> TokenRows:
+    """See `selector_ops.sketched_rows`: the high codes of the rows are the sketch."""
+    from dartprune.ffn.cpu import group_kernels as kernels
+
+    known = numpy.empty((0, 0, 0), numpy.float32) if errors is None else errors.numpy()
+    weight = importance.float().numpy()
+    return _by_parts(
+        x, rows, slots, wanted, threshold, width,
+        lambda part, wide, owners, choice, results: kernels.nested_rows(
+            wide, *_arrays(rows), owners, choice, weight, known, *results
+        ),
+    )  # fmt: skip
+
+
+def _by_parts(
+    x: Tensor,
+    rows: QuantisedRows,
+    slots: Tensor,
+    wanted: Tensor,
+    threshold: Tensor | None,
+    width: int,
+    work: Callable[..., None],
+) -> TokenRows:
+    """Call a selector's kernel for at most 64 rows at a time, with room for what it fills."""
     from dartprune.ffn.cpu.kernels import MOST_ROWS
 
+    wide = x.detach().float().contiguous().numpy()
+    out, owners = numpy.empty_like(wide), slots.numpy()
+    index, count = numpy.zeros((len(wide), width), numpy.int32), numpy.empty(len(wide), numpy.int32)
+    cut = numpy.empty(len(wide), numpy.uint32)
+    none = numpy.empty(0, numpy.uint32)
+    least = none if threshold is None else threshold.float().clamp(min=0).numpy().view(numpy.uint32)
     threads = use_threads()
-    wide = x.detach().float().contiguous()
-    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
-    arrays, kind = _arrays(rows), kernels.ACTIVATIONS[rows.activation]
-    lists, counts, owners = index.numpy(), count.numpy(), slots.numpy()
-    if x.shape[0] == 1:
-        slot = int(owners[0])
-        kernels.single(wide[0].numpy(), *arrays, lists[slot], int(counts[slot]), kind, threads, out[0].numpy())
-    else:
-        for first in range(0, x.shape[0], MOST_ROWS):
-            part = slice(first, first + MOST_ROWS)
-            kernels.several(
-                wide[part].numpy(), *arrays, lists, counts, owners[part], kind, threads, out[part].numpy()
-            )
-    if rows.down_bias is not None:
-        out += rows.down_bias.float()
-    return out.to(x.dtype)
+    for first in range(0, len(wide), MOST_ROWS):
+        part = slice(first, first + MOST_ROWS)
+        key = numpy.zeros((len(wide[part]), rows.neurons), numpy.float32)  # a neuron that is no candidate scores 0
+        results = threads, key, index[part], count[part], cut[part], out[part]
+        work(part, wide[part], owners[part], (wanted.numpy(), least), results)
+    lists = torch.from_numpy(index), torch.from_numpy(count), torch.from_numpy(cut.view(numpy.float32))
+    return TokenRows(_finished(out, rows, x.dtype), *lists)
+
+
+def estimates(x: Tensor, rows: QuantisedRows) -> tuple[Tensor | None, Tensor]:
+    """See `quantised.nested_estimates`."""
+    from dartprune.ffn.cpu import group_kernels as kernels
+
+    ups = torch.empty(x.shape[0], rows.neurons, dtype=torch.float32, device="cpu")
+    gates = torch.empty_like(ups) if rows.layout.gated else ups.new_empty(0, 0)
+    wide = x.detach().float().contiguous().numpy()
+    kernels.estimates(wide, rows.head.numpy(), rows.layout.offsets, use_threads(), gates.numpy(), ups.numpy())
+    return (gates if rows.layout.gated else None), ups
 
 
 def products(x: Tensor, rows: QuantisedRows, role: str) -> Tensor:

@@ -9,11 +9,13 @@ import numpy
 import torch
 from torch import Tensor
 
+from dartprune.ffn.cpu import quantised
 from dartprune.ffn.cpu.arrays import weight_arrays
 from dartprune.ffn.cpu.threads import use_threads
 from dartprune.ffn.operators import gated_operator, sketched_operator
+from dartprune.ffn.quantised import NestedSketch, QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
-from dartprune.ffn.sketch import GAUSSIAN_STEP, FFNSketch, InputPlanes, SketchPlanes
+from dartprune.ffn.sketch import GAUSSIAN_STEP, AnySketch, InputPlanes, SketchPlanes
 from dartprune.ffn.weights import FFNWeights
 
 _NO_BITS, _NO_IMPORTANCE = numpy.empty(0, numpy.uint32), numpy.empty((0, 0), numpy.float32)
@@ -110,6 +112,8 @@ def gated_rows(
     """Token gate, fused: see `selector_ops.gated_rows`. Rows of the weights must be contiguous."""
     from dartprune.ffn.cpu import selector_kernels as kernels
 
+    if isinstance(weights, QuantisedRows):
+        return quantised.gated_rows(x, weights, index, count, slots, wanted, threshold, importance)
     call = _Call(x, weights, wanted, threshold, index.shape[1])
     weight = _NO_IMPORTANCE if importance is None else importance.float().numpy()
     lists, counts, owners = index.numpy(), count.numpy(), slots.numpy()
@@ -127,7 +131,7 @@ def gated_rows(
 def sketched_rows(
     x: Tensor,
     weights: FFNWeights,
-    sketch: FFNSketch,
+    sketch: AnySketch,
     slots: Tensor,
     wanted: Tensor,
     importance: Tensor,
@@ -138,6 +142,8 @@ def sketched_rows(
     """Sketch, fused: see `selector_ops.sketched_rows`. Rows of the weights must be contiguous."""
     from dartprune.ffn.cpu import selector_kernels as kernels
 
+    if isinstance(sketch, NestedSketch):
+        return quantised.nested_rows(x, sketch.rows, slots, wanted, importance, width, threshold, errors)
     call = _Call(x, weights, wanted, threshold, width)
     up = sketch.up.planes.numpy(), sketch.up.scale.numpy()
     gate = up if sketch.gate is None else (sketch.gate.planes.numpy(), sketch.gate.scale.numpy())

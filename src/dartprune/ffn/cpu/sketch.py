@@ -174,6 +174,19 @@ def _expect(kind, gated, g, u, errors, low, high):
 
 
 @njit(nogil=True)
+def expected_block(kind, gated, g, u, errors, low, high):
+    """Make u [B] the sizes of activations, estimated from products g and u [B], or expected under errors [4 or 2, B]."""
+    if errors.shape[0]:
+        _expect(kind, gated, g, u, errors, low, high)
+    elif gated:
+        activate_all(kind, g)
+        for i in range(u.shape[0]):
+            u[i] *= g[i]
+    else:
+        activate_all(kind, u)
+
+
+@njit(nogil=True)
 def score_part(first, last, rounded, weights, sketches, slots, importance, errors, kind, key):
     """Scores of the neurons first:last for every row, to key [N, I]: see `sketch.sketch_scores`."""
     gated, _, _, _, gate_bias, up_bias, _ = weights
@@ -188,15 +201,9 @@ def score_part(first, last, rounded, weights, sketches, slots, importance, error
             _estimate(start, end, up, up_scale, *row, up_bias, exactly, u)
             if gated:
                 _estimate(start, end, gate, gate_scale, *row, gate_bias, exactly, g)
-            if errors.shape[0]:
-                known, size = errors[slots[n], :, start:end], end - start
-                _expect(kind, gated, g[:size], u[:size], known, low[:size], high[:size])
-            elif gated:
-                activate_all(kind, g[: end - start])
-                for i in range(end - start):
-                    u[i] *= g[i]
-            else:
-                activate_all(kind, u[: end - start])
+            size = end - start
+            known = errors[slots[n], :, start:end] if errors.shape[0] else errors[:0, 0, 0:0]
+            expected_block(kind, gated, g[:size], u[:size], known, low[:size], high[:size])
             scale = importance[slots[n] if importance.shape[0] > 1 else 0]
             for i in range(start, end):
                 key[n, i] = abs(u[i - start] * scale[i])

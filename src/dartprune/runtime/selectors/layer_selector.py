@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dartprune.ffn.selector_kernels import SelectorKernels
 from dartprune.ffn.selector_ops import TokenRows, chosen_mask, chosen_rows
-from dartprune.ffn.sketch import FFNSketch
+from dartprune.ffn.sketch import AnySketch
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.layer import Decoder, Layer
 from dartprune.runtime.selection import LayerSelection
@@ -36,7 +36,7 @@ class LayerFacts:
     weights: FFNWeights | str
     norms: Tensor
     kernels: SelectorKernels | None = None
-    sketch: FFNSketch | None = None
+    sketch: AnySketch | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class LayerSelector(SlotTensors, ABC):
     """One layer's selector: `wanted` int32 [slots] neurons for each token of a slot.
 
     row_share: share of the layer's weights that one chosen neuron costs.  chosen_bytes: the same in bytes.
+    chosen_cost: the same in neurons, for a selector whose every candidate is a whole neuron.
     kernels: the backend's operators; None where the choice is applied as a mask.
     taken: neurons that each row of the last forward used, int32 [N]; union: how many neurons the backend read for all
     rows together, a scalar. They wait here until it is known which of the rows count.
@@ -59,6 +60,7 @@ class LayerSelector(SlotTensors, ABC):
 
     wanted: Tensor
     has_kernels: ClassVar[bool] = False  # whether `compute` is there; else the choice is applied as a mask
+    chosen_cost = 1.0
     learns = False  # whether the context's tokens teach it
 
     @classmethod

@@ -7,12 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dartprune.errors import UserError
 from dartprune.ffn.expected import error_moments
-from dartprune.ffn.operators import estimated
+from dartprune.ffn.operators import estimated, nested_estimated
+from dartprune.ffn.quantised import NestedSketch, QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
-from dartprune.ffn.sketch import FFNSketch, estimated_sizes
+from dartprune.ffn.sketch import AnySketch, estimated_sizes
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.layer import Layer
+from dartprune.model.packed import packed_rows
 from dartprune.runtime.selectors.layer_selector import LayerFacts, LayerSelector, ModelFacts, Place
 from dartprune.selectors.settings import Sketch, register_selector
 from dartprune.selectors.sketches import Matrices, Sketcher, matrices_of
@@ -41,10 +44,18 @@ class SketchLayer(LayerSelector):
             facts = model.facts(layer)
             return matrices_of(layer, facts.weights, *facts.place), facts.norms
 
-        sketcher = Sketcher(settings, model.decoder, model.sparsity, parts)
+        packed = packed_rows(model.decoder.layers[0])
+        if packed is not None:
+            _check_nested(settings, packed)
+        sketcher = None if packed else Sketcher(settings, model.decoder, model.sparsity, parts)
 
         def make(facts: LayerFacts) -> SketchLayer:
+            rows = facts.weights
+            if isinstance(rows, QuantisedRows):
+                facts.sketch = NestedSketch(rows)
+                return cls(facts, facts.sketch, (rows.gate_bias, rows.up_bias), calibrate=settings.calibrate)
             matrices = matrices_of(facts.layer, facts.weights, *facts.place)
+            assert sketcher is not None  # a model is packed as a whole
             facts.sketch = sketcher.of(facts.layer, matrices)
             biases = matrices.gate_bias, matrices.up_bias
             return cls(facts, facts.sketch, biases, calibrate=settings.calibrate)
@@ -52,7 +63,7 @@ class SketchLayer(LayerSelector):
         return make
 
     def __init__(
-        self, facts: LayerFacts, sketch: FFNSketch, biases: tuple[Tensor | None, Tensor | None], *, calibrate: bool
+        self, facts: LayerFacts, sketch: AnySketch, biases: tuple[Tensor | None, Tensor | None], *, calibrate: bool
     ) -> None:
         """Set up.
 
@@ -63,6 +74,11 @@ class SketchLayer(LayerSelector):
             calibrate: whether the context's tokens teach it.
         """
         super().__init__(facts.layer, facts.place[0], facts.norms, facts.layer.matrices, facts.kernels)
+        if isinstance(sketch, NestedSketch):
+            # a chosen neuron's tail alone is read: its head was, as the sketch
+            self.chosen_cost = sketch.rows.layout.tail / sketch.rows.row_bytes
+            self.row_share *= self.chosen_cost
+            self.chosen_bytes *= self.chosen_cost
         self.sketch = sketch
         self.gate_bias, self.up_bias = biases
         self.learns = calibrate
@@ -84,7 +100,8 @@ class SketchLayer(LayerSelector):
     @property
     def held(self) -> int:
         """Bytes of the planes, their scales and the norms, and of the errors that every sequence begins with."""
-        return self.sketch.bytes + super().held + (0 if self._rounding is None else self._rounding.nbytes)
+        planes = 0 if isinstance(self.sketch, NestedSketch) else self.sketch.bytes
+        return planes + super().held + (0 if self._rounding is None else self._rounding.nbytes)
 
     def compute(
         self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor, wanted: Tensor
@@ -102,14 +119,15 @@ class SketchLayer(LayerSelector):
 
     def _estimates(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Estimated products of x [N, H] with gate (None for a plain FFN) and up, biases added, float32 [N, I]."""
-        options = self.sketch.activation_bits, self.sketch.outliers
-        up = estimated(x, self.sketch.up, *options)
-        if self.up_bias is not None:
-            up = up + self.up_bias
-        if self.sketch.gate is None:
-            return None, up
-        gate = estimated(x, self.sketch.gate, *options)
-        return gate if self.gate_bias is None else gate + self.gate_bias, up
+        if isinstance(self.sketch, NestedSketch):
+            gate, up = nested_estimated(x, self.sketch.rows)
+        else:
+            options = self.sketch.activation_bits, self.sketch.outliers
+            gate = None if self.sketch.gate is None else estimated(x, self.sketch.gate, *options)
+            up = estimated(x, self.sketch.up, *options)
+        if gate is not None and self.gate_bias is not None:
+            gate = gate + self.gate_bias
+        return gate, up if self.up_bias is None else up + self.up_bias
 
     @torch.no_grad()
     def learn(self, x: Tensor, slots: Tensor, weight: Tensor, memory: float | None = None) -> None:
@@ -156,3 +174,14 @@ class SketchLayer(LayerSelector):
         moments = self._moments(x.to(device, dtype), ones)[0] / _PROBES
         moments[::2] = 0.0
         return moments
+
+
+def _check_nested(settings: Sketch, rows: QuantisedRows) -> None:
+    """ValueError where packed rows cannot be their own sketch, or another one is asked for."""
+    if not rows.layout.low:
+        raise UserError("Sketch: the rows of this model are not nested: quantise it with nested=True")
+    if settings.bits != "auto" or settings.file is not None:
+        raise UserError(
+            f"Sketch: the high {rows.layout.high} bits of this model's {rows.layout.bits}-bit rows are its sketch: "
+            "leave bits='auto' and file=None"
+        )

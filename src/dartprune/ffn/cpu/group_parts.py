@@ -1,0 +1,184 @@
+"""What the kernels over rows of 4 and 8 bits are made of: inputs rounded, products of a neuron, its down row added.
+
+The input is rounded to 8 bits in groups of 32, once for a call; products of codes are whole numbers, everything that is
+summed over groups is float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from dartprune.ffn.cpu.activations import ZERO, activate
+from dartprune.ffn.cpu.group_blocks import add_codes, fetch_bytes, float_at, row_parts
+from dartprune.ffn.quantised import GROUP, QUAD, SEGMENTS, STEPS
+
+LARGEST, SECOND, THIRD = SEGMENTS
+MOST = np.float32(127.0)
+BOTH = 4  # neurons whose down rows are added at a time
+
+
+@njit(nogil=True)
+def group_inputs(x, codes, scale, sums):
+    """Round x float32 [H] to 8 bits in groups.
+
+    Gives codes int8 [groups * 32] in the order of the rows' codes, scale float32 [groups], and sums float32 [groups],
+    each group's sum after rounding.
+    """
+    groups = scale.shape[0]
+    padded = np.zeros(groups * GROUP, np.float32)
+    padded[: x.shape[0]] = x
+    first = 0
+    while first < groups:
+        left = groups - first
+        lanes = LARGEST if left >= LARGEST else (SECOND if left >= SECOND else THIRD)
+        for lane in range(lanes):
+            part = padded[(first + lane) * GROUP : (first + lane + 1) * GROUP]
+            largest = ZERO
+            for k in range(GROUP):
+                largest = max(largest, abs(part[k]))
+            step = largest / MOST
+            inverse = MOST / largest if largest > ZERO else ZERO
+            total = np.int32(0)
+            at = first * GROUP + lane * QUAD
+            for s in range(STEPS):
+                for j in range(QUAD):
+                    code = np.int8(np.rint(part[s * QUAD + j] * inverse))
+                    codes[at + s * QUAD * lanes + j] = code
+                    total += np.int32(code)
+            scale[first + lane] = step
+            sums[first + lane] = step * np.float32(total)
+        first += lanes
+
+
+@njit(inline="always")
+def product(x, scale, sums, head, tail, offsets, of_up):
+    """One input's dot product with the gate's or up's row of a neuron: head and tail are its own."""
+    groups, high, low = offsets[0], offsets[1], offsets[2]
+    at, scales, rest = (offsets[5], offsets[7], offsets[9]) if of_up else (offsets[4], offsets[6], offsets[8])
+    if high == 2:
+        whole, lows, _ = row_parts(x, scale, sums, head, scales, head, at, groups, 2, 1)
+        part, _, _ = row_parts(x, scale, sums, head, scales, tail, rest, groups, 2, 0)
+        return np.float32(4.0) * whole + part + lows
+    if high == 4 and low == 4:
+        whole, lows, _ = row_parts(x, scale, sums, head, scales, head, at, groups, 4, 1)
+        part, _, _ = row_parts(x, scale, sums, head, scales, tail, rest, groups, 4, 0)
+        return np.float32(16.0) * whole + part + lows
+    if high == 4:
+        whole, lows, _ = row_parts(x, scale, sums, head, scales, head, at, groups, 4, 1)
+        return whole + lows
+    whole, lows, _ = row_parts(x, scale, sums, head, scales, head, at, groups, 8, 1)
+    return whole + lows
+
+
+@njit(inline="always")
+def fetch(head, tail, offsets, i, known):
+    """Ask for a whole neuron at once, in the order of memory: spread through the arithmetic it takes half as long again.
+
+    known: 1 where the head was read before, of which the scales alone are needed once more.
+    """
+    first = offsets[6] if known == 1 else 0
+    fetch_bytes(head[i], first, head.shape[1] - first)
+    fetch_bytes(tail[i], 0, tail.shape[1])
+
+
+@njit(inline="always")
+def low_part(x, scale, sums, head, tail, offsets, of_up):
+    """What the low codes of a nested row add to the product that its high codes gave."""
+    groups, low = offsets[0], offsets[2]
+    scales, rest = (offsets[7], offsets[9]) if of_up else (offsets[6], offsets[8])
+    if low == 2:
+        part, _, _ = row_parts(x, scale, sums, head, scales, tail, rest, groups, 2, 0)
+    else:
+        part, _, _ = row_parts(x, scale, sums, head, scales, tail, rest, groups, 4, 0)
+    return part
+
+
+@njit(inline="always")
+def high_part(x, scale, sums, head, offsets, of_up):
+    """Of a nested row: the product without its low codes, and what they add where each is in the middle."""
+    groups, high = offsets[0], offsets[1]
+    at, scales = (offsets[5], offsets[7]) if of_up else (offsets[4], offsets[6])
+    if high == 2:
+        whole, lows, plain = row_parts(x, scale, sums, head, scales, head, at, groups, 2, 1)
+        return np.float32(4.0) * whole + lows, np.float32(1.5) * plain
+    whole, lows, plain = row_parts(x, scale, sums, head, scales, head, at, groups, 4, 1)
+    return np.float32(16.0) * whole + lows, np.float32(7.5) * plain
+
+
+@njit(inline="always")
+def neuron_value(x, scale, sums, head, tail, offsets, i, biases, kind, known, gates, ups):
+    """A neuron's value, the input of its down row.
+
+    biases (of gate, of up, which there are). known: what gates and ups float32 [I] hold already: 0 nothing, 1 the
+    products without the low codes, 2 the gate's activation alone.
+    """
+    gate_bias, up_bias, biased = biases
+    gate = ZERO
+    if known == 2:
+        gate = gates[i]
+    elif offsets[3]:
+        if known == 1:
+            gate = gates[i] + low_part(x, scale, sums, head[i], tail[i], offsets, False)
+        else:
+            gate = product(x, scale, sums, head[i], tail[i], offsets, False)
+        if biased & 1:
+            gate += gate_bias[i]
+        gate = np.float32(activate(kind, gate))
+    if known == 1:
+        up = ups[i] + low_part(x, scale, sums, head[i], tail[i], offsets, True)
+    else:
+        up = product(x, scale, sums, head[i], tail[i], offsets, True)
+    if biased & 2:
+        up += up_bias[i]
+    return np.float32(gate * up) if offsets[3] else np.float32(activate(kind, up))
+
+
+@njit(inline="always")
+def add(out, lows, shares, values, many, tail, offsets, rows):
+    """Add `many` (1 or 4) neurons' down rows, each by its value: codes to out [width], lows to lows [groups].
+
+    A scale times a value is a 16-bit share of the largest one that these neurons may have.
+    """
+    groups, bits = offsets[0], offsets[1] + offsets[2]
+    at, scales = offsets[10], offsets[11]
+    largest = ZERO
+    for r in range(many):
+        largest = max(largest, abs(values[r] * float_at(tail[rows[r]], scales + 2 * groups)))
+    factor = largest * np.float32(255.0 / 32767.0)
+    inverse = np.float32(1.0) / factor if factor > ZERO else ZERO
+    for p in range(-(-many // 2)):
+        one, other = tail[rows[2 * p]], tail[rows[min(2 * p + 1, many - 1)]]
+        step = values[2 * p] * float_at(one, scales + 2 * groups) * inverse
+        step_other = values[2 * p + 1] * float_at(other, scales + 2 * groups) * inverse if many > 1 else ZERO
+        mine, bytes_, theirs = shares[p], one[scales : scales + groups], other[scales : scales + groups]
+        for g in range(groups):
+            share = np.int32(np.rint(step * np.float32(bytes_[g])))
+            mine[g] = share & 0xFFFF | np.int32(np.rint(step_other * np.float32(theirs[g]))) << 16
+    for r in range(many):
+        low = values[r] * float_at(tail[rows[r]], scales + 2 * groups + 4)
+        signed = tail[rows[r], scales + groups : scales + 2 * groups].view(np.int8)
+        for g in range(groups):
+            lows[g] += low * np.float32(signed[g])
+    if many == BOTH:
+        four = (tail[rows[0]], tail[rows[1]], tail[rows[2]], tail[rows[3]])
+        if bits == 4:
+            add_codes(out, factor, shares, four, at, groups, 4)
+        else:
+            add_codes(out, factor, shares, four, at, groups, 8)
+    else:
+        if bits == 4:
+            add_codes(out, factor, shares, (tail[rows[0]],), at, groups, 4)
+        else:
+            add_codes(out, factor, shares, (tail[rows[0]],), at, groups, 8)
+
+
+@njit(nogil=True)
+def gather(partial, n, out):
+    """out float32 [H] = what all threads summed for input n: partial float32 [threads, N, width + groups]."""
+    width = partial.shape[2] // (GROUP + 1) * GROUP
+    for j in range(out.shape[0]):
+        total = ZERO
+        for t in range(partial.shape[0]):
+            total += partial[t, n, j] + partial[t, n, width + j // GROUP]
+        out[j] = total
