@@ -1,4 +1,4 @@
-"""Packs a model's weights into 4 or 8 bits in place: the FFN in rows that can be left unread, the rest as torch has it."""
+"""Packs a model's weights into 4 or 8 bits in place: the FFN in rows, the rest as torch's kernels take it."""
 
 from __future__ import annotations
 

@@ -80,6 +80,7 @@ class Report:
     tokens_per_second: decoded tokens of all sequences for each second inside decode forwards, on the host's clock,
         without what lies between them (sampling, `generate()` itself); None where that was not timed: a device that is
         not waited for, or compiled forwards.
+    step: what computes the rest of a decode step, beside the FFN.
     reasons: why a figure is under what was asked, by the figure's name in the table.
     """
 
@@ -101,6 +102,7 @@ class Report:
     seconds: dict[str, float]
     refresh_flops: int
     tokens_per_second: float | None
+    step: str
     reasons: dict[str, list[str]]
     notes: list[str]
 
@@ -131,6 +133,7 @@ class Report:
             ("layers keep", _spread([layer.kept for layer in self.layers], [n.neurons for n in self.layers])),
             ("extra memory", _held(self.overhead_bytes_per_sequence, self.overhead_bytes_per_model)),
             ("decoding", _rate(self.tokens_per_second)),
+            ("rest of a step", self.step),
             ("seconds", ", ".join(f"{name} {value:.3f}" for name, value in self.seconds.items())),
         ]
         rows = [

@@ -20,6 +20,7 @@ from dartprune.model.layer_site import Refuses, claim, claimed, release, sites_o
 from dartprune.model.lookup import core_of
 from dartprune.model.model_site import model_site
 from dartprune.model.rows import Phase
+from dartprune.model.step import OwnStep
 from dartprune.report import Event, Report
 from dartprune.runtime.account import Account
 from dartprune.runtime.build import LiveParts, build
@@ -79,6 +80,10 @@ class Run(Refuses):
         self._pool = SlotPool(parts.holders, self._new_slot, self._account.close)
         self._sites = sites_of(self._core, decoder)
         self._door = model_site(self._core)
+        self._step = OwnStep(self._core)
+        with parts.preparation("the decode step"):
+            self._step.prepare()
+        self._account.step = self._step.said
         changes = Changes(self._core, self._sites, self._door, [layer.backend.gathers for layer in parts.layers])
         self._live = LiveModel(
             method,
@@ -94,6 +99,7 @@ class Run(Refuses):
 
     def _install(self) -> None:
         try:
+            self._step.install()
             if self.method.prunes:
                 for site, layer in zip(self._sites.layers, self._parts.layers, strict=True):
                     site.install(layer)
@@ -107,6 +113,7 @@ class Run(Refuses):
         kept = self._door.remove()
         for site in self._sites.layers:
             kept += site.remove()
+        kept += self._step.remove()
         for where in kept:
             self._account.note(f"{where} was patched by somebody else while attached; that was left in place")
         self._parts.layout.undo()

@@ -68,6 +68,12 @@ def exactly(function: Operator) -> Operator:
     return operator  # type: ignore[return-value]
 
 
+def outside_graphs(function: Operator) -> Operator:
+    """Decorator: graphs of torch.compile end before the function and go on behind it."""
+    disabled: Operator = torch.compiler.disable(function)
+    return disabled
+
+
 def activation(name: str, x: Tensor) -> Tensor:
     """Apply an activation by its canonical name, in x's dtype."""
     if name == "silu":
@@ -83,4 +89,3 @@ def activation(name: str, x: Tensor) -> Tensor:
     if name == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
     raise ValueError(f"activation {name!r} has no canonical form: use the masked backend")
-

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dartprune.ffn.backend import activation, exactly
+from dartprune.ffn.backend import activation, exactly, outside_graphs
 from dartprune.ffn.planes import estimates, estimates_of_rows
 from dartprune.ffn.quantised import NestedSketch, QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
@@ -52,7 +52,7 @@ def ffn_operator(name: str) -> Callable[[FFNCall], FFNCall]:
             return x.new_empty(x.shape)
 
         operator = _operator(name, _FFN, flat, fake)
-        packed = outside_graphs(work)
+        packed = outside_graphs(exactly(work))
 
         def call(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
             if isinstance(weights, QuantisedRows):
@@ -79,7 +79,7 @@ def gated_operator(name: str, *, direct: bool = False) -> Callable[[TokenRowsCal
             return room_for_rows(x, given[_OF_WEIGHTS].shape[1])
 
         operator = _operator(name, _GATED, flat, fake)
-        packed = outside_graphs(work)
+        packed = outside_graphs(exactly(work))
 
         def call(
             x: Tensor,
@@ -115,7 +115,7 @@ def sketched_operator(name: str, *, direct: bool = False) -> Callable[[TokenRows
             return room_for_rows(x, given[-3])
 
         operator = _operator(name, _SKETCHED, flat, fake)
-        packed = outside_graphs(work)
+        packed = outside_graphs(exactly(work))
 
         def call(
             x: Tensor,
@@ -164,12 +164,6 @@ def _operator(name: str, schema: str, work: Callable[..., Any], fake: Callable[.
     return operator
 
 
-def outside_graphs(work: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that no graph of torch.compile holds."""
-    disabled: Callable[..., Any] = torch.compiler.disable(exactly(work))
-    return disabled
-
-
 def _weights(given: tuple[Any, ...]) -> FFNWeights:
     gate, up, down, gate_bias, up_bias, down_bias, act = given[:_OF_WEIGHTS]
     return FFNWeights(gate, up, down, gate_bias, up_bias, down_bias, act, partial(activation, act))
@@ -198,7 +192,7 @@ _estimated = _operator(
 )
 
 
-@torch.compiler.disable
+@outside_graphs
 def nested_estimated(x: Tensor, rows: QuantisedRows) -> tuple[Tensor | None, Tensor]:
     """See `quantised.nested_estimates`; by the kernels where they can be used."""
     return estimates_of_rows(x, rows)

@@ -71,7 +71,7 @@ class RowLayout:
     def offsets(self) -> tuple[int, ...]:
         """What the kernels take: groups, high, low, gated; then where the parts lie.
 
-        In the head: codes of gate, of up, scales of gate, of up. In the tail: codes of gate, of up, of down, its scales.
+        In the head: codes of gate, of up, scales of gate, of up. In the tail: codes of gate, of up, of down, scales.
         """
         matrices = 2 if self.gated else 1
         high, low = self.codes(self.high), self.codes(self.low)
@@ -120,7 +120,14 @@ class QuantisedRows(FFNWeights):
     ) -> None:
         """Set up; biases of gate [I], up [I] and down [H], or None each."""
         names = ("gate_bias", "up_bias", "down_bias")
-        parts = {"head": head, "tail": tail, "layout": layout, "activation": activation, "act": act, "original": original}
+        parts = {
+            "head": head,
+            "tail": tail,
+            "layout": layout,
+            "activation": activation,
+            "act": act,
+            "original": original,
+        }
         for name, value in {**parts, **dict(zip(names, biases, strict=True))}.items():
             object.__setattr__(self, name, value)
 
@@ -165,17 +172,17 @@ class QuantisedRows(FFNWeights):
         return f"{self.layout.bits}-bit"
 
     @property
-    def gate(self) -> Tensor | None:  # type: ignore[override]
+    def gate(self) -> Tensor | None:
         """The gate unpacked, [I, H]: made anew at every access."""
         return self.unpacked("gate") if self.layout.gated else None
 
     @property
-    def up(self) -> Tensor:  # type: ignore[override]
+    def up(self) -> Tensor:
         """Up unpacked, [I, H]: made anew at every access."""
         return self.unpacked("up")
 
     @property
-    def down(self) -> Tensor:  # type: ignore[override]
+    def down(self) -> Tensor:
         """Down unpacked and transposed, [I, H]: made anew at every access."""
         return self.unpacked("down")
 
@@ -242,7 +249,9 @@ def rounded(matrix: Tensor, layout: RowLayout, bits: int) -> tuple[Tensor, Tenso
         error = (code * step + start - w).square_().sum(-1, keepdim=True)
         found = [error, code, scale[..., None], low[..., None]]
         better = error < best[0] if best else None
-        best = found if better is None else [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
+        best = (
+            found if better is None else [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
+        )
     _, codes, scale, low = best
     floats = torch.cat((unit, low_unit), dim=1).view(torch.uint8)
     scales = torch.cat((scale[..., 0].to(torch.uint8), low[..., 0].to(torch.int8).view(torch.uint8), floats), dim=1)
@@ -296,7 +305,7 @@ def unpack(head: Tensor, tail: Tensor, layout: RowLayout, role: str) -> Tensor:
         codes = unpack_down(tail[:, down:down_scales], layout.bits, layout)
         scales = tail[:, down_scales:]
     else:
-        begin, home = in_head[:: 2] if role == "gate" else in_head[1::2]
+        begin, home = in_head[::2] if role == "gate" else in_head[1::2]
         codes, scales = unpack_fields(head[:, begin : begin + layout.codes(high)], high, layout), head[:, home:]
         if low:
             rest = gate_low if role == "gate" else up_low

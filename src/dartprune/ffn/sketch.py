@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Union
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class FFNSketch:
         return self.up.bytes + (0 if self.gate is None else self.gate.bytes)
 
 
-AnySketch = Union[FFNSketch, NestedSketch]
+AnySketch: TypeAlias = "FFNSketch | NestedSketch"
 
 
 class InputPlanes(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dartprune.errors import UserError
+from dartprune.ffn.backend import outside_graphs
 from dartprune.ffn.quantised import GROUP, QuantisedRows, RowLayout, rounded
 from dartprune.model.layer import Layer
 
@@ -28,7 +29,8 @@ class Packed(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if fn(torch.empty(0, dtype=torch.uint8, device="cpu")).device.type != "cpu":
             raise UserError("a quantised model computes on the CPU: move the original elsewhere and do not quantise it")
-        return super()._apply(fn, recurse)
+        moved: Any = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
 
 class RowProjection(Packed):
@@ -63,7 +65,8 @@ class RowProjection(Packed):
             out = self._product(flat, self.role, with_gradient)
         if self.bias is not None:
             out = out + self.bias
-        return out.reshape(*x.shape[:-1], self.out_features)
+        shaped: Tensor = out.reshape(*x.shape[:-1], self.out_features)
+        return shaped
 
     def _product(self, x: Tensor, role: str, with_gradient: bool) -> Tensor:
         if has_kernels() and x.shape[0] <= FEW and not with_gradient:
@@ -83,7 +86,7 @@ def has_kernels() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-@torch.compiler.disable
+@outside_graphs
 def _few(x: Tensor, rows: QuantisedRows, role: str) -> Tensor:
     """Some inputs [N, ...] by the row kernels."""
     from dartprune.ffn.cpu import quantised
@@ -103,13 +106,23 @@ def _many(x: Tensor, rows: QuantisedRows, role: str) -> Tensor:
     return out.to(x.dtype)
 
 
-@torch.compiler.disable
+@outside_graphs
 def _unpacked(rows: QuantisedRows, role: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
     if not has_kernels():
         return rows.unpacked(role, first, last, dtype)
     from dartprune.ffn.cpu import quantised
 
     return quantised.unpacked(rows, role, first, last, dtype)
+
+
+_int4, _int8 = torch.ops.aten._weight_int4pack_mm_for_cpu, torch.ops.aten._weight_int8pack_mm
+
+
+def _shaped(out: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """A layer's output [N, O] as it belongs to its input x [..., K]."""
+    if bias is not None:
+        out = out + bias
+    return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
 
 
 class PackedLinear(Packed):
@@ -139,11 +152,9 @@ class PackedLinear(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output of x [..., in_features]."""
-        flat = x.reshape(-1, self.in_features).to(self.scales.dtype)
-        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.weight4, GROUP, self.scales)
-        if self.bias is not None:
-            out = out + self.bias
-        return out.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        scales = self.scales
+        out: Tensor = _int4(x.reshape(-1, self.in_features).to(scales.dtype), self.weight4, GROUP, scales)
+        return _shaped(out, self.bias, x)
 
     def extra_repr(self) -> str:
         """What torch prints."""
@@ -176,11 +187,9 @@ class ByteLinear(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output of x [..., in_features]."""
-        flat = x.reshape(-1, self.in_features).to(self.scale.dtype)
-        out: Tensor = torch.ops.aten._weight_int8pack_mm(flat, self.weight8, self.scale)
-        if self.bias is not None:
-            out = out + self.bias
-        return out.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        scale = self.scale
+        out: Tensor = _int8(x.reshape(-1, self.in_features).to(scale.dtype), self.weight8, scale)
+        return _shaped(out, self.bias, x)
 
     def extra_repr(self) -> str:
         """What torch prints."""
@@ -225,16 +234,20 @@ def bytes_of(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def packed_rows(layer: Layer) -> QuantisedRows | None:
     """The rows of a layer whose projections `dartprune.quantise` packed together; None for any other."""
-    parts = [part for part in (layer.gate, layer.up, layer.down) if part is not None]
-    if not all(isinstance(part, RowProjection) for part in parts):
+    up, down, gate = layer.up, layer.down, layer.gate
+    if not (isinstance(up, RowProjection) and isinstance(down, RowProjection)):
         return None
+    if not (gate is None or isinstance(gate, RowProjection)):
+        return None
+    parts = [part for part in (gate, up, down) if part is not None]
     if len({(part.head.data_ptr(), part.tail.data_ptr()) for part in parts}) != 1:
         return None
-    up, down = layer.up, layer.down
-    gate_bias, up_bias = (None if layer.gate is None else layer.gate.bias), up.bias
+    gate_bias, up_bias = None if gate is None else _detached(gate.bias), _detached(up.bias)
     if layer.fused and up_bias is not None:
         gate_bias, up_bias = up_bias.chunk(2)
-    biases = tuple(None if bias is None else bias.detach() for bias in (gate_bias, up_bias, down.bias))
+    biases = gate_bias, up_bias, _detached(down.bias)
     return QuantisedRows(up.head, up.tail, up.layout, biases, layer.activation, layer.act, up.dtype)
 
 
+def _detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()

@@ -45,6 +45,7 @@ class Account:
         self.notes = list(parts.notes)
         self.refresh_flops = self.replays = 0
         self.steps = StepCounts()
+        self.step = ""  # what computes the rest of a decode step
         self._read = 0.0
         self._whole = 0.0
         self._ended: list[Ended] = []
@@ -205,6 +206,7 @@ class Account:
             seconds=dict(self.seconds),
             refresh_flops=self.refresh_flops,
             tokens_per_second=self._rate(dense + pruned),
+            step=self.step,
             reasons=self._reasons(sequences, saved),
             notes=self.notes + list(dict.fromkeys(note for row in rows for note in row.slot.notes)),
         )

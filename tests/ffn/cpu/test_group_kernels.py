@@ -1,4 +1,4 @@
-"""Kernels over rows of 4 and 8 bits against plain torch on the unpacked rows, with inputs rounded as they round them."""
+"""Kernels over rows of 4 and 8 bits against plain torch on the unpacked rows, with inputs rounded alike."""
 
 from __future__ import annotations
 
@@ -126,9 +126,7 @@ def test_the_nested_sketch(block):
             errors = torch.stack((mean, mean.square() + 0.1 * torch.rand(mean.shape)), dim=2).flatten(1, 2)
         got = cpu.nested_rows(x, rows, owners, wanted, importance, neurons, None, errors)
         sketch = NestedSketch(rows)
-        want = sketched_rows(
-            rounded_inputs(x), plain(rows), sketch, owners, wanted, importance, neurons, None, errors
-        )
+        want = sketched_rows(rounded_inputs(x), plain(rows), sketch, owners, wanted, importance, neurons, None, errors)
         same_choice(got, want, n)
         gate, up = cpu.estimates(x, rows)
         for mine, theirs in zip((gate, up), nested_estimates(x, rows), strict=True):

@@ -23,17 +23,19 @@ def weight_arrays(weights: FFNWeights) -> tuple[Any, ...]:
         ValueError: a matrix whose rows are not contiguous.
     """
     gate, up, down, gate_bias, up_bias, _ = weights.tensors()
-    words = _words("up", up)
-    gate_words = words if gate is None else _words("gate", gate)
+    up_words = words("up", up)
+    gate_words = up_words if gate is None else words("gate", gate)
     biased = (gate_bias is not None) + 2 * (up_bias is not None)
-    return gate is not None, gate_words, words, _words("down", down), _floats(gate_bias), _floats(up_bias), biased
+    return gate is not None, gate_words, up_words, words("down", down), floats(gate_bias), floats(up_bias), biased
 
 
-def _words(name: str, matrix: Tensor) -> Any:
-    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+def words(name: str, matrix: Tensor) -> Any:
+    """A matrix whose rows are contiguous as the kernels see it: 16-bit floats are words, since numpy has no bf16."""
+    if matrix.shape[-1] > 1 and matrix.stride(-1) != 1:
         raise ValueError(f"the rows of the {name} matrix are not contiguous: the cpu kernels read whole rows")
     return matrix.detach().view(WORDS[matrix.dtype]).numpy()
 
 
-def _floats(bias: Tensor | None) -> Any:
+def floats(bias: Tensor | None) -> Any:
+    """A vector in float32, empty for None."""
     return _NONE if bias is None else bias.detach().float().contiguous().numpy()

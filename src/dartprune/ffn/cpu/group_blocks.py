@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from dartprune.ffn.quantised import GROUP, QUAD, SEGMENTS, STEPS
+from dartprune.ffn.quantised import GROUP, QUAD, SEGMENTS
 
 LINE = 64  # bytes that memory gives at a time
 LEVEL = 2
@@ -60,7 +60,7 @@ def _data(context: Any, builder: Any, kind: Any, value: Any) -> Any:
 
 
 def _byte_products(builder: Any, total: Any, codes: Any, x: Any, lanes: int) -> Any:
-    """total int32 [lanes] plus, in each lane, the products of four unsigned codes with four signed inputs."""
+    """Total int32 [lanes] plus, in each lane, the products of four unsigned codes with four signed inputs."""
     if native(lanes):
         words = _vector(_INT, lanes)
         name = f"llvm.x86.avx512.vpdpbusd.{_NATIVE[lanes]}"
@@ -80,7 +80,7 @@ def _byte_products(builder: Any, total: Any, codes: Any, x: Any, lanes: int) -> 
 
 
 def _word_products(builder: Any, total: Any, one: Any, other: Any) -> Any:
-    """total int32 [16] plus, in each lane, the products of the lower and of the upper halves, signed words."""
+    """Total int32 [16] plus, in each lane, the products of the lower and of the upper halves, signed words."""
     lanes = SEGMENTS[0]
     if native(lanes):
         return _function(builder, "llvm.x86.avx512.vpdpwssd.512", total.type, total, one, other)
@@ -196,7 +196,10 @@ def row_parts(
         unit, low_unit = (_load(builder, scales_of, builder.add(floats_at, _SIZE(k)), _FLOAT) for k in (0, 4))
         results = [builder.fmul(_folded(builder, sums[0]), unit)]
         if lows_too:
-            results += [builder.fmul(_folded(builder, sums[1]), low_unit), builder.fmul(_folded(builder, sums[2]), unit)]
+            results += [
+                builder.fmul(_folded(builder, sums[1]), low_unit),
+                builder.fmul(_folded(builder, sums[2]), unit),
+            ]
         else:
             results += [ir.Constant(_FLOAT, 0.0)] * 2
         return context.make_tuple(builder, signature.return_type, results)
@@ -219,10 +222,8 @@ def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def add_codes(
-    context: Any, out: Any, factor: Any, shares: Any, rows: Any, codes: Any, groups: Any, width: Any
-):
-    """out float32 [groups * 32] += factor * (for each row: the share of each group times the codes in it).
+def add_codes(context: Any, out: Any, factor: Any, shares: Any, rows: Any, codes: Any, groups: Any, width: Any):
+    """Out float32 [groups * 32] += factor * (for each row: the share of each group times the codes in it).
 
     shares: int32 [pairs, groups], 16 bits of each row of a pair, those of the second in the upper half.
     rows: tuple of uint8 [bytes], one or an even number, codes of `width` bits (4 or 8, a literal) lying at `codes`.
@@ -233,7 +234,10 @@ def add_codes(
     lanes = SEGMENTS[0]
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        y, many = _data(context, builder, signature.args[0], args[0]), _data(context, builder, signature.args[2], args[2])
+        y, many = (
+            _data(context, builder, signature.args[0], args[0]),
+            _data(context, builder, signature.args[2], args[2]),
+        )
         given = [
             _data(context, builder, kind, builder.extract_value(args[3], r)) for r, kind in enumerate(signature.args[3])
         ]

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit, prange
 
 from dartprune.ffn.cpu.activations import ACTIVATIONS as ACTIVATIONS
-from dartprune.ffn.cpu.activations import ZERO, activate
+from dartprune.ffn.cpu.activations import activate
 from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.cut import choose_part
 from dartprune.ffn.cpu.group_blocks import fetch_bytes, float_at
@@ -54,7 +54,7 @@ def _share(neurons, t, threads):
 
 @njit(nogil=True)
 def _span(inputs, n, head, tail, offsets, biases, kind, known, gates, ups, index, first, last, values, shares, partial):
-    """Add what the neurons index[first:last] give for input n to partial [width + groups]; index goes on behind them."""
+    """Add what the neurons index[first:last] give for input n to partial [width + groups]; those behind are fetched."""
     codes, scale, sums = inputs
     width, end = offsets[0] * GROUP, index.shape[0] - 1
     i = first
@@ -92,11 +92,32 @@ def _rows_part(first, last, inputs, head, tail, offsets, biases, kind, known, ga
             done[n] = until
 
 
+@njit(nogil=True)
+def _lists(index, count, slots):
+    """Each input's neurons, ascending: index int32 [N, W], count int32 [N] from lists of slots in any order."""
+    rows = slots.shape[0]
+    most = 0
+    for n in range(rows):
+        most = max(most, count[slots[n]])
+    mine, many = np.empty((rows, most), np.int32), np.empty(rows, np.int32)
+    for n in range(rows):
+        k = count[slots[n]]
+        given, ascending = index[slots[n]], True
+        for i in range(k):
+            mine[n, i] = given[i]
+            ascending &= i == 0 or given[i] > given[i - 1]
+        many[n] = k
+        if not ascending:
+            mine[n, :k] = np.sort(mine[n, :k])
+    return mine, many
+
+
 @kernel(parallel=True)
-def chosen(x, head, tail, offsets, biases, kind, index, count, threads, out):
-    """The FFN of inputs x float32 [N, H], each over its own neurons: index int32 [N, W] ascending, count int32 [N]."""
+def chosen(x, head, tail, offsets, biases, kind, index, count, slots, threads, out):
+    """The FFN of inputs x float32 [N, H], each over its slot's neurons: index int32 [S, W], count int32 [S]."""
     rows, groups = x.shape[0], offsets[0]
     inputs = _inputs(x, groups)
+    index, count = _lists(index, count, slots)
     nothing = np.empty((rows, 0), np.float32)
     partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
     for t in prange(threads):
@@ -136,21 +157,22 @@ def _gate_part(first, last, inputs, head, tail, offsets, biases, kind, index, co
 
 
 @kernel(parallel=True)
-def gate_rows(x, head, tail, offsets, biases, kind, candidates, slots, choice, importance, threads, key, index, count, cut, out):
+def gate_rows(
+    x, head, tail, offsets, biases, kind, candidates, slots, choice, importance, threads, key, index, count, cut, out
+):
     """`selector_ops.gated_rows` of up to 64 inputs.
 
-    candidates (index int32 [N, W] ascending, count int32 [N]) of each input; choice (wanted, least); importance float32
+    candidates (index int32 [S, W], count int32 [S]) of each slot; choice (wanted, least); importance float32
     [S, I], [1, I] or empty; key float32 [N, I], zeros; index int32 [N, W], count int32 [N], cut uint32 [N] and out
     float32 [N, H] are filled.
     """
     rows, groups = x.shape[0], offsets[0]
     inputs = _inputs(x, groups)
     gates = np.empty(key.shape, np.float32)
+    listed, many = _lists(*candidates, slots)
     for t in prange(threads):
         first, last = _share(head.shape[0], t, threads)
-        _gate_part(
-            first, last, inputs, head, tail, offsets, biases, kind, *candidates, slots, importance, gates, key
-        )
+        _gate_part(first, last, inputs, head, tail, offsets, biases, kind, listed, many, slots, importance, gates, key)
     choose_part(0, rows, key.view(np.uint32), slots, *choice, index, count, cut)
     partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
     known = 2 if offsets[3] else 0
@@ -204,7 +226,9 @@ def _score_part(first, last, inputs, head, offsets, biases, kind, slots, importa
 
 
 @kernel(parallel=True)
-def nested_rows(x, head, tail, offsets, biases, kind, slots, choice, importance, errors, threads, key, index, count, cut, out):
+def nested_rows(
+    x, head, tail, offsets, biases, kind, slots, choice, importance, errors, threads, key, index, count, cut, out
+):
     """`selector_ops.sketched_rows` of up to 64 inputs, the high codes being the sketch; arguments as for `gate_rows`.
 
     errors float32 [S, 4 or 2, I] or empty.
@@ -214,16 +238,12 @@ def nested_rows(x, head, tail, offsets, biases, kind, slots, choice, importance,
     gates, ups = np.empty(key.shape, np.float32), np.empty(key.shape, np.float32)
     for t in prange(threads):
         first, last = _share(head.shape[0], t, threads)
-        _score_part(
-            first, last, inputs, head, offsets, biases, kind, slots, importance, errors, gates, ups, key
-        )
+        _score_part(first, last, inputs, head, offsets, biases, kind, slots, importance, errors, gates, ups, key)
     choose_part(0, rows, key.view(np.uint32), slots, *choice, index, count, cut)
     partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
     for t in prange(threads):
         first, last = _share(head.shape[0], t, threads)
-        _rows_part(
-            first, last, inputs, head, tail, offsets, biases, kind, 1, gates, ups, index, count, partial[t]
-        )
+        _rows_part(first, last, inputs, head, tail, offsets, biases, kind, 1, gates, ups, index, count, partial[t])
     for n in range(rows):
         gather(partial, n, out[n])
 
@@ -295,13 +315,13 @@ def _unpack_row(head, tail, offsets, of_up, codes):
         lanes = LARGEST if left >= LARGEST else (SECOND if left >= SECOND else THIRD)
         size = QUAD * lanes
         for step in range(STEPS):
-            h, l = at + first * QUAD * high + step % high * size, 0
+            above, below = at + first * QUAD * high + step % high * size, 0
             if low:
-                l = rest + first * QUAD * low + step % low * size
+                below = rest + first * QUAD * low + step % low * size
             for k in range(size):
-                code = (head[h + k] >> (step // high * high)) & ((1 << high) - 1)
+                code = (head[above + k] >> (step // high * high)) & ((1 << high) - 1)
                 if low:
-                    code = code << low | ((tail[l + k] >> (step // low * low)) & ((1 << low) - 1))
+                    code = code << low | ((tail[below + k] >> (step // low * low)) & ((1 << low) - 1))
                 codes[(first + k // QUAD) * GROUP + step * QUAD + k % QUAD] = code
         first += lanes
 

@@ -73,7 +73,7 @@ def product(x, scale, sums, head, tail, offsets, of_up):
 
 @njit(inline="always")
 def fetch(head, tail, offsets, i, known):
-    """Ask for a whole neuron at once, in the order of memory: spread through the arithmetic it takes half as long again.
+    """Ask for a whole neuron at once, in the order of memory: spread through the arithmetic it takes longer by half.
 
     known: 1 where the head was read before, of which the scales alone are needed once more.
     """
@@ -175,7 +175,7 @@ def add(out, lows, shares, values, many, tail, offsets, rows):
 
 @njit(nogil=True)
 def gather(partial, n, out):
-    """out float32 [H] = what all threads summed for input n: partial float32 [threads, N, width + groups]."""
+    """Out float32 [H] = what all threads summed for input n: partial float32 [threads, N, width + groups]."""
     width = partial.shape[2] // (GROUP + 1) * GROUP
     for j in range(out.shape[0]):
         total = ZERO

@@ -9,16 +9,12 @@ import numpy
 import torch
 from torch import Tensor
 
+from dartprune.ffn.cpu.arrays import floats
 from dartprune.ffn.cpu.threads import use_threads
 from dartprune.ffn.quantised import QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
 
-_NONE = numpy.empty(0, numpy.float32)
 _ROLES = {"gate": 0, "up": 1, "down": 2}
-
-
-def _floats(bias: Tensor | None) -> Any:
-    return _NONE if bias is None else bias.detach().float().contiguous().numpy()
 
 
 def _arrays(rows: QuantisedRows) -> tuple[Any, ...]:
@@ -26,7 +22,7 @@ def _arrays(rows: QuantisedRows) -> tuple[Any, ...]:
     from dartprune.ffn.cpu.activations import ACTIVATIONS
 
     biased = (rows.gate_bias is not None) + 2 * (rows.up_bias is not None)
-    biases = _floats(rows.gate_bias), _floats(rows.up_bias), biased
+    biases = floats(rows.gate_bias), floats(rows.up_bias), biased
     return rows.head.numpy(), rows.tail.numpy(), rows.layout.offsets, biases, ACTIVATIONS[rows.activation]
 
 
@@ -36,21 +32,9 @@ def pruned_ffn(x: Tensor, rows: QuantisedRows, index: Tensor, count: Tensor, slo
 
     wide = x.detach().float().contiguous().numpy()
     out = numpy.empty_like(wide)
-    counts = count[slots]
-    lists = _ascending(index[slots, : int(counts.max()) if len(counts) else 0], counts)
+    lists = index.numpy(), count.numpy(), slots.numpy()
     kernels.chosen(wide, *_arrays(rows), *lists, use_threads(), out)
     return _finished(out, rows, x.dtype)
-
-
-def _ascending(index: Tensor, count: Tensor) -> tuple[Any, Any]:
-    """Lists int32 [N, W] in ascending order as far as they count, int32 [N]; those of masks are so already."""
-    if index.shape[1] > 1:
-        last = count.clamp_min(1)[:, None] - 1
-        places = torch.arange(1, index.shape[1], dtype=torch.int64, device="cpu")
-        if not bool(((index[:, 1:] > index[:, :-1]) | (places > last)).all()):
-            most = torch.iinfo(torch.int32).max
-            index = index.masked_fill(torch.arange(index.shape[1], device="cpu") > last, most).sort(dim=1).values
-    return index.contiguous().numpy(), count.contiguous().numpy()
 
 
 def _finished(out: Any, rows: QuantisedRows, dtype: torch.dtype) -> Tensor:
@@ -73,12 +57,12 @@ def gated_rows(
     """See `selector_ops.gated_rows`."""
     from dartprune.ffn.cpu import group_kernels as kernels
 
-    candidates = _ascending(index[slots], count[slots])
+    candidates = index.numpy(), count.numpy()
     weight = numpy.empty((0, 0), numpy.float32) if importance is None else importance.float().numpy()
     return _by_parts(
         x, rows, slots, wanted, threshold, index.shape[1],
-        lambda part, wide, owners, choice, results: kernels.gate_rows(
-            wide, *_arrays(rows), tuple(lists[part] for lists in candidates), owners, choice, weight, *results
+        lambda wide, owners, choice, results: kernels.gate_rows(
+            wide, *_arrays(rows), candidates, owners, choice, weight, *results
         ),
     )  # fmt: skip
 
@@ -100,7 +84,7 @@ def nested_rows(
     weight = importance.float().numpy()
     return _by_parts(
         x, rows, slots, wanted, threshold, width,
-        lambda part, wide, owners, choice, results: kernels.nested_rows(
+        lambda wide, owners, choice, results: kernels.nested_rows(
             wide, *_arrays(rows), owners, choice, weight, known, *results
         ),
     )  # fmt: skip
@@ -129,7 +113,7 @@ def _by_parts(
         part = slice(first, first + MOST_ROWS)
         key = numpy.zeros((len(wide[part]), rows.neurons), numpy.float32)  # a neuron that is no candidate scores 0
         results = threads, key, index[part], count[part], cut[part], out[part]
-        work(part, wide[part], owners[part], (wanted.numpy(), least), results)
+        work(wide[part], owners[part], (wanted.numpy(), least), results)
     lists = torch.from_numpy(index), torch.from_numpy(count), torch.from_numpy(cut.view(numpy.float32))
     return TokenRows(_finished(out, rows, x.dtype), *lists)
 
@@ -146,7 +130,7 @@ def estimates(x: Tensor, rows: QuantisedRows) -> tuple[Tensor | None, Tensor]:
 
 
 def products(x: Tensor, rows: QuantisedRows, role: str) -> Tensor:
-    """x [N, H] times all rows of gate or up, [N, I], without bias."""
+    """X [N, H] times all rows of gate or up, [N, I], without bias."""
     from dartprune.ffn.cpu import group_kernels as kernels
 
     out = torch.empty(x.shape[0], rows.neurons, dtype=torch.float32, device="cpu")
@@ -156,7 +140,7 @@ def products(x: Tensor, rows: QuantisedRows, role: str) -> Tensor:
 
 
 def down_product(a: Tensor, rows: QuantisedRows) -> Tensor:
-    """a [N, I] times all down rows, [N, H], without bias."""
+    """A [N, I] times all down rows, [N, H], without bias."""
     from dartprune.ffn.cpu import group_kernels as kernels
 
     out = torch.empty(a.shape[0], rows.hidden, dtype=torch.float32, device="cpu")

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 
 
-def use_threads() -> int:
-    """Let Numba use as many threads as torch does; gives their number."""
+def use_threads(most: int | None = None) -> int:
+    """Let Numba use as many threads as torch does, or `most`; gives their number."""
     import numba
 
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), most or torch.get_num_threads())
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     return threads
 

@@ -1,0 +1,180 @@
+"""The rest of a decode step by kernels: near transformers' own wherever it is taken over."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as t
+
+import dartprune
+from dartprune.model.step import appended
+from tiny import FAMILIES
+
+pytest.importorskip("numba")
+OWN = ["llama", "llama-bias", "mistral", "qwen2", "qwen3"]
+
+
+def model_of(family, dtype=torch.bfloat16):
+    return FAMILIES[family]().to(dtype)
+
+
+def prompt(lines=1, length=12, padded=False):
+    torch.manual_seed(lines)
+    ids = torch.randint(2, 128, (lines, length))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :5] = 0
+        ids[0, :5] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def logits_of(model, inputs, steps=6):
+    """Logits of steps on a cache, the tokens given."""
+    out, cache = [], t.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True)
+        mask = inputs["attention_mask"]
+        for step in range(steps):
+            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+            token = torch.full((len(mask), 1), 20 + step)
+            positions = (mask.cumsum(1) - 1)[:, -1:]
+            out.append(
+                model(input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+            )
+    return torch.cat(out, dim=1)
+
+
+def attached(model, inputs, steps=6):
+    run = dartprune.Dense().attach(model)
+    try:
+        with run.phase("prefill"):
+            pass
+        out, cache = [], t.DynamicCache(config=model.config)
+        mask = inputs["attention_mask"]
+        with torch.no_grad():
+            with run.phase("prefill"):
+                model(**inputs, past_key_values=cache, use_cache=True)
+            with run.phase("decode"):
+                for step in range(steps):
+                    mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+                    token = torch.full((len(mask), 1), 20 + step)
+                    positions = (mask.cumsum(1) - 1)[:, -1:]
+                    out.append(
+                        model(
+                            input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache
+                        ).logits
+                    )
+        return torch.cat(out, dim=1), run.report()
+    finally:
+        run.detach()
+
+
+@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize(("lines", "padded"), [(1, False), (1, True), (3, True), (6, False)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_are_as_near_to_exact_as_transformers_own(family, lines, padded, dtype):
+    """Both differ from the float32 model by rounding; ours by no more than half as much again."""
+    inputs = prompt(lines, padded=padded)
+    model = model_of(family, dtype)
+    exact = logits_of(copy.deepcopy(model).float(), inputs)
+    theirs = logits_of(model, inputs).float() - exact
+    ours, report = attached(model, inputs)
+    ours = ours.float() - exact
+    assert report.step.startswith("3 attention layers")
+    assert ours.square().mean() <= 1.5 * theirs.square().mean() + 1e-6
+    assert torch.equal(logits_of(model, inputs).float() - exact, theirs)  # given back as it was
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "phi3"])
+def test_other_families_keep_their_attention(family):
+    _, report = attached(model_of(family), prompt())
+    assert "attention" not in report.step
+
+
+def test_float32_is_left_to_torch():
+    model, inputs = model_of("llama", torch.float32), prompt(2)
+    before = logits_of(model, inputs)
+    ours, _ = attached(model, inputs)
+    assert torch.equal(ours, before)
+
+
+def test_generation_in_all_its_forms():
+    """Samples, beams, prompt lookup and a cropped cache go through the own step and come out as before."""
+    model, inputs = model_of("llama"), prompt(2)
+    calls = [
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": False, "repetition_penalty": 1.3},
+    ]
+    for call in calls:
+        alone = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_scores": True}
+        before = model.generate(**inputs, **alone, **call)
+        run = dartprune.Dense().attach(model)
+        after = model.generate(**inputs, **alone, **call)
+        run.detach()
+        assert before.sequences.shape == after.sequences.shape
+        first = before.scores[0], after.scores[0]
+        torch.testing.assert_close(*(torch.nan_to_num(part.float(), neginf=0) for part in first), rtol=0.1, atol=0.2)
+    single = prompt(1)
+    run = dartprune.Static(0.5).attach(model)
+    plain = model.generate(**single, max_new_tokens=20, do_sample=False)
+    looked_up = model.generate(**single, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3)
+    run.detach()
+    assert plain.shape == looked_up.shape
+
+
+def test_attention_outputs_and_gradients_go_the_old_way():
+    model, inputs = model_of("llama"), prompt(1)
+    run = dartprune.Dense().attach(model)
+    cache = t.DynamicCache(config=model.config)
+    with torch.no_grad(), run.phase("prefill"):
+        model(**inputs, past_key_values=cache)
+    token = torch.tensor([[5]])
+    with run.phase("decode"):
+        out = model(input_ids=token, past_key_values=cache, output_hidden_states=True)
+    assert out.logits.requires_grad and len(out.hidden_states) == 4
+    run.detach()
+
+
+class Layer:
+    """A cache's layer, as far as `appended` looks at it."""
+
+    def __init__(self, length, lines=2):
+        self.keys, self.values = torch.randn(lines, 2, length, 8), torch.randn(lines, 2, length, 8)
+
+
+def test_the_cache_grows_in_place_and_survives_what_is_done_to_it():
+    layer = Layer(10)
+    keys, values = layer.keys.clone(), layer.values.clone()
+    addresses = set()
+    for step in range(150):
+        key, value = torch.randn(len(keys), 2, 1, 8), torch.randn(len(keys), 2, 1, 8)
+        keys, values = torch.cat((keys, key), 2), torch.cat((values, value), 2)
+        got = appended(layer, key, value)
+        assert torch.equal(got[0], keys) and torch.equal(got[1], values) and layer.keys is got[0]
+        addresses.add(layer.keys.data_ptr())
+        if step == 40:  # a crop
+            layer.keys, layer.values = layer.keys[..., :-7, :], layer.values[..., :-7, :]
+            keys, values = keys[..., :-7, :].clone(), values[..., :-7, :].clone()
+        if step == 60:  # lines change places
+            order = torch.tensor([1, 0])
+            layer.keys, layer.values = layer.keys.index_select(0, order), layer.values.index_select(0, order)
+            keys, values = keys[order], values[order]
+        if step == 80:  # a copy that goes on by itself
+            twin = copy.deepcopy(layer)
+            before = layer.keys.clone()
+            appended(twin, key + 1, value + 1)
+            assert torch.equal(layer.keys, before)
+    assert len(addresses) < 8  # and not one for every token
+
+
+def test_a_snapshot_of_the_cache_is_not_written_to():
+    layer = Layer(10)
+    appended(layer, torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8))
+    snapshot, before = layer.keys, layer.keys.clone()
+    layer.keys, layer.values = layer.keys[:, :, :6], layer.values[:, :, :6]
+    for _ in range(100):
+        appended(layer, torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8))
+    assert torch.equal(snapshot, before)
