@@ -9,7 +9,7 @@ import torch
 
 from dartprune.ffn.quantised import (
     GROUP,
-    RowLayout,
+    RowFormat,
     nested_estimates,
     pack_down,
     pack_fields,
@@ -27,7 +27,7 @@ FORMS = [(4, True), (4, False), (8, True), (8, False)]
 @pytest.mark.parametrize("hidden", [1, 31, 32, 100, 128, 256, 576, 640, 1000])
 @pytest.mark.parametrize("width", [2, 4, 8])
 def test_what_is_packed_comes_back(hidden, width):
-    layout = RowLayout(hidden, True, width, 0)
+    layout = RowFormat(hidden, True, width, 0)
     codes = torch.randint(0, 1 << width, (5, layout.width), dtype=torch.uint8)
     packed = pack_fields(codes, width, layout)
     assert packed.shape == (5, layout.width * width // 8)
@@ -65,7 +65,7 @@ def test_every_weight_is_within_a_step_of_what_it_was(bits, nested, gated):
 def test_rounding_to_4_bits_beats_the_full_range():
     torch.manual_seed(0)
     weight = torch.randn(64, 256)
-    layout = RowLayout(256, False, 4, 0)
+    layout = RowFormat(256, False, 4, 0)
     codes, scales = rounded(weight, layout, 4)
     assert int(codes.max()) == 15 and int(codes.min()) == 0
     floats = scales[:, 16:].contiguous().view(torch.float32)

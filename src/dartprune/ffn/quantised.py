@@ -29,7 +29,7 @@ TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class RowLayout:
+class RowFormat:
     """Where the parts of a neuron lie, in bytes from the beginning of its head and of its tail.
 
     Head: the high bits of gate's codes (where there is a gate) and of up's, then the scales, lows and two floats of
@@ -105,14 +105,14 @@ class QuantisedRows(FFNWeights):
 
     head: Tensor
     tail: Tensor
-    layout: RowLayout
+    layout: RowFormat
     original: torch.dtype
 
     def __init__(
         self,
         head: Tensor,
         tail: Tensor,
-        layout: RowLayout,
+        layout: RowFormat,
         biases: tuple[Tensor | None, Tensor | None, Tensor | None],
         activation: str,
         act: Callable[[Tensor], Tensor],
@@ -200,7 +200,7 @@ def quantised_rows(weights: FFNWeights, bits: int, *, nested: bool = True) -> Qu
         nested: the high half of each code of gate and up lies apart, for token selectors.
     """
     high = bits // 2 if nested else bits
-    layout = RowLayout(weights.hidden, weights.gate is not None, high, bits - high)
+    layout = RowFormat(weights.hidden, weights.gate is not None, high, bits - high)
     head = torch.zeros(weights.neurons, layout.head, dtype=torch.uint8, device="cpu")
     tail = torch.zeros(weights.neurons, layout.tail, dtype=torch.uint8, device="cpu")
     gate, up, down, *biases = weights.tensors()
@@ -224,7 +224,7 @@ def _put(rows: Tensor, parts: list[Tensor]) -> None:
     rows[:, : whole.shape[1]] = whole
 
 
-def rounded(matrix: Tensor, layout: RowLayout, bits: int) -> tuple[Tensor, Tensor]:
+def rounded(matrix: Tensor, layout: RowFormat, bits: int) -> tuple[Tensor, Tensor]:
     """Codes uint8 [I, width] of a matrix [I, H], and its scales, lows and floats, uint8 [I, layout.scales].
 
     Each group spans from its smallest to its largest weight; with 4 bits also narrower ranges are tried, and the one
@@ -258,7 +258,7 @@ def rounded(matrix: Tensor, layout: RowLayout, bits: int) -> tuple[Tensor, Tenso
     return codes.to(torch.uint8).flatten(1), scales
 
 
-def pack_fields(codes: Tensor, width: int, layout: RowLayout) -> Tensor:
+def pack_fields(codes: Tensor, width: int, layout: RowFormat) -> Tensor:
     """Codes of `width` bits, uint8 [I, layout.width], as the kernels read gate and up: uint8 [I, width * groups * 4].
 
     A segment of L groups is eight steps of 4 L codes (four of each group); a byte holds the steps v, v + width, ...
@@ -272,7 +272,7 @@ def pack_fields(codes: Tensor, width: int, layout: RowLayout) -> Tensor:
     return torch.cat(out, dim=1)
 
 
-def unpack_fields(packed: Tensor, width: int, layout: RowLayout) -> Tensor:
+def unpack_fields(packed: Tensor, width: int, layout: RowFormat) -> Tensor:
     """What `pack_fields` packed, uint8 [I, layout.width]."""
     out = []
     for first, groups in segments(layout.groups):
@@ -283,7 +283,7 @@ def unpack_fields(packed: Tensor, width: int, layout: RowLayout) -> Tensor:
     return torch.cat(out, dim=1)
 
 
-def pack_down(codes: Tensor, bits: int, layout: RowLayout) -> Tensor:
+def pack_down(codes: Tensor, bits: int, layout: RowFormat) -> Tensor:
     """Codes of down rows, uint8 [I, layout.width], packed: the k-th code of word i of 16 is weight 16 k + i."""
     each = 32 // bits  # codes of a word
     parts = codes.view(-1, layout.width // (each * LANES), each // (8 // bits), 8 // bits, LANES)
@@ -291,14 +291,14 @@ def pack_down(codes: Tensor, bits: int, layout: RowLayout) -> Tensor:
     return (parts << shifts).sum(3, dtype=torch.uint8).transpose(2, 3).flatten(1)
 
 
-def unpack_down(packed: Tensor, bits: int, layout: RowLayout) -> Tensor:
+def unpack_down(packed: Tensor, bits: int, layout: RowFormat) -> Tensor:
     """What `pack_down` packed, uint8 [I, layout.width]."""
     parts = packed.reshape(packed.shape[0], -1, LANES, 4).transpose(2, 3)[:, :, :, None]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8).view(1, 1, 1, -1, 1)
     return ((parts >> shifts) & ((1 << bits) - 1)).flatten(1)
 
 
-def unpack(head: Tensor, tail: Tensor, layout: RowLayout, role: str) -> Tensor:
+def unpack(head: Tensor, tail: Tensor, layout: RowFormat, role: str) -> Tensor:
     """The reference: one matrix in float32 [I, H] from heads and tails."""
     _, high, low, _, *in_head, gate_low, up_low, down, down_scales = layout.offsets
     if role == "down":
@@ -313,7 +313,7 @@ def unpack(head: Tensor, tail: Tensor, layout: RowLayout, role: str) -> Tensor:
     return _values(codes, scales, layout)
 
 
-def _values(codes: Tensor, scales: Tensor, layout: RowLayout) -> Tensor:
+def _values(codes: Tensor, scales: Tensor, layout: RowFormat) -> Tensor:
     """Weights float32 [I, H] from codes [I, width] and scales, lows and floats, uint8 [I, layout.scales]."""
     groups = layout.groups
     scale8, low8 = scales[:, :groups].float(), scales[:, groups : 2 * groups].contiguous().view(torch.int8).float()
@@ -366,7 +366,7 @@ def nested_estimates(x: Tensor, rows: QuantisedRows) -> tuple[Tensor | None, Ten
 def rough(rows: QuantisedRows, role: str) -> Tensor:
     """Gate or up with all low codes in the middle, float32 [I, H]."""
     layout = rows.layout
-    flat = RowLayout(layout.hidden, layout.gated, layout.high, 0)
+    flat = RowFormat(layout.hidden, layout.gated, layout.high, 0)
     _, _, _, _, *places, _, _, _, _ = layout.offsets
     begin, home = places[::2] if role == "gate" else places[1::2]
     codes = unpack_fields(rows.head[:, begin : begin + layout.codes(layout.high)], layout.high, layout)

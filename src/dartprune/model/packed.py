@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dartprune.errors import UserError
 from dartprune.ffn.backend import outside_graphs
-from dartprune.ffn.quantised import GROUP, QuantisedRows, RowLayout, rounded
+from dartprune.ffn.quantised import GROUP, QuantisedRows, RowFormat, rounded
 from dartprune.model.layer import Layer
 
 FEW = 8  # inputs of one call that the row kernels serve; more are multiplied with unpacked blocks
@@ -163,7 +163,7 @@ class PackedLinear(Packed):
 
 def _groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [O, K], scale and low float32 [O, K / 32] of a weight rounded as rows are."""
-    layout = RowLayout(weight.shape[1], False, 4, 0)
+    layout = RowFormat(weight.shape[1], False, 4, 0)
     codes, scales = rounded(weight, layout, 4)
     groups = layout.groups
     floats = scales[:, 2 * groups :].contiguous().view(torch.float32)

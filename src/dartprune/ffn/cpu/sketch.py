@@ -175,7 +175,7 @@ def _expect(kind, gated, g, u, errors, low, high):
 
 @njit(nogil=True)
 def expected_block(kind, gated, g, u, errors, low, high):
-    """Make u [B] the sizes of activations, from products g and u [B]; expected ones under errors [4 or 2, B], unless empty."""
+    """Make u [B] sizes of activations from products g and u [B]; expected ones where errors [4 or 2, B] are given."""
     if errors.shape[0]:
         _expect(kind, gated, g, u, errors, low, high)
     elif gated:
