@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Static,
         presets,
     )
+    from dartprune.quantisation import Quantisation, quantise
     from dartprune.refresh import Never, Relearn, Release, Replay
     from dartprune.report import Event, Report
     from dartprune.run import Run, detach, run_of
@@ -46,6 +47,7 @@ _HOME = {
     "Never": "refresh",
     "PerToken": "pruner",
     "Pruner": "pruner",
+    "Quantisation": "quantisation",
     "Random": "pruner",
     "Relearn": "refresh",
     "Release": "refresh",
@@ -60,6 +62,7 @@ _HOME = {
     "Uniform": "budget",
     "detach": "run",
     "presets": "pruner",
+    "quantise": "quantisation",
     "register_family": "model.families",
     "register_scorer": "scoring",
     "run_of": "run",
@@ -80,6 +83,7 @@ __all__ = [
     "Never",
     "PerToken",
     "Pruner",
+    "Quantisation",
     "Random",
     "Relearn",
     "Release",
@@ -96,6 +100,7 @@ __all__ = [
     "detach",
     "drift",
     "presets",
+    "quantise",
     "register_family",
     "register_scorer",
     "run_of",

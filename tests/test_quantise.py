@@ -1,0 +1,224 @@
+"""`dartprune.quantise`: models in 4 and 8 bits, what is attached to them, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import dartprune
+from dartprune.ffn.quantised import QuantisedRows
+from dartprune.loading import load
+from dartprune.model.families import describe
+from dartprune.model.packed import ByteEmbedding, ByteLinear, PackedLinear, RowProjection
+from dartprune.model.weights import row_weights
+from tiny import FAMILIES
+
+pytest.importorskip("numba")
+IDS = torch.tensor([[5, 9, 77, 3, 64, 21, 12, 90, 45, 33, 2, 8]])
+
+
+def quantised(family="llama", bits=4, **options):
+    model = FAMILIES[family]()
+    return model, dartprune.quantise(model, bits, **options)
+
+
+def unpacked_twin(model, family):
+    """An ordinary model with the weights that a quantised one computes with."""
+    twin = FAMILIES[family]()
+    pairs = zip(describe(model).layers, describe(twin).layers, strict=True)
+    with torch.no_grad():
+        for mine, other in pairs:
+            rows = row_weights(mine)
+            matrices = {"up": rows.up, "down": rows.down.t(), "gate": rows.gate}
+            if other.fused:
+                matrices["up"] = torch.cat((rows.gate, rows.up))
+            for role in ("gate", "up", "down"):
+                module = getattr(other, role)
+                if module is not None:
+                    given = matrices[role]
+                    module.weight.copy_(given.t() if type(module).__name__ == "Conv1D" else given)
+    return twin
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_family_computes_with_its_unpacked_weights(family, bits):
+    model, done = quantised(family, bits, whole=False)
+    assert done.bits == bits and done.bytes != done.bytes_before
+    assert all(isinstance(row_weights(layer), QuantisedRows) for layer in describe(model).layers)
+    twin = unpacked_twin(model, family)
+    long = IDS.repeat(3, 1)
+    with torch.no_grad():
+        many, exact = model(long).logits, twin(long).logits
+        few = model(IDS[:, :2]).logits
+        exact_few = twin(IDS[:, :2]).logits
+    torch.testing.assert_close(many, exact, rtol=1e-3, atol=2e-3 * float(exact.abs().max()))
+    # a few tokens go through the kernels, which round their inputs to 8 bits
+    assert (few - exact_few).square().mean() < 0.01 * exact_few.square().mean()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_whole_model_is_near_what_it_was(bits):
+    before = FAMILIES["llama"]()
+    model, done = quantised("llama", bits)
+    kinds = {type(module) for module in model.modules()}
+    assert {RowProjection, ByteEmbedding, ByteLinear} <= kinds and nn.Linear not in kinds
+    assert (PackedLinear in kinds) == (bits == 4)
+    assert done.left == () and str(done).startswith(f"{bits} bits: weights ")
+    with torch.no_grad():
+        ours, theirs = model(IDS).logits, before(IDS).logits
+    share = (ours - theirs).square().mean() / theirs.square().mean()
+    assert share < (0.15 if bits == 4 else 0.003)
+
+
+def test_tied_weights_stay_tied():
+    import transformers as t
+
+    torch.manual_seed(0)
+    config = t.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = t.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        before = model(IDS % 64).logits
+    dartprune.quantise(model, 8)
+    assert model.lm_head.weight8 is model.model.embed_tokens.weight8
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS % 64).logits, before, rtol=0, atol=0.05 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "gpt2", "phi3", "opt", "gemma2"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        dartprune.Dart(0.5, min_traced=4),
+        dartprune.GatedDart(0.4, min_traced=4),
+        dartprune.SketchDart(0.25),
+        dartprune.PerToken(0.5),
+        dartprune.Static(0.5, min_traced=4),
+    ],
+    ids=lambda pruner: pruner.name,
+)
+def test_pruned_steps_are_those_of_the_reference(family, bits, pruner):
+    """The kernels against the reference backend, which unpacks; token by token with the same masks."""
+    model, _ = quantised(family, bits, whole=False)
+    logits, reports = {}, {}
+    for backend in ("auto", "reference"):
+        run = pruner.attach(model, backend=backend)
+        out = []
+        with torch.no_grad():
+            cache = run.prefill(IDS)
+            for token in (7, 50, 11):
+                with run.phase("decode"):
+                    out.append(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1])
+        run.detach()
+        logits[backend], reports[backend] = torch.stack(out), run.report()
+    assert reports["auto"].pruned_tokens == reports["reference"].pruned_tokens == 3
+    assert reports["auto"].realised_sparsity == pytest.approx(reports["reference"].realised_sparsity, abs=0.02)
+    assert reports["auto"].realised_sparsity == pytest.approx(pruner.sparsity, abs=0.03)
+    error = (logits["auto"] - logits["reference"]).square().mean() / logits["reference"].square().mean()
+    # inputs rounded to 8 bits, and neurons at the cut that change places for it
+    assert error < 0.03
+    if pruner.name not in ("PerToken",):
+        assert reports["auto"].backend == "cpu" and reports["auto"].bytes_saved > 0.15
+
+
+def test_a_batch_gives_each_line_what_it_gets_alone():
+    model, _ = quantised("llama", 4)
+    lines = torch.stack([IDS[0], IDS[0].flip(0), IDS[0].roll(5)])
+    for pruner in (dartprune.Dart(0.5), dartprune.SketchDart(0.3)):
+        run = pruner.attach(model)
+        together = model.generate(lines, max_new_tokens=8, do_sample=False)
+        alone = [model.generate(line[None], max_new_tokens=8, do_sample=False)[0] for line in lines]
+        run.detach()
+        assert torch.equal(together, torch.stack(alone))
+
+
+def test_the_sketch_of_nested_rows_costs_what_the_report_says():
+    model, _ = quantised("llama", 4)
+    rows = row_weights(describe(model).layers[0])
+    run = dartprune.SketchDart(0.25).attach(model)
+    model.generate(IDS, max_new_tokens=6, do_sample=False)
+    report = run.report()
+    run.detach()
+    kept = report.layers[0].kept
+    read = rows.head.nbytes + kept * rows.layout.tail
+    # beside the weights: norms, and four numbers a neuron that the context taught
+    read += rows.neurons * 20
+    assert 1 - read / (rows.neurons * rows.row_bytes) == pytest.approx(report.realised_sparsity, abs=0.01)
+
+
+def test_what_is_refused_changes_nothing():
+    model = FAMILIES["llama"]()
+    state = copy.deepcopy(model.state_dict())
+
+    def refused(match, call, model=model):
+        with pytest.raises(ValueError, match=match) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+    refused("bits must be 4 or 8, got 3", lambda: dartprune.quantise(model, 3))
+    refused("bits must be 4 or 8, got True", lambda: dartprune.quantise(model, True))
+    run = dartprune.Dart(0.5).attach(model)
+    refused("is attached", lambda: dartprune.quantise(model))
+    run.detach()
+    model.train()
+    refused("training mode", lambda: dartprune.quantise(model))
+    model.eval()
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *args: None)
+    refused("layer 1 cannot be quantised: .*hooks", lambda: dartprune.quantise(model))
+    with pytest.raises(TypeError):
+        dartprune.quantise("model")
+
+
+def test_what_a_quantised_model_refuses():
+    model, _ = quantised("llama", 4)
+    with pytest.raises(ValueError, match="quantised already"):
+        dartprune.quantise(model)
+    with pytest.raises(ValueError, match="is not saved: keep the original"):
+        model.save_pretrained("nowhere")
+    with pytest.raises(ValueError, match="high 2 bits of this model's 4-bit rows"):
+        dartprune.SketchDart(0.2, token=dartprune.Sketch(bits=2)).attach(model)
+    assert dartprune.run_of(model) is None
+    with pytest.raises(ValueError, match="computes on the CPU"):
+        model.to("meta")
+    flat, _ = quantised("llama", 4, nested=False)
+    with pytest.raises(ValueError, match="not nested"):
+        dartprune.SketchDart(0.2).attach(flat)
+
+
+def test_copies_and_pickles_go_on():
+    model, _ = quantised("llama", 4)
+    with torch.no_grad():
+        before = model(IDS).logits
+        assert torch.equal(copy.deepcopy(model)(IDS).logits, before)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(IDS).logits, before)
+
+
+def test_gradients_pass_through_unpacked_weights():
+    model, _ = quantised("llama", 4, whole=False)
+    embedded = model.get_input_embeddings()(IDS[:, :2]).detach().requires_grad_()
+    model(inputs_embeds=embedded).logits.sum().backward()
+    assert torch.isfinite(embedded.grad).all() and embedded.grad.abs().sum() > 0
+
+
+def test_loading_in_4_and_8_bits():
+    for name, bits in (("int4", 4), ("int8", 8)):
+        model, tokenizer = load(dtype=name)
+        assert row_weights(describe(model).layers[0]).layout.bits == bits
+        assert tokenizer.padding_side == "left"
+    with pytest.raises(ValueError, match="int8 or int4"):
+        load(dtype="int5")
+    with pytest.raises(ValueError, match="for the CPU"):
+        load(dtype="int4", device="cuda")
