@@ -20,7 +20,7 @@ from dartprune.model.layer_site import Refuses, claim, claimed, release, sites_o
 from dartprune.model.lookup import core_of
 from dartprune.model.model_site import model_site
 from dartprune.model.rows import Phase
-from dartprune.model.step import OwnStep
+from dartprune.model.step import own_step
 from dartprune.report import Event, Report
 from dartprune.runtime.account import Account
 from dartprune.runtime.build import LiveParts, build
@@ -80,7 +80,7 @@ class Run(Refuses):
         self._pool = SlotPool(parts.holders, self._new_slot, self._account.close)
         self._sites = sites_of(self._core, decoder)
         self._door = model_site(self._core)
-        self._step = OwnStep(self._core)
+        self._step = own_step(self._core)
         with parts.preparation("the decode step"):
             self._step.prepare()
         self._account.step = self._step.said

@@ -96,8 +96,20 @@ def test_other_families_keep_their_attention(family):
 def test_float32_is_left_to_torch():
     model, inputs = model_of("llama", torch.float32), prompt(2)
     before = logits_of(model, inputs)
-    ours, _ = attached(model, inputs)
-    assert torch.equal(ours, before)
+    ours, report = attached(model, inputs)
+    assert torch.equal(ours, before) and report.step == "transformers' own"
+
+
+def test_nothing_keeps_a_model_alive():
+    import gc
+    import weakref
+
+    model = model_of("llama")
+    attached(model, prompt())
+    left = weakref.ref(model.model.layers[0].self_attn)
+    del model
+    gc.collect()
+    assert left() is None
 
 
 def test_generation_in_all_its_forms():

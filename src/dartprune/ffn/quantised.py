@@ -267,7 +267,7 @@ def pack_fields(codes: Tensor, width: int, layout: RowFormat) -> Tensor:
     for first, groups in segments(layout.groups):
         part = codes[:, first * GROUP : (first + groups) * GROUP].view(-1, groups, STEPS, QUAD)
         fields = part.transpose(1, 2).reshape(-1, STEPS // width, width, groups * QUAD)
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8).view(1, -1, 1, 1)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device="cpu").view(1, -1, 1, 1)
         out.append((fields << shifts).sum(1, dtype=torch.uint8).flatten(1))
     return torch.cat(out, dim=1)
 
@@ -277,7 +277,7 @@ def unpack_fields(packed: Tensor, width: int, layout: RowFormat) -> Tensor:
     out = []
     for first, groups in segments(layout.groups):
         part = packed[:, first * QUAD * width :][:, : groups * QUAD * width].reshape(-1, 1, width, groups * QUAD)
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8).view(1, -1, 1, 1)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device="cpu").view(1, -1, 1, 1)
         fields = (part >> shifts) & ((1 << width) - 1)
         out.append(fields.reshape(-1, STEPS, groups, QUAD).transpose(1, 2).flatten(1))
     return torch.cat(out, dim=1)
@@ -287,14 +287,14 @@ def pack_down(codes: Tensor, bits: int, layout: RowFormat) -> Tensor:
     """Codes of down rows, uint8 [I, layout.width], packed: the k-th code of word i of 16 is weight 16 k + i."""
     each = 32 // bits  # codes of a word
     parts = codes.view(-1, layout.width // (each * LANES), each // (8 // bits), 8 // bits, LANES)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8).view(1, 1, 1, -1, 1)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device="cpu").view(1, 1, 1, -1, 1)
     return (parts << shifts).sum(3, dtype=torch.uint8).transpose(2, 3).flatten(1)
 
 
 def unpack_down(packed: Tensor, bits: int, layout: RowFormat) -> Tensor:
     """What `pack_down` packed, uint8 [I, layout.width]."""
     parts = packed.reshape(packed.shape[0], -1, LANES, 4).transpose(2, 3)[:, :, :, None]
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8).view(1, 1, 1, -1, 1)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device="cpu").view(1, 1, 1, -1, 1)
     return ((parts >> shifts) & ((1 << bits) - 1)).flatten(1)
 
 

@@ -214,7 +214,7 @@ class ByteEmbedding(Packed):
     def forward(self, ids: Tensor) -> Tensor:
         """The vectors of token ids, [..., embedding_dim]."""
         out = self.weight8[ids].to(self.scale.dtype) * self.scale[ids][..., None]
-        return out if self.factor == 1.0 else out * torch.tensor(self.factor, dtype=out.dtype)
+        return out if self.factor == 1.0 else out * torch.tensor(self.factor, dtype=out.dtype, device="cpu")
 
     def extra_repr(self) -> str:
         """What torch prints."""

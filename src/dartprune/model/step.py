@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import weakref
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy
@@ -121,9 +120,9 @@ def _normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 class OwnAttention(StandIn, Refuses):
     """The forward of one attention module: one token a line on a growing cache by kernels, all else as before."""
 
-    def __init__(self, module: Any, turns: Turns) -> None:
+    def __init__(self, module: Any, shared: ForwardInputs) -> None:
         self.module = module
-        self.turns = turns
+        self.shared = shared
         self.patch: Patch | None = None
 
     @property
@@ -174,7 +173,7 @@ class OwnAttention(StandIn, Refuses):
         from dartprune.ffn.cpu.threads import use_threads
 
         module, lines, size = self.module, x.shape[0], self.module.head_dim
-        cos, sin = self.turns.of(positions, lines)
+        cos, sin = self.shared.of(positions, lines)
         query = module.q_proj(x).view(lines, -1).float()
         key = module.k_proj(x).view(lines, -1).float()
         value = module.v_proj(x).view(lines, -1, 1, size)
@@ -188,13 +187,13 @@ class OwnAttention(StandIn, Refuses):
         out = torch.empty_like(query)
         work = lines * query.shape[1] * keys.shape[2]
         use_threads(1 if work < SMALL else None)
-        added = self.turns.added(mask, lines, keys.shape[2])
+        added = self.shared.added(mask, lines, keys.shape[2])
         kernels.attend(query.numpy(), words("keys", keys), words("values", values), added, module.scaling, out.numpy())
         result: Tensor = module.o_proj(out.to(x.dtype).view(lines, 1, -1))
         return result
 
 
-class Turns:
+class ForwardInputs:
     """Positions and masks of a forward as the kernels take them, made once for all layers."""
 
     def __init__(self) -> None:
@@ -265,45 +264,26 @@ def _is_view(part: Tensor, whole: Tensor) -> bool:
 
 
 Own: TypeAlias = "OwnLinear | OwnNorm | OwnAttention"
-_made: weakref.WeakKeyDictionary[nn.Module, Own] = weakref.WeakKeyDictionary()
-
-
-def _name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 class OwnStep:
     """Everything of a model that is computed here while a run is attached."""
 
-    def __init__(self, core: nn.Module) -> None:
-        """Look for what fits; nothing is changed yet."""
-        self.turns = Turns()
+    def __init__(self, modules: list[Any]) -> None:
+        """Set up for these modules; nothing is changed yet."""
+        self.shared = ForwardInputs()
         self._parts: list[Own] = []
-        if importlib.util.find_spec("numba") is None:
-            return
-        for module in core.modules():
-            part = self._own(module)
-            if part is not None:
-                self._parts.append(part)
+        for module in modules:
+            if type(module) is nn.Linear:
+                self._parts.append(OwnLinear(module))
+            elif _name(module) in NORMS:
+                self._parts.append(OwnNorm(module))
+            else:
+                self._parts.append(OwnAttention(module, self.shared))
 
-    def _own(self, module: nn.Module) -> Own | None:
-        made: Callable[[], Own]
-        if type(module) is nn.Linear and module.weight.dtype in HALVES and module.weight.device.type == "cpu":
-            made = lambda: OwnLinear(module)  # noqa: E731
-        elif _name(module) in ATTENTIONS:
-            made = lambda: OwnAttention(module, self.turns)  # noqa: E731
-        elif _name(module) in NORMS:
-            made = lambda: OwnNorm(module)  # noqa: E731
-        else:
-            return None
-        if replaced(module):
-            return None
-        if module not in _made:
-            _made[module] = made()
-        part = _made[module]
-        if isinstance(part, OwnAttention):
-            part.turns = self.turns
-        return part
+    def fits(self, modules: list[Any]) -> bool:
+        """Whether it was made for the very same modules."""
+        return [part.module for part in self._parts] == modules
 
     @property
     def said(self) -> str:
@@ -326,13 +306,16 @@ class OwnStep:
         nothing, x = numpy.empty(0, numpy.float32), numpy.zeros((1, 64), numpy.float32)
         with kept_threads():
             for dtype in {part.module.weight.dtype for part in self._parts if isinstance(part, OwnLinear)}:
-                weight, out = words("weight", torch.zeros(4, 64, dtype=dtype)), numpy.empty((1, 4), numpy.float32)
+                weight, out = (
+                    words("weight", torch.zeros(4, 64, dtype=dtype, device="cpu")),
+                    numpy.empty((1, 4), numpy.float32),
+                )
                 kernels.linear_alone(x, weight, nothing, out)
                 kernels.linear(x, weight, nothing, use_threads(), out)
             if any(isinstance(part, (OwnNorm, OwnAttention)) for part in self._parts):
                 kernels.norm(x, x[0], 1e-6)
                 kernels.turn(x, 1, nothing, 0.0, x, x)
-                keys = words("keys", torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16)[:, :, :4])
+                keys = words("keys", torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16, device="cpu")[:, :, :4])
                 kernels.attend(x, keys, keys, numpy.empty((1, 0), numpy.float32), 1.0, x.copy())
 
     def install(self) -> None:
@@ -348,5 +331,35 @@ class OwnStep:
             if part.patch is not None and not part.patch.remove():
                 kept.append(f"the forward of a {type(part.module).__name__}")
             part.patch = None
-        self.turns.forget()
+        self.shared.forget()
         return kept
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _modules(core: Any) -> list[nn.Module]:
+    """The modules of a model that can be computed here."""
+    if importlib.util.find_spec("numba") is None or getattr(core, "dtype", None) not in HALVES:
+        return []
+    return [module for module in core.modules() if _is_taken(module) and not replaced(module)]
+
+
+def _is_taken(module: nn.Module) -> bool:
+    if type(module) is nn.Linear:
+        return module.weight.dtype in HALVES and module.weight.device.type == "cpu"
+    return _name(module) in ATTENTIONS or _name(module) in NORMS
+
+
+# torch.compile guards on the forwards, so a model that is attached again gets the same ones
+_steps: weakref.WeakKeyDictionary[nn.Module, OwnStep] = weakref.WeakKeyDictionary()
+
+
+def own_step(core: nn.Module) -> OwnStep:
+    """What can be computed here of a model, the same object at each attach as long as its modules are the same."""
+    modules = _modules(core)
+    step = _steps.get(core)
+    if step is None or not step.fits(modules):
+        step = _steps[core] = OwnStep(modules)
+    return step
