@@ -84,9 +84,8 @@ def main() -> None:
     model, tokenizer = load(args.model, dtype=args.dtype)
     prompt = tokenizer(TEXT, return_tensors="pt").input_ids[:, : args.prompt]
     pruners: dict[str, dartprune.Pruner | None] = {"dense": dartprune.Dense()}
-    for sparsity in (0.3, 0.5):
-        for preset in (dartprune.SketchDart, dartprune.Dart):
-            pruners[f"{preset.__name__}({sparsity})"] = preset(sparsity)
+    for preset, sparsity in ((dartprune.SketchDart, 0.3), (dartprune.SketchDart, 0.45), (dartprune.Dart, 0.5)):
+        pruners[f"{preset.__name__}({sparsity})"] = preset(sparsity)
     if args.plain:
         pruners["nothing attached"] = None
     arms = {

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import dartprune
-from dartprune.cli import bench, compare, demo, generate, inspect, layers, lm_eval, study
+from dartprune.cli import bench, compare, demo, frontier, generate, inspect, layers, lm_eval, study
 from dartprune.cli import eval as evaluation
 from dartprune.cli.command import Command
 from dartprune.cli.options import INTERRUPTED
@@ -33,6 +33,7 @@ for _name, _command, _example in (
     ("demo", demo.demo, demo.EXAMPLE),
     ("study", study.study, study.EXAMPLE),
     ("compare", compare.compare, compare.EXAMPLE),
+    ("frontier", frontier.frontier, frontier.EXAMPLE),
     ("eval", evaluation.evaluate, evaluation.EXAMPLE),
     ("layers", layers.layers, layers.EXAMPLE),
 ):

@@ -24,7 +24,8 @@ LINE = 64  # bytes that memory gives at a time
 LANES = 16  # words of a vector, in down rows
 BITS = (4, 8)
 BLOCK = 1 << 24  # weights that are unpacked at a time
-SHRINKS, SHRINK = 8, 0.04  # ranges that rounding to 4 bits tries for each group, each narrower by this share
+SHRINKS, SHRINK = 8, 0.04  # ranges that rounding to few bits tries for each group, each narrower by this share
+SHRUNK = 4  # and what few bits are, at most
 TINY = 1e-30
 
 
@@ -227,7 +228,7 @@ def _put(rows: Tensor, parts: list[Tensor]) -> None:
 def rounded(matrix: Tensor, layout: RowFormat, bits: int) -> tuple[Tensor, Tensor]:
     """Codes uint8 [I, width] of a matrix [I, H], and its scales, lows and floats, uint8 [I, layout.scales].
 
-    Each group spans from its smallest to its largest weight; with 4 bits also narrower ranges are tried, and the one
+    Each group spans from its smallest to its largest weight; with few bits also narrower ranges are tried, and the one
     with the smallest sum of squared errors is taken.
     """
     most = (1 << bits) - 1
@@ -239,7 +240,7 @@ def rounded(matrix: Tensor, layout: RowFormat, bits: int) -> tuple[Tensor, Tenso
     unit = (2 * reach / most).amax(1, keepdim=True).clamp_min(TINY) / 255
     low_unit = (middle - reach).abs().amax(1, keepdim=True).clamp_min(TINY) / 127
     best: list[Tensor] = []
-    for narrower in range(SHRINKS if bits == 4 else 1):
+    for narrower in range(SHRINKS if bits <= SHRUNK else 1):
         span = reach * (1 - SHRINK * narrower)
         scale = 2 * span / most / unit
         scale = (scale.round() if narrower else scale.ceil()).clamp(0, 255)
@@ -310,10 +311,10 @@ def unpack(head: Tensor, tail: Tensor, layout: RowFormat, role: str) -> Tensor:
         if low:
             rest = gate_low if role == "gate" else up_low
             codes = codes << low | unpack_fields(tail[:, rest : rest + layout.codes(low)], low, layout)
-    return _values(codes, scales, layout)
+    return values(codes, scales, layout)
 
 
-def _values(codes: Tensor, scales: Tensor, layout: RowFormat) -> Tensor:
+def values(codes: Tensor, scales: Tensor, layout: RowFormat) -> Tensor:
     """Weights float32 [I, H] from codes [I, width] and scales, lows and floats, uint8 [I, layout.scales]."""
     groups = layout.groups
     scale8, low8 = scales[:, :groups].float(), scales[:, groups : 2 * groups].contiguous().view(torch.int8).float()
@@ -371,4 +372,4 @@ def rough(rows: QuantisedRows, role: str) -> Tensor:
     begin, home = places[::2] if role == "gate" else places[1::2]
     codes = unpack_fields(rows.head[:, begin : begin + layout.codes(layout.high)], layout.high, layout)
     middle = ((1 << layout.low) - 1) / 2
-    return _values(codes.float() * (1 << layout.low) + middle, rows.head[:, home:], flat)
+    return values(codes.float() * (1 << layout.low) + middle, rows.head[:, home:], flat)

@@ -52,6 +52,28 @@ def legend_beside(axes: Axes, ends: Mapping[str, float] | None = None) -> None:
     )
 
 
+def loss_axis(axes: Axes, name: str, low: float, high: float) -> None:
+    """Losses up the axes: arms differ by a factor of a hundred, so logarithmic, but even around 0, which noise crosses.
+
+    Args:
+        axes: where.
+        name: of the figure.
+        low: the smallest value that is shown.
+        high: the largest.
+    """
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    even = max(0.02, high / 100)
+    axes.set_yscale("symlog", linthresh=even, linscale=0.4)
+    axes.set_ylim(min(-0.3 * even, 1.2 * low), max(1.2 * high, 2 * even))
+    steps = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if t >= even]
+    ticks = [*(-t for t in reversed(steps) if -t >= 1.2 * low), 0.0, *(t for t in steps if t <= 1.2 * high)]
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.set_ylabel(name)
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure; the ending of the path decides the format."""
     figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -12,7 +12,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from dartprune.evaluation.compare.outcomes import Comparison, Outcome
 from dartprune.evaluation.compare.plan import CHANGING
-from dartprune.reporting.plot import GREY, legend_beside, look
+from dartprune.reporting.plot import GREY, legend_beside, look, loss_axis
 
 SMOOTH = 15  # tokens of the moving mean
 MARKED = 24  # tokens from one mark on a curve to the next
@@ -110,17 +110,6 @@ def _label(outcome: Outcome) -> str:
 
 
 def _finish(axes: Axes, title: str, low: float, high: float, ends: dict[str, float]) -> None:
-    """Arms differ by a factor of a hundred: logarithmic, but even around 0, which noise may cross."""
-    axes.axhline(0, color=GREY, linewidth=0.8)
-    even = max(0.02, high / 100)
-    axes.set_yscale("symlog", linthresh=even, linscale=0.4)
-    axes.set_ylim(min(-0.3 * even, 1.2 * low), max(1.2 * high, 2 * even))
-    steps = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if t >= even]
-    ticks = [*(-t for t in reversed(steps) if -t >= 1.2 * low), 0.0, *(t for t in steps if t <= 1.2 * high)]
-    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
-    axes.minorticks_off()
-    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
-    axes.set_axisbelow(True)
+    loss_axis(axes, "loss over dense, nats", low, high)
     axes.set_title(title, loc="left")
-    axes.set_ylabel("loss over dense, nats")
     legend_beside(axes, ends)

@@ -176,7 +176,7 @@ class _Work:
 
     def _unit(self, kind: str, arm: Arm, nominal: float, number: int) -> dict[str, Any]:
         pruner = arm.build(nominal)
-        key = f"{kind}/{arm.name}/{_digest(pruner)}/{nominal!r}/{number}"
+        key = f"{kind}/{arm.name}/{settings_digest(pruner)}/{nominal!r}/{number}"
         label = f"{kind}, {arm.name} at {nominal:.3f}"
         if key in self.journal:
             self._count_once(key, label, self.plan.steps)
@@ -196,7 +196,7 @@ class _Work:
 
     def _saved(self, kind: str, arm: Arm, nominal: float) -> float:
         pruner = arm.build(nominal)
-        key = f"{kind}/{arm.name}/{_digest(pruner)}/{nominal!r}/bytes"
+        key = f"{kind}/{arm.name}/{settings_digest(pruner)}/{nominal!r}/bytes"
         rows = [batch([stream]) for stream in self.material.streams[kind][:ALONE]]
         if key not in self.journal:
             with warnings.catch_warnings():
@@ -220,7 +220,7 @@ class _Work:
         return made
 
 
-def _digest(pruner: Pruner) -> str:
+def settings_digest(pruner: Pruner) -> str:
     """Short name of a pruner's settings: a unit of other settings under the same arm's name is another unit."""
     return f"{zlib.crc32(json.dumps(pruner.to_dict(), sort_keys=True).encode()):08x}"
 
