@@ -25,18 +25,21 @@ def blocks(name):
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.S)
 
 
-@pytest.mark.parametrize("number", range(len(blocks("README.md"))))
-def test_readme_examples_run(number, monkeypatch, tmp_path, capsys):
+PAGES = ["README.md", "docs/quantised.md"]
+
+
+@pytest.mark.parametrize(("page", "number"), [(page, n) for page in PAGES for n in range(len(blocks(page)))])
+def test_examples_of_readme_and_docs_run(page, number, monkeypatch, tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.chdir(tmp_path)
-    code = blocks("README.md")[number]
+    code = blocks(page)[number]
     for cls in (AutoModelForCausalLM, AutoTokenizer):
         # a name on the hub stands for any model; here the one inside the package is taken
         original = cls.from_pretrained
         monkeypatch.setattr(cls, "from_pretrained", lambda name, original=original, **k: original(model_folder(), **k))
     namespace = {}
-    exec(compile(code, f"README.md, example {number}", "exec"), namespace)
+    exec(compile(code, f"{page}, example {number}", "exec"), namespace)
     if "print" in code:
         assert capsys.readouterr().out.strip()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dartprune.evaluation.frontier.run import DENSE, PARTS, Frontier, Point
+from dartprune.evaluation.frontier.run import DENSE, PARTS, Frontier, Measured
 from dartprune.reporting.frame import Frame
 from dartprune.reporting.page import TextTable
 from dartprune.reporting.plot import GREY, legend_beside, look, loss_axis
@@ -44,7 +44,7 @@ def write(found: Frontier, folder: Path, title: str) -> dict[str, str]:
     return {path.name: str(path) for path in frame.close(s)}
 
 
-def table(points: Sequence[Point]) -> TextTable:
+def table(points: Sequence[Measured]) -> TextTable:
     """One row a point, by the bits that it reads."""
     columns = ["weights", "method", "realised", "bits read", "loss over bfloat16", *PARTS]
     rows = []
@@ -68,7 +68,7 @@ def picture(found: Frontier) -> Figure:
     """Loss against bits read: the formats alone in one line, each method on each format in another."""
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     axes = figure.subplots()
-    lines: dict[tuple[str, str], list[Point]] = {}
+    lines: dict[tuple[str, str], list[Measured]] = {}
     alone = [p for p in found.points if p.method == DENSE]
     for p in found.points:
         if p.method != DENSE:
@@ -104,7 +104,7 @@ def picture(found: Frontier) -> Figure:
     return figure
 
 
-def _is_file(point: Point) -> bool:
+def _is_file(point: Measured) -> bool:
     return _short(point.weights) != point.weights or "." in point.weights
 
 
@@ -112,7 +112,7 @@ def _short(weights: str) -> str:
     return Path(weights).name
 
 
-def _flat(p: Point) -> dict[str, Any]:
+def _flat(p: Measured) -> dict[str, Any]:
     row: dict[str, Any] = {"weights": _short(p.weights), "method": p.method, "sparsity": p.sparsity}
     row |= {"realised": p.realised, "bits": p.bits, "ceiling": p.ceiling, "best": p.best}
     for name, figure in (("loss", p.loss), *p.parts.items()):

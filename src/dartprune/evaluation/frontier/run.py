@@ -28,7 +28,7 @@ PARTS = ("before", "after")
 
 
 @dataclass
-class Point:
+class Measured:
     """One format of the weights, with a method or without; losses in nats a token over the bfloat16 model.
 
     bits: read for each FFN weight and decoded token, scales and selectors counted.  sparsity: asked for.  realised:
@@ -51,7 +51,7 @@ class Point:
 class Frontier:
     """All points, the settings they came from, and what could not be measured and why."""
 
-    points: list[Point]
+    points: list[Measured]
     settings: dict[str, Any]
     left_out: list[str]
 
@@ -196,7 +196,7 @@ class _Work:
         return {"bits": form.bits, "streams": streams, "ceiling": ceiling, "notes": list(dict.fromkeys(notes))}
 
 
-def _point(case: _Case, unit: Mapping[str, Any], reference: Mapping[str, Any], plan: Plan) -> Point:
+def _point(case: _Case, unit: Mapping[str, Any], reference: Mapping[str, Any], plan: Plan) -> Measured:
     pairs = zip(unit["streams"], reference["streams"], strict=True)
     over = [[ours - base for ours, base in zip(a["losses"], b["losses"], strict=True)] for a, b in pairs]
     change = plan.lengths[0] - plan.prompt
@@ -206,7 +206,7 @@ def _point(case: _Case, unit: Mapping[str, Any], reference: Mapping[str, Any], p
         return interval(values, resamples=RESAMPLES, seed=plan.seed)
 
     realised = sum(stream["realised"] for stream in unit["streams"]) / len(unit["streams"])
-    return Point(
+    return Measured(
         weights=case.weights,
         method=case.method,
         sparsity=case.sparsity,
@@ -219,7 +219,7 @@ def _point(case: _Case, unit: Mapping[str, Any], reference: Mapping[str, Any], p
     )
 
 
-def _marked(points: list[Point]) -> list[Point]:
+def _marked(points: list[Measured]) -> list[Measured]:
     """Mark those that no other point beats in both bits and loss; a ceiling is no competitor."""
     rivals = [point for point in points if not point.ceiling]
     for point in rivals:
