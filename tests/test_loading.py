@@ -132,7 +132,7 @@ def test_models_that_are_none_for_us(folder):
 
 
 def test_dtype_and_device():
-    for dtype in ("float99", "int8", "nn"):
+    for dtype in ("float99", "int16", "nn"):
         one_line("demo", f"unknown dtype '{dtype}'", dtype=dtype)
     one_line("demo", "device 'nonsense' cannot be used", device="nonsense")
 
