@@ -26,7 +26,7 @@ def test_on_the_model_inside(run, texts, tmp_path):
     out = tmp_path / "out"
     code, told, err = run("frontier", "--texts", texts, *SMALL, "--weights", "int4,int3", "--out", out)
     assert code == 0, err
-    for word in ("bits read", "bfloat16", "int3", "sketch-dart 0.4", str(out / "report.html")):
+    for word in ("bits read for each", "bfloat16", "int3", "sketch-dart 0.4", str(out / "report.html")):
         assert word in told
     code, told, _ = run("frontier", "--texts", texts, *SMALL, "--weights", "int4,int3", "--out", out, "--json")
     data = json.loads(told)

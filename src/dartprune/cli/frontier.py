@@ -105,7 +105,13 @@ def _show(found: Frontier, files: dict[str, str]) -> None:
     from dartprune.evaluation.frontier import report
     from dartprune.reporting.tables import grid, say, show
 
-    show(grid(*report.table(found.points), title="loss over bfloat16, nats a token", frame=False))
+    show(
+        grid(
+            *report.brief(found.points),
+            title="bits read for each FFN weight, and loss over bfloat16 in nats a token",
+            frame=False,
+        )
+    )
     say(report.EXPLAINED, *report.notes(found))
     for path in files.values():
         typer.echo(path)

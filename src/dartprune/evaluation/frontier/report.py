@@ -46,7 +46,7 @@ def write(found: Frontier, folder: Path, title: str) -> dict[str, str]:
 
 def table(points: Sequence[Measured]) -> TextTable:
     """One row a point, by the bits that it reads."""
-    columns = ["weights", "method", "realised", "bits read", "loss over bfloat16", *PARTS]
+    columns = ["weights", "method", "realised", "bits", "loss over bfloat16", *PARTS]
     rows = []
     for p in sorted(points, key=lambda p: -p.bits):
         method = p.method + (f" {p.sparsity:g}" if p.sparsity else "") + (CEILING if p.ceiling else "")
@@ -55,9 +55,21 @@ def table(points: Sequence[Measured]) -> TextTable:
     return columns, rows
 
 
+def brief(points: Sequence[Measured]) -> TextTable:
+    """What of `table` fits on a terminal."""
+    columns, rows = table(points)
+    kept = len(columns) - len(PARTS)
+    return columns[:kept], [row[:kept] for row in rows]
+
+
 def notes(found: Frontier) -> list[str]:
     """Everything a reader must know beside the figures."""
     out = [f"Left out: {why}." for why in found.left_out]
+    for p in found.points:
+        if _is_file(p) and p.loss.low == p.loss.high == 0:
+            out.append(
+                f"{_short(p.weights)} gives the very losses of the model: its weights were unpacked from this file."
+            )
     for name in dict.fromkeys(p.method for p in found.points):
         said = dict.fromkeys(note for p in found.points if p.method == name for note in p.notes)
         out += [f"{name}: {note}." for note in said]

@@ -25,6 +25,7 @@ from dartprune.reporting.progress import Watcher
 DENSE = "dense"
 RESAMPLES = 2000
 PARTS = ("before", "after")
+ALIKE = 1.005  # bits that differ by less are the same
 
 
 @dataclass
@@ -224,6 +225,8 @@ def _marked(points: list[Measured]) -> list[Measured]:
     rivals = [point for point in points if not point.ceiling]
     for point in rivals:
         point.best = not any(
-            other.bits <= point.bits and other.loss.value < point.loss.value for other in rivals if other is not point
+            other.bits <= ALIKE * point.bits and other.loss.value < point.loss.value
+            for other in rivals
+            if other is not point
         )
     return points
