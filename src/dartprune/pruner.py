@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
+import dartprune
 from dartprune.budget import Budget, DepthAware, Global, Uniform
-from dartprune.errors import UserError
+from dartprune.errors import UserError, make_output_folder, read_user_text, user_file
 from dartprune.method import Detector, Method, settings_from
 from dartprune.names import Registry
 from dartprune.refresh import Never, Periodic, Refresh, Replay
 from dartprune.run import Run
 from dartprune.selectors.settings import Exact, Sketch, TokenGate, TokenSelector
-from dartprune.selectors.sketches import Progress
+from dartprune.selectors.sketches import Progress, save_sketch
+
+CARD, SKETCH = "dartprune.json", "dartprune-sketch.safetensors"  # in a folder: settings, and what was sketched
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,56 @@ class Pruner(Method):
         settings = settings_from(data)
         cls = presets.get(data["preset"]) if "preset" in data else Pruner
         return cls(**settings)
+
+    def save_pretrained(
+        self, folder: str | Path, model: nn.Module | None = None, *, progress: Progress | None = None
+    ) -> None:
+        """Write the settings to `folder/dartprune.json`, with a sketch's file beside them, as peft does for adapters.
+
+        Args:
+            folder: as of a model or of its own; it is made.
+            model: whose sketch is written, for a `Sketch` with a number of bits and no file yet.
+            progress: told how many layers are sketched, of how many.
+
+        Raises:
+            ValueError: nothing can be written there; a model without anything to sketch, or `bits="auto"`.
+        """
+        folder, data = Path(folder), {"dartprune": dartprune.__version__, **self.to_dict()}
+        token = self.token if isinstance(self.token, Sketch) else None
+        if model is not None and (token is None or token.file is not None or token.bits == "auto"):
+            raise UserError("a model is given to write its sketch: that needs token=Sketch(bits=1 to 4) without a file")
+        make_output_folder(folder)
+        if token is not None and token.file is not None:
+            with user_file(token.file):
+                if Path(token.file).resolve() != (folder / SKETCH).resolve():
+                    shutil.copyfile(token.file, folder / SKETCH)
+        elif token is not None and model is not None:
+            save_sketch(model, folder / SKETCH, int(token.bits), progress)
+        if token is not None and (token.file is not None or model is not None):
+            data["token"] = {**data["token"], "file": SKETCH}
+        (folder / CARD).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def from_pretrained(folder: str | Path) -> Pruner:
+        """The pruner whose settings lie in a folder, see `save_pretrained`; the file of its sketch is read from there.
+
+        Raises:
+            ValueError: there is no such file, it is no JSON, or its settings are none of a pruner.
+        """
+        path = Path(folder) / CARD
+        if not path.is_file():
+            raise UserError(f"{str(folder)!r} holds no {CARD}: give the folder that Pruner.save_pretrained() wrote")
+        try:
+            data = json.loads(read_user_text(path))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: no JSON ({error})") from error
+        if not isinstance(data, dict):
+            raise UserError(f"{path}: a pruner's settings are a JSON object, this is a {type(data).__name__}")
+        data.pop("dartprune", None)
+        token = data.get("token")
+        if isinstance(token, dict) and token.get("file") == SKETCH:
+            data["token"] = {**token, "file": str(path.with_name(SKETCH))}
+        return Pruner.from_dict(data)
 
 
 P = TypeVar("P", bound=type[Pruner])

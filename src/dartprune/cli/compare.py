@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
-from dartprune.errors import UserError, make_output_folder
+from dartprune.errors import UserError
 
 if TYPE_CHECKING:
     from dartprune.evaluation.arms import Arm
@@ -96,7 +96,7 @@ def compare(
         raise unknown("arm for --versus", versus, names)
     check_arms(names, calibrated=bool(calibration))
     o.check_backend(backend)
-    make_output_folder(out)
+    o.results_folder(out)
     documents = _documents(o.paths(texts), dataset or [], split, field)
     from dartprune.evaluation.texts import read_texts
 

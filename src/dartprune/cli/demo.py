@@ -10,7 +10,7 @@ import typer
 
 from dartprune.cli import options as o
 from dartprune.cli.demo_chat import chat_demo
-from dartprune.errors import UserError, make_output_folder
+from dartprune.errors import UserError
 
 if TYPE_CHECKING:
     from dartprune.report import Report
@@ -40,7 +40,7 @@ def demo(
     """
     if model is not None:
         o.check_backend(backend)
-        make_output_folder(out)
+        o.results_folder(out)
         o.quiet()
         chat_demo(model, sparsity, out, backend, tokens or ANSWER, as_json=as_json)
         return
@@ -48,7 +48,7 @@ def demo(
         raise UserError(f"--max-new-tokens {tokens} is for a chat model's answer: name one with --model, as smollm2")
     arms = [o.make_pruner(name, sparsity) for name in ARMS]
     o.check_backend(backend)
-    make_output_folder(out)
+    o.results_folder(out)
     o.quiet()
     data, report, names = _run(arms, backend, as_json)
     picture = out / "demo.png"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
-from dartprune.errors import UserError, make_output_folder
+from dartprune.errors import UserError
 from dartprune.names import comma_list
 from dartprune.reporting.tables import say, show_cells
 
@@ -91,7 +91,7 @@ def evaluate(
     from dartprune.loading import DEMO, load
 
     if out is not None:
-        make_output_folder(out)
+        o.results_folder(out)
     gathered = gather(asked)
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)

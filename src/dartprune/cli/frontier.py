@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dartprune.cli import options as o
-from dartprune.errors import UserError, make_output_folder
+from dartprune.errors import UserError
 
 if TYPE_CHECKING:
     from dartprune.evaluation.frontier.run import Frontier
@@ -73,7 +73,7 @@ def frontier(
     o.check_backend(backend)
     if not texts:
         raise UserError("nothing to read: give --texts FILE_OR_FOLDER")
-    make_output_folder(out)
+    o.results_folder(out)
     documents = read_texts(o.paths(texts), split=split)
     from dartprune.evaluation.frontier.report import write
     from dartprune.evaluation.frontier.run import frontier as measured

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
-from dartprune.errors import UserError, make_output_folder
+from dartprune.errors import UserError
 from dartprune.reporting.tables import say, show_cells
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def carry_out(
 
     inside = list(recipe.what) == [INSIDE]
     if out is not None:
-        make_output_folder(out)
+        o.results_folder(out)
     documents = passages() if inside else texts_of(recipe.what)
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from dartprune.errors import UserError, check_output_file
+from dartprune.errors import UserError, check_output_file, make_output_folder, require
 from dartprune.names import comma_list
 
 if TYPE_CHECKING:
@@ -118,6 +118,13 @@ def check_plot(path: Path | None) -> None:
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"--plot {path}: the file must end in .png, .svg or .pdf")
     check_output_file(path)
+    require("matplotlib", f"--plot {path}", "plot")
+
+
+def results_folder(path: Path) -> None:
+    """Make a folder for a report with pictures; UserError before any work if that cannot be."""
+    require("matplotlib", "a report with pictures", "plot")
+    make_output_folder(path)
 
 
 def saved(share: float) -> str:

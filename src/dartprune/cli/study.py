@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dartprune.cli import options as o
-from dartprune.errors import UserError, make_output_folder
+from dartprune.errors import UserError
 
 if TYPE_CHECKING:
     from dartprune.evaluation.arms import ArmAt
@@ -112,7 +112,7 @@ def study(
     _check_mode(mode, sources, prompt, bridge, prompts, similarity, one_request)
     control = streams if control is None else control
     o.check_backend(backend)
-    make_output_folder(out)
+    o.results_folder(out)
     from dartprune.loading import load
 
     o.quiet()

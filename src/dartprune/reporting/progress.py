@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 EVERY = 30.0  # seconds between lines where there is no terminal
 Advance = Callable[[int], None]  # is told of so many more parts that are done
@@ -81,9 +82,15 @@ class Bar:
 @contextmanager
 def bar(text: str, total: int | None = None, *, silent: bool = False) -> Iterator[Bar]:
     """Show how much of a piece of work is done, how long it took and how long it may take; gives its `Bar`."""
-    console = Console(stderr=True)
-    if silent or not console.is_terminal:
+    if silent or importlib.util.find_spec("rich") is None:
         yield Bar(text, total, None, silent=silent)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Bar(text, total, None, silent=False)
         return
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as shown:
