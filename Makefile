@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test real test-quick fuzz check lint format clean
+.PHONY: help demo test real test-quick docs fuzz check lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show what can be made
@@ -29,6 +29,9 @@ test-quick: $(READY) ## run the tests that take no second (tests/slow.txt names 
 
 SECONDS := 180
 SEED := 0
+
+docs: $(READY) ## build the documentation's site into out/site; broken links are errors
+	$(BIN)/mkdocs build --strict --quiet
 
 fuzz: $(READY) ## try random pruners, families and calls against oracles (SEED=0 SECONDS=180)
 	PYTHONPATH=tests $(BIN)/python tests/fuzz.py --seed $(SEED) --seconds $(SECONDS)

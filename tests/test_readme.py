@@ -25,7 +25,7 @@ def blocks(name):
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.S)
 
 
-PAGES = ["README.md", "docs/quantised.md"]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "decoding", "quantised"))]
 
 
 @pytest.mark.parametrize(("page", "number"), [(page, n) for page in PAGES for n in range(len(blocks(page)))])
@@ -45,7 +45,7 @@ def test_examples_of_readme_and_docs_run(page, number, monkeypatch, tmp_path, ca
 
 
 def test_there_are_examples():
-    assert len(blocks("README.md")) >= 3
+    assert all(blocks(page) for page in PAGES)
 
 
 # ---- the recipes of the contributing guide: each runs, and has an effect

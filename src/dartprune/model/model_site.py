@@ -59,6 +59,12 @@ NO_BATCHING = "continuous batching cannot be pruned: call run.detach() first, or
 _BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
+def _not_compiled(method: Forward) -> Forward:
+    """Keep torch.compile out of a method, but not out of what it calls."""
+    disabled: Forward = torch.compiler.disable(method, recursive=False)
+    return disabled
+
+
 class _Recorded(StoppingCriteriaList):  # type: ignore[misc]
     """Stopping criteria that tell the run which lines have ended."""
 
@@ -83,7 +89,6 @@ class ModelSite(Refuses):
         self._original: dict[str, Callable[..., Any] | None] = {}
         self._patches: dict[str, Patch] = {}
         # what happens around a forward is no part of any graph; inside, torch.compile goes on
-        self._around = torch.compiler.disable(self._around_forward, recursive=False)
         self._forward = _with_signature(self._make_forward(), model.forward)
         decoder = _headless(model)
         self._decoder = _with_signature(self._make_decoder(), None if decoder is None else decoder.forward)
@@ -168,10 +173,11 @@ class ModelSite(Refuses):
             if hooks is None or (torch.compiler.is_compiling() and hooks.armed):
                 # generate() compiles the call itself: what follows the forward is done before the next one
                 return original(*args, **kwargs)
-            return self._around(args, kwargs)
+            return self._around_forward(args, kwargs)
 
         return forward
 
+    @_not_compiled
     def _around_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hooks, original = self.hooks, self._original["forward"]
         assert hooks is not None and original is not None
