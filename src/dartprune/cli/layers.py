@@ -36,7 +36,7 @@ def layers(
     ] = "0.9,0.7,0.5,0.3,0.1",
     groups: Annotated[
         str | None,
-        typer.Option("--groups", help="LayerStudy pruned together, such as 0-3,4-15.", show_default="three thirds"),
+        typer.Option("--groups", help="Layers pruned together, such as 0-3,4-15.", show_default="three thirds"),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option("--tokens", min=24, help="Of a text; half are prompt.", show_default="256")
