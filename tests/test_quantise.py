@@ -13,7 +13,7 @@ import dartprune
 from dartprune.ffn.quantised import QuantisedRows
 from dartprune.loading import load
 from dartprune.model.families import describe
-from dartprune.model.packed import ByteEmbedding, ByteLinear, PackedLinear, RowProjection
+from dartprune.model.packed import ByteEmbedding, ByteLinear, PackedLinear, RowProjection, bytes_of
 from dartprune.model.weights import row_weights
 from tiny import FAMILIES
 
@@ -222,3 +222,19 @@ def test_loading_in_4_and_8_bits():
         load(dtype="int5")
     with pytest.raises(ValueError, match="for the CPU"):
         load(dtype="int4", device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("lines", [1, 3, 8, 9])
+def test_layers_of_bytes_are_what_their_weights_say(dtype, lines):
+    torch.manual_seed(lines)
+    weight, bias, x = torch.randn(77, 100), torch.randn(77), torch.randn(2, lines, 100)
+    layer = ByteLinear(*bytes_of(weight.to(dtype)), bias.to(dtype))
+    exact = (layer.weight8.double() * layer.scale.double()[:, None]).float()
+    for given in (x[0], x[:1]):
+        with torch.no_grad():
+            got = layer(given.to(dtype))
+        want = torch.nn.functional.linear(given.to(dtype).float(), exact, bias.to(dtype).float())
+        assert got.dtype == dtype and got.shape == want.shape
+        rounding = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}[dtype]
+        assert (got.float() - want).abs().max() < rounding * want.abs().max()

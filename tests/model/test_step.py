@@ -9,7 +9,7 @@ import torch
 import transformers as t
 
 import dartprune
-from dartprune.model.step import appended
+from dartprune.model.step_attention import grown
 from tiny import FAMILIES
 
 pytest.importorskip("numba")
@@ -150,8 +150,16 @@ def test_attention_outputs_and_gradients_go_the_old_way():
     run.detach()
 
 
+def appended(layer, key, value):
+    """What the kernels do: one more token in a cache's layer."""
+    length = layer.keys.shape[2]
+    for room, new in zip(grown(layer), (key, value), strict=True):
+        room[:, :, length : length + 1] = new
+    return layer.keys, layer.values
+
+
 class Layer:
-    """A cache's layer, as far as `appended` looks at it."""
+    """A cache's layer, as far as `grown` looks at it."""
 
     def __init__(self, length, lines=2):
         self.keys, self.values = torch.randn(lines, 2, length, 8), torch.randn(lines, 2, length, 8)
@@ -190,3 +198,45 @@ def test_a_snapshot_of_the_cache_is_not_written_to():
     for _ in range(100):
         appended(layer, torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8))
     assert torch.equal(snapshot, before)
+
+
+@pytest.mark.parametrize("what", ["pre-hook", "hook", "another forward"])
+def test_what_others_do_to_a_projection_is_done(what):
+    """The kernel of the whole module takes the four products over only where nobody has to do with them."""
+    inputs, model = prompt(), model_of("qwen2")
+    plain, _ = attached(model, inputs)
+    value = model.model.layers[1].self_attn.v_proj
+    if what == "hook":
+        handle = value.register_forward_hook(lambda module, args, out: out * 0)
+    elif what == "pre-hook":
+        handle = value.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
+    else:
+        original = value.forward
+        value.forward = lambda x: original(x) * 0
+    changed, want = attached(model, inputs)[0], logits_of(model, inputs)
+    assert (changed - want).abs().max() < 0.1 * want.abs().max()
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    if what != "another forward":
+        handle.remove()
+    else:
+        del value.forward
+    assert torch.equal(attached(model, inputs)[0], plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_words_become_floats_and_floats_the_nearest_words(dtype):
+    import numpy as np
+
+    from dartprune.ffn.cpu.arrays import words
+    from dartprune.ffn.cpu.step_kernels import _narrowed, _widened
+
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    wide = np.empty(len(every), np.float32)
+    _widened(words("every", every), wide)
+    assert torch.equal(torch.from_numpy(wide).nan_to_num(123), every.float().nan_to_num(123))
+    torch.manual_seed(0)
+    values = torch.cat((every.float(), torch.randn(5000) * 100, torch.tensor([1 + 2**-9, 1 + 3 * 2**-9, 3e38, 1e-42])))
+    out = torch.empty(len(values), dtype=dtype)
+    _narrowed(values.numpy(), words("out", out))
+    want = values.to(dtype)
+    assert torch.equal(out.isnan(), want.isnan()) and torch.equal(out.nan_to_num(), want.nan_to_num())

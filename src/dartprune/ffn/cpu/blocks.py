@@ -20,8 +20,9 @@ STEP = 2 * LANES  # weights of each row that one turn of the loop takes
 LINE = 64  # bytes that memory gives at a time
 LEVEL = 2  # fetch into the second cache: a block of eight rows would flood the first
 
-_BYTES = {types.uint16: 2, types.int16: 2, types.float32: 4}
+_BYTES = {types.int8: 1, types.uint16: 2, types.int16: 2, types.float32: 4}
 _FLOAT, _SIZE = ir.FloatType(), ir.IntType(64)
+_STORED = {types.int8: ir.IntType(8), types.uint16: ir.IntType(16), types.int16: ir.HalfType(), types.float32: _FLOAT}
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _WORD, _WORDS = ir.IntType(64), ir.VectorType(ir.IntType(64), 8)  # of bit planes
 _AHEAD = 4096  # bytes between the planes that are counted and those that are fetched
@@ -37,12 +38,14 @@ def _like(kind: Any, scalar: Any) -> Any:
 
 
 def _weights(builder: Any, words: Any, row: Any, at: Any, kind: Any) -> Any:
-    """row[at], or the vector that begins there, as float32: uint16 holds bf16, int16 holds fp16."""
-    stored = {types.uint16: ir.IntType(16), types.int16: ir.HalfType(), types.float32: _FLOAT}[words]
+    """row[at], or the vector that begins there, as float32: uint16 holds bf16, int16 fp16, int8 whole numbers."""
+    stored = _STORED[words]
     place = builder.bitcast(builder.gep(row, [at]), _like(kind, stored).as_pointer())
     value = builder.load(place, align=_BYTES[words])
     if words == types.int16:
         return builder.fpext(value, kind)
+    if words == types.int8:
+        return builder.sitofp(value, kind)
     if words == types.uint16:
         wide = _like(kind, ir.IntType(32))
         sixteen = ir.Constant(wide, [16] * LANES if kind is _VECTOR else 16)
@@ -224,3 +227,39 @@ def common_ones(context: Any, rows: Any, planes: Any) -> Any:
         return context.make_tuple(builder, signature.return_type, results)
 
     return types.UniTuple(types.int64, len(rows))(rows, planes), generate
+
+
+@intrinsic
+def float_of(context: Any, word: Any) -> Any:
+    """The float32 that a word stands for: uint16 holds bf16, int16 fp16."""
+    if word not in (types.uint16, types.int16):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if word == types.int16:
+            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _FLOAT)
+        wide = builder.zext(args[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.IntType(32)(16)), _FLOAT)
+
+    return types.float32(word), generate
+
+
+@intrinsic
+def word_of(context: Any, value: Any, like: Any) -> Any:
+    """The word nearest to a float32, ties to even, of the kind of `like`."""
+    if value != types.float32 or like not in (types.uint16, types.int16):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number, short = ir.IntType(32), ir.IntType(16)
+        if like == types.int16:
+            return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), short)
+        bits = builder.bitcast(args[0], number)
+        odd = builder.and_(builder.lshr(bits, number(16)), number(1))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, number(0x7FFF))), number(16))
+        # a NaN must not be rounded up to an infinity
+        quiet = builder.or_(builder.lshr(bits, number(16)), number(0x40))
+        exact = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.trunc(builder.select(exact, quiet, rounded), short)
+
+    return like(value, like), generate

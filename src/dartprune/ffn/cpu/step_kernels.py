@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit, prange
 
 from dartprune.ffn.cpu.activations import ZERO
-from dartprune.ffn.cpu.blocks import add_rows, dots
+from dartprune.ffn.cpu.blocks import add_rows, dots, float_of, word_of
 from dartprune.ffn.cpu.cache import kernel
 
 FOUR = 4  # rows of a weight, or tokens of a cache, that are taken at a time
@@ -33,12 +33,18 @@ def _linear_part(first, last, x, weight, bias, out):
                 out[n, o] += bias[o]
 
 
+@njit(nogil=True)
+def _share(rows, t, threads):
+    """The rows of a thread, whole fours."""
+    units = -(-rows // FOUR)
+    return units * t // threads * FOUR, min(units * (t + 1) // threads * FOUR, rows)
+
+
 @kernel(parallel=True)
 def linear(x, weight, bias, threads, out):
-    """Out float32 [N, O] = x float32 [N, K] times weight [O, K] in words, plus bias float32 [O] or empty."""
-    units = -(-weight.shape[0] // FOUR)
+    """Out float32 [N, O] = x float32 [N, K] times weight [O, K] in words or bytes, plus bias float32 [O] or empty."""
     for t in prange(threads):
-        first, last = units * t // threads * FOUR, min(units * (t + 1) // threads * FOUR, weight.shape[0])
+        first, last = _share(weight.shape[0], t, threads)
         _linear_part(first, last, x, weight, bias, out)
 
 
@@ -50,7 +56,7 @@ def linear_alone(x, weight, bias, out):
 
 @njit(fastmath={"reassoc", "contract"}, nogil=True)
 def _normed(x, weight, epsilon):
-    """RMS norm of x float32 [D] in place; weight float32 [D], or empty: none."""
+    """RMS norm of x float32 [D] in place; weight [D] in words, or empty: none."""
     if not weight.shape[0]:
         return
     total = ZERO
@@ -58,29 +64,50 @@ def _normed(x, weight, epsilon):
         total += x[j] * x[j]
     factor = np.float32(1.0) / np.sqrt(total / np.float32(x.shape[0]) + epsilon)
     for j in range(x.shape[0]):
-        x[j] *= factor * weight[j]
+        x[j] *= factor * float_of(weight[j])
+
+
+@njit(nogil=True)
+def _widened(words, out):
+    """Words [D] as float32 [D]."""
+    for j in range(words.shape[0]):
+        out[j] = float_of(words[j])
+
+
+@njit(nogil=True)
+def _floats(words):
+    """Words [D] as a new float32 [D]."""
+    out = np.empty(words.shape[0], np.float32)
+    _widened(words, out)
+    return out
+
+
+@njit(nogil=True)
+def _narrowed(x, out):
+    """Float32 [D] as words [D]."""
+    for j in range(x.shape[0]):
+        out[j] = word_of(x[j], out[j])
 
 
 @kernel()
-def norm(x, weight, epsilon):
-    """RMS norm of rows x float32 [N, H] in place; weight float32 [H]."""
+def norm(x, weight, epsilon, out):
+    """RMS norm of rows x [N, H] to out [N, H]; weight [H]; all in words."""
+    row = np.empty(x.shape[1], np.float32)
     for n in range(x.shape[0]):
-        _normed(x[n], weight, epsilon)
+        _widened(x[n], row)
+        _normed(row, weight, epsilon)
+        _narrowed(row, out[n])
 
 
-@kernel()
-def turn(x, heads, weight, epsilon, cos, sin):
-    """Norm and turn the heads of x float32 [N, heads * D] by their positions, in place; cos and sin float32 [N, D]."""
-    size = cos.shape[1]
-    half = size // 2
-    for n in range(x.shape[0]):
-        for h in range(heads):
-            head = x[n, h * size : (h + 1) * size]
-            _normed(head, weight, epsilon)
-            for j in range(half):
-                a, b = head[j], head[half + j]
-                head[j] = a * cos[n, j] - b * sin[n, j]
-                head[half + j] = b * cos[n, half + j] + a * sin[n, half + j]
+@njit(nogil=True)
+def _turned(head, weight, epsilon, cos, sin):
+    """Norm a head float32 [D] and turn it by its position, in place; cos and sin float32 [D]."""
+    _normed(head, weight, epsilon)
+    half = head.shape[0] // 2
+    for j in range(half):
+        a, b = head[j], head[half + j]
+        head[j] = a * cos[j] - b * sin[j]
+        head[half + j] = b * cos[half + j] + a * sin[half + j]
 
 
 @njit(nogil=True)
@@ -121,18 +148,73 @@ def _head(query, keys, values, mask, scale, weight, out):
             t += 1
 
 
-@kernel(parallel=True)
-def attend(query, keys, values, mask, scale, out):
-    """Attention of one token a line over a cache.
+@njit(nogil=True)
+def _group(n, g, query, key, value, norms, cos, sin, keys, values, length, mask, scale, out):
+    """One group of heads of one line: its key and value go to the cache, its queries attend to what lies there."""
+    size = cos.shape[1]
+    many = query.shape[1] // key.shape[1]
+    here = slice(g * size, (g + 1) * size)
+    _turned(key[n, here], norms[1], norms[2], cos[n], sin[n])
+    _narrowed(key[n, here], keys[n, g, length])
+    _narrowed(value[n, here], values[n, g, length])
+    weight = np.empty(length + 1, np.float32)
+    for h in range(g * many, (g + 1) * many):
+        part = slice(h * size, (h + 1) * size)
+        _turned(query[n, part], norms[0], norms[2], cos[n], sin[n])
+        _head(
+            query[n, part], keys[n, g, : length + 1], values[n, g, : length + 1], mask[n], scale, weight, out[n, part]
+        )
 
-    query float32 [N, heads * D]; keys and values [N, key heads, T, D] in words; mask float32 [N, T], added, or [N, 0];
-    out float32 [N, heads * D].
+
+@kernel(parallel=True)
+def attend(query, key, value, norms, cos, sin, keys, values, length, mask, scale, out):
+    """Attention of one token a line over a cache, into which its key and value are written.
+
+    query, key, value: [N, heads * D] in words.  norms: of queries and keys, [D] in words or empty, and their epsilon.
+    cos, sin: float32 [N, D].  keys, values: [N, key heads, room, D] in words, of which `length` tokens are there.
+    mask: float32 [N, length + 1], added, or [N, 0].  out: [N, heads * D] in words.
     """
-    lines, groups, tokens, size = keys.shape
-    many = query.shape[1] // (groups * size)
+    lines, groups = keys.shape[0], keys.shape[1]
+    wide = np.empty(query.shape, np.float32), np.empty(key.shape, np.float32), np.empty(value.shape, np.float32)
+    found = np.empty(query.shape, np.float32)
+    for n in range(lines):
+        _widened(query[n], wide[0][n])
+        _widened(key[n], wide[1][n])
+        _widened(value[n], wide[2][n])
     for unit in prange(lines * groups):
         n, g = unit // groups, unit % groups
-        weight = np.empty(tokens, np.float32)
-        for h in range(g * many, (g + 1) * many):
-            part = slice(h * size, (h + 1) * size)
-            _head(query[n, part], keys[n, g], values[n, g], mask[n], scale, weight, out[n, part])
+        _group(n, g, *wide, norms, cos, sin, keys, values, length, mask, scale, found)
+    for n in range(lines):
+        _narrowed(found[n], out[n])
+
+
+@kernel(parallel=True)
+def attention(x, weights, biases, norms, cos, sin, keys, values, length, mask, scale, threads, out):
+    """The whole of an attention module, its four products too.
+
+    As `attend`, and x: [N, H] in words.  weights: of queries, keys, values and the output, [O, K] in words.
+    biases: of the same, [O] in words or empty.  out: [N, H] in words.
+    """
+    lines, groups = keys.shape[0], keys.shape[1]
+    query_weight, key_weight, value_weight, out_weight = weights
+    query_bias, key_bias = _floats(biases[0]), _floats(biases[1])
+    value_bias, out_bias = _floats(biases[2]), _floats(biases[3])
+    wide = np.empty(x.shape, np.float32)
+    for n in range(lines):
+        _widened(x[n], wide[n])
+    query = np.empty((lines, query_weight.shape[0]), np.float32)
+    key = np.empty((lines, key_weight.shape[0]), np.float32)
+    value = np.empty((lines, value_weight.shape[0]), np.float32)
+    for t in prange(threads):
+        _linear_part(*_share(query_weight.shape[0], t, threads), wide, query_weight, query_bias, query)
+        _linear_part(*_share(key_weight.shape[0], t, threads), wide, key_weight, key_bias, key)
+        _linear_part(*_share(value_weight.shape[0], t, threads), wide, value_weight, value_bias, value)
+    found = np.empty(query.shape, np.float32)
+    for unit in prange(lines * groups):
+        n, g = unit // groups, unit % groups
+        _group(n, g, query, key, value, norms, cos, sin, keys, values, length, mask, scale, found)
+    result = np.empty((lines, out_weight.shape[0]), np.float32)
+    for t in prange(threads):
+        _linear_part(*_share(out_weight.shape[0], t, threads), found, out_weight, out_bias, result)
+    for n in range(lines):
+        _narrowed(result[n], out[n])
