@@ -15,6 +15,7 @@ from dartprune.ffn.quantised import GROUP, QuantisedRows, RowFormat, rounded
 from dartprune.model.layer import Layer
 
 FEW = 8  # inputs of one call that the row kernels serve; more are multiplied with unpacked blocks
+WHOLE = 16  # torch's kernel of bytes ends the process where rows of bf16 weights are no multiple of this
 BLOCK = 1 << 22  # weights that are unpacked at a time
 
 
@@ -203,7 +204,10 @@ class ByteLinear(Packed):
         flat, scale = x.reshape(-1, self.in_features), self.scale
         if has_kernels() and flat.shape[0] <= FEW and not torch.is_grad_enabled():
             return _shaped(_few_bytes(flat, self.weight8, scale), self.bias, x)
-        out: Tensor = _int8(flat.to(scale.dtype), self.weight8, scale)
+        given = flat.to(scale.dtype)
+        if self.in_features % WHOLE:
+            return _shaped(F.linear(given, self.weight8.to(scale.dtype)) * scale, self.bias, x)
+        out: Tensor = _int8(given, self.weight8, scale)
         return _shaped(out, self.bias, x)
 
     def extra_repr(self) -> str:
