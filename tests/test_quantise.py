@@ -238,3 +238,25 @@ def test_layers_of_bytes_are_what_their_weights_say(dtype, lines):
         assert got.dtype == dtype and got.shape == want.shape
         rounding = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}[dtype]
         assert (got.float() - want).abs().max() < rounding * want.abs().max()
+
+
+@pytest.mark.parametrize("lines", [2, 20])
+def test_gradients_pass_through_packed_layers(lines):
+    torch.manual_seed(0)
+    weight = torch.randn(32, 64)
+    for layer in (ByteLinear(*bytes_of(weight), None), PackedLinear(weight, None)):
+        x = torch.randn(lines, 64, requires_grad=True)
+        out = layer(x)
+        with torch.no_grad():
+            assert torch.allclose(out, layer(x), rtol=1e-2, atol=1e-2)
+            exact = layer(torch.eye(64)).sum(1)
+        out.sum().backward()
+        assert torch.allclose(x.grad, exact.expand(lines, -1), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gradients_reach_the_inputs_of_a_whole_model(bits):
+    model, _ = quantised(bits=bits)
+    inputs = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    model(inputs_embeds=inputs).logits.sum().backward()
+    assert inputs.grad is not None and inputs.grad.abs().sum() > 0

@@ -7,18 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from dartprune.ffn.quantised import (
-    GROUP,
-    RowFormat,
-    nested_estimates,
-    pack_down,
-    pack_fields,
-    quantised_rows,
-    rounded,
-    rounded_inputs,
-    unpack_down,
-    unpack_fields,
-)
+from dartprune.ffn.quantised import nested_estimates, quantised_rows, rounded_inputs
+from dartprune.ffn.row_format import GROUP, RowFormat, pack_down, pack_fields, rounded, unpack_down, unpack_fields
 from ffn_cases import make
 
 FORMS = [(4, True), (4, False), (8, True), (8, False)]

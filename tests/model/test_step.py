@@ -223,6 +223,36 @@ def test_what_others_do_to_a_projection_is_done(what):
     assert torch.equal(attached(model, inputs)[0], plain)
 
 
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+def test_hooks_on_the_norms_of_heads_are_in_force(name):
+    inputs, model = prompt(), model_of("qwen3")
+    plain, _ = attached(model, inputs)
+    norm = getattr(model.model.layers[1].self_attn, name)
+    seen = []
+    handle = norm.register_forward_hook(lambda module, args, out: seen.append(out.shape) or out * 0.5)
+    changed, want = attached(model, inputs)[0], logits_of(model, inputs)
+    assert len(seen) == 2 * 7  # the prompt and six tokens, twice
+    assert (changed - want).abs().max() < 0.1 * want.abs().max() and not torch.allclose(changed, plain, atol=1e-3)
+    handle.remove()
+    assert torch.equal(attached(model, inputs)[0], plain)
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm", "q_norm"])
+def test_norms_kept_in_float32_are_left_to_transformers(name):
+    """What a model can without us it can with us, and the other way round."""
+    inputs, model = prompt(), model_of("qwen3")
+    for layer in model.model.layers:
+        norm = getattr(layer, name, None) or getattr(layer.self_attn, name)
+        norm.float()
+    try:
+        want = logits_of(model, inputs)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            attached(model, inputs)
+        return
+    assert (attached(model, inputs)[0] - want).abs().max() < 0.1 * want.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_words_become_floats_and_floats_the_nearest_words(dtype):
     import numpy as np

@@ -20,7 +20,7 @@ from torch.nn.modules import module as _torch
 # Hooks from here are part of what a module computes: they move, gather or rebuild its weights.
 _PARTS = ("torch.distributed", "torch.nn.utils", "transformers", "accelerate", "peft")
 _KINDS = ("_forward_hooks", "_forward_pre_hooks")
-_GLOBAL = (_torch._global_forward_hooks, _torch._global_forward_pre_hooks)
+GLOBAL_HOOKS = (_torch._global_forward_hooks, _torch._global_forward_pre_hooks)
 
 
 class StandIn:
@@ -63,7 +63,7 @@ def replaced(module: nn.Module) -> bool:
 
 def watched_globally() -> bool:
     """Whether hooks are in force that torch calls for every module of the process."""
-    return any(_GLOBAL)
+    return any(GLOBAL_HOOKS)
 
 
 def quietly(function: Any, x: Tensor) -> Any:
@@ -84,7 +84,7 @@ def unobserved(modules: Iterable[nn.Module]) -> Iterator[None]:
             if hooks and not all(map(_is_part, hooks.values())):
                 taken.append((module, kind, hooks))
                 module.__dict__[kind] = OrderedDict((key, hook) for key, hook in hooks.items() if _is_part(hook))
-    everywhere = [(hooks, dict(hooks)) for hooks in _GLOBAL if hooks]
+    everywhere = [(hooks, dict(hooks)) for hooks in GLOBAL_HOOKS if hooks]
     for hooks, _ in everywhere:
         hooks.clear()
     try:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from dartprune.errors import UserError
 from dartprune.ffn.backend import outside_graphs
-from dartprune.ffn.quantised import GROUP, QuantisedRows, RowFormat, rounded
+from dartprune.ffn.quantised import QuantisedRows
+from dartprune.ffn.row_format import GROUP, RowFormat, rounded
 from dartprune.model.layer import Layer
 
 FEW = 8  # inputs of one call that the row kernels serve; more are multiplied with unpacked blocks
@@ -32,6 +33,11 @@ class Packed(nn.Module):
             raise UserError("a quantised model computes on the CPU: move the original elsewhere and do not quantise it")
         moved: Any = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return moved
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    """Whether a gradient is to pass to an input: neither our kernels nor torch's packed ones have one."""
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 class RowProjection(Packed):
@@ -59,7 +65,7 @@ class RowProjection(Packed):
     def forward(self, x: Tensor) -> Tensor:
         """The projection of x [..., in_features]."""
         flat = x.reshape(-1, x.shape[-1])
-        with_gradient = torch.is_grad_enabled() and x.requires_grad
+        with_gradient = _wants_gradient(x)
         if self.role == "gate_up":
             out = torch.cat([self._product(flat, role, with_gradient) for role in ("gate", "up")], dim=-1)
         else:
@@ -167,7 +173,11 @@ class PackedLinear(Packed):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output of x [..., in_features]."""
         scales = self.scales
-        out: Tensor = _int4(x.reshape(-1, self.in_features).to(scales.dtype), self.weight4, GROUP, scales)
+        given = x.reshape(-1, self.in_features).to(scales.dtype)
+        if _wants_gradient(x):
+            each = torch.eye(self.in_features, dtype=scales.dtype, device="cpu")  # its products are the weights
+            return _shaped(given @ _int4(each, self.weight4, GROUP, scales), self.bias, x)
+        out: Tensor = _int4(given, self.weight4, GROUP, scales)
         return _shaped(out, self.bias, x)
 
     def extra_repr(self) -> str:
@@ -202,10 +212,11 @@ class ByteLinear(Packed):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output of x [..., in_features]."""
         flat, scale = x.reshape(-1, self.in_features), self.scale
-        if has_kernels() and flat.shape[0] <= FEW and not torch.is_grad_enabled():
+        with_gradient = _wants_gradient(x)
+        if has_kernels() and flat.shape[0] <= FEW and not with_gradient:
             return _shaped(_few_bytes(flat, self.weight8, scale), self.bias, x)
         given = flat.to(scale.dtype)
-        if self.in_features % WHOLE:
+        if with_gradient or self.in_features % WHOLE:
             return _shaped(F.linear(given, self.weight8.to(scale.dtype)) * scale, self.bias, x)
         out: Tensor = _int8(given, self.weight8, scale)
         return _shaped(out, self.bias, x)

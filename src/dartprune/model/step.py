@@ -7,9 +7,8 @@ more tokens, goes on to what was there before.
 
 from __future__ import annotations
 
-import importlib.util
 import weakref
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy
 import torch
@@ -17,24 +16,24 @@ from torch import nn
 
 from dartprune.model.calls import replaced
 from dartprune.model.layer_site import Patch
+from dartprune.model.packed import ByteLinear, has_kernels
 from dartprune.model.step_attention import ForwardInputs, OwnAttention
-from dartprune.model.step_parts import HALVES, OwnLinear, OwnNorm
+from dartprune.model.step_parts import HALVES, OwnLinear, OwnModule, OwnNorm
 
 # attention of Llama's kind: q, k, v and o as linear layers, whole heads turned by halves, perhaps a norm for each head
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 ATTENTIONS = {f"transformers.models.{key}.modeling_{key}.{name}Attention" for key, name in _FAMILIES.items()}
 NORMS = {f"transformers.models.{key}.modeling_{key}.{name}RMSNorm" for key, name in _FAMILIES.items()}
 
-Own: TypeAlias = "OwnLinear | OwnNorm | OwnAttention"
-
 
 class OwnStep:
     """Everything of a model that is computed here while a run is attached."""
 
-    def __init__(self, modules: list[Any]) -> None:
-        """Set up for these modules; nothing is changed yet."""
+    def __init__(self, modules: list[Any], *, of_bytes: bool = False) -> None:
+        """Set up for these modules, in a model that has layers of bytes or not; nothing is changed yet."""
+        self._of_bytes = of_bytes
         self.shared = ForwardInputs()
-        self._parts: list[Own] = []
+        self._parts: list[OwnModule] = []
         for module in modules:
             if type(module) is nn.Linear:
                 self._parts.append(OwnLinear(module))
@@ -43,9 +42,9 @@ class OwnStep:
             else:
                 self._parts.append(OwnAttention(module, self.shared))
 
-    def fits(self, modules: list[Any]) -> bool:
+    def fits(self, modules: list[Any], of_bytes: bool) -> bool:
         """Whether it was made for the very same modules."""
-        return [part.module for part in self._parts] == modules
+        return [part.module for part in self._parts] == modules and of_bytes == self._of_bytes
 
     @property
     def said(self) -> str:
@@ -59,7 +58,7 @@ class OwnStep:
 
     def prepare(self) -> None:
         """Compile the kernels, so that no token waits for it."""
-        if not self._parts:
+        if not self._parts and not self._of_bytes:
             return
         from dartprune.ffn.cpu import step_kernels as kernels
         from dartprune.ffn.cpu.arrays import words
@@ -74,6 +73,8 @@ class OwnStep:
                 )
                 kernels.linear_alone(x, weight, nothing, out)
                 kernels.linear(x, weight, nothing, use_threads(), out)
+            if self._of_bytes:
+                kernels.linear(x, numpy.zeros((4, 64), numpy.int8), nothing, use_threads(), numpy.empty_like(x[:, :4]))
             for dtype in {part.module.weight.dtype for part in self._parts if isinstance(part, OwnNorm)}:
                 _compile_attention(dtype)
 
@@ -117,15 +118,16 @@ def _name(module: nn.Module) -> str:
 
 def _modules(core: Any) -> list[nn.Module]:
     """The modules of a model that can be computed here."""
-    if importlib.util.find_spec("numba") is None or getattr(core, "dtype", None) not in HALVES:
+    if not has_kernels() or getattr(core, "dtype", None) not in HALVES:
         return []
     return [module for module in core.modules() if _is_taken(module) and not replaced(module)]
 
 
 def _is_taken(module: nn.Module) -> bool:
-    if type(module) is nn.Linear:
-        return module.weight.dtype in HALVES and module.weight.device.type == "cpu"
-    return _name(module) in ATTENTIONS or _name(module) in NORMS
+    if type(module) is nn.Linear or _name(module) in NORMS:
+        weight: Any = module.weight  # norms may be kept in float32
+        return weight.dtype in HALVES and weight.device.type == "cpu"
+    return _name(module) in ATTENTIONS
 
 
 # torch.compile guards on the forwards, so a model that is attached again gets the same ones
@@ -135,7 +137,8 @@ _steps: weakref.WeakKeyDictionary[nn.Module, OwnStep] = weakref.WeakKeyDictionar
 def own_step(core: nn.Module) -> OwnStep:
     """What can be computed here of a model, the same object at each attach as long as its modules are the same."""
     modules = _modules(core)
+    of_bytes = has_kernels() and any(isinstance(module, ByteLinear) for module in core.modules())
     step = _steps.get(core)
-    if step is None or not step.fits(modules):
-        step = _steps[core] = OwnStep(modules)
+    if step is None or not step.fits(modules, of_bytes):
+        step = _steps[core] = OwnStep(modules, of_bytes=of_bytes)
     return step

@@ -5,26 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch import Tensor, nn
 
-from dartprune.model.calls import StandIn
-from dartprune.model.layer_site import Patch, Refuses
-from dartprune.model.step_parts import HALVES, SMALL, OwnLinear, plain_mode
+from dartprune.model.step_parts import HALVES, SMALL, OwnModule, plain_mode, untouched
 
 
-class OwnAttention(StandIn, Refuses):
+class OwnAttention(OwnModule):
     """The forward of one attention module: one token a line on a growing cache by kernels, all else as before."""
 
     def __init__(self, module: Any, shared: ForwardInputs) -> None:
-        self.module = module
+        super().__init__(module)
         self.shared = shared
-        self.patch: Patch | None = None
-
-    @property
-    def in_use(self) -> bool:
-        """Whether it stands in for the module's forward now."""
-        return self.patch is not None
 
     def forward(
         self,
@@ -35,24 +26,26 @@ class OwnAttention(StandIn, Refuses):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """What the module's own forward gives."""
-        patch = self.patch
-        call = {
-            "position_embeddings": position_embeddings,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            **kwargs,
-        }
-        if patch is None:
-            given: tuple[Tensor, Tensor | None] = type(self.module).forward(self.module, hidden_states, **call)
-            return given
-        assert patch.original is not None
-        if position_embeddings is None or not self._fits(hidden_states, attention_mask, past_key_values, kwargs):
-            before: tuple[Tensor, Tensor | None] = patch.original(hidden_states, **call)
-            return before
-        return self._attend(hidden_states, position_embeddings, attention_mask, past_key_values), None
+        mask, cache = attention_mask, past_key_values
+        if (
+            self.in_use
+            and position_embeddings is not None
+            and self._fits(hidden_states, position_embeddings, mask, cache, kwargs)
+        ):
+            return self._attend(hidden_states, position_embeddings, mask, cache), None
+        call = {"position_embeddings": position_embeddings, "attention_mask": mask, "past_key_values": cache, **kwargs}
+        out: tuple[Tensor, Tensor | None] = self.before(hidden_states, **call)
+        return out
 
-    def _fits(self, x: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any]) -> bool:
+    def _fits(
+        self, x: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any, kwargs: dict[str, Any]
+    ) -> bool:
         module = self.module
+        norms = [norm for norm in self._norms() if norm is not None]
+        if positions[0].shape[-1] != module.head_dim or not all(
+            untouched(norm) and norm.weight.dtype == x.dtype for norm in norms
+        ):
+            return False
         layers = getattr(cache, "layers", None)
         if x.dim() != 3 or x.shape[1] != 1 or x.dtype not in HALVES or x.device.type != "cpu" or not layers:
             return False
@@ -72,11 +65,12 @@ class OwnAttention(StandIn, Refuses):
         module, lines, layer = self.module, x.shape[0], cache.layers[self.module.layer_idx]
         length, whole = layer.keys.shape[2], self._plain(x.dtype)
         nothing = torch.empty(0, dtype=x.dtype, device="cpu")
-        norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+        norms = self._norms()
         epsilon = 0.0 if norms[0] is None else norms[0].variance_epsilon
         scaled = *(words("norm", nothing if norm is None else norm.weight) for norm in norms), epsilon
         if not whole:
-            given = [part(x).view(lines, -1) for part in (module.q_proj, module.k_proj, module.v_proj)]
+            products = (part(x) for part in (module.q_proj, module.k_proj, module.v_proj))
+            given = [part.reshape(lines, -1).to(x.dtype).contiguous() for part in products]  # others may return more
         room = (words("cache", part) for part in grown(layer))
         work = scaled, *self.shared.of(positions, lines), *room, length, self.shared.added(mask, lines, length + 1)
         if whole:
@@ -93,19 +87,22 @@ class OwnAttention(StandIn, Refuses):
         result: Tensor = module.o_proj(heads.view(lines, 1, -1))
         return result
 
+    def _norms(self) -> list[Any]:
+        """The norms of queries and of keys, None for none."""
+        return [getattr(self.module, name, None) for name in ("q_norm", "k_norm")]
+
     def _plain(self, dtype: torch.dtype) -> bool:
         """Whether all four products are nobody else's business: one kernel then does the whole."""
-        parts = [self.module.q_proj, self.module.k_proj, self.module.v_proj, self.module.o_proj]
-        return not (_global_forward_hooks or _global_forward_pre_hooks) and all(_is_ours(part, dtype) for part in parts)
+        module = self.module
+        return all(_is_plain(part, dtype) for part in (module.q_proj, module.k_proj, module.v_proj, module.o_proj))
 
 
-def _is_ours(module: Any, dtype: torch.dtype) -> bool:
-    """Whether a linear layer's forward is the one of `OwnLinear`, with nothing around it."""
-    own = getattr(module.__dict__.get("forward"), "__self__", None)
-    if type(own) is not OwnLinear or own.patch is None or module._forward_hooks or module._forward_pre_hooks:
+def _is_plain(module: Any, dtype: torch.dtype) -> bool:
+    """Whether a module is an ordinary linear layer with weights of a dtype, and nothing around it."""
+    if type(module) is not nn.Linear or not untouched(module):
         return False
-    weight = module.weight
-    return bool(weight.dtype == dtype and weight.is_contiguous() and weight.is_cpu)
+    weight, bias = module.weight, module.bias
+    return weight.dtype == dtype and weight.is_contiguous() and weight.is_cpu and (bias is None or bias.dtype == dtype)
 
 
 class ForwardInputs:

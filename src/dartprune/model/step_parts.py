@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dartprune.model.calls import StandIn
+from dartprune.model.calls import GLOBAL_HOOKS, StandIn
 from dartprune.model.layer_site import Patch, Refuses
 
 FEW = 4  # tokens of one call that the row kernel serves; torch's products are as quick for more
@@ -15,10 +15,10 @@ SMALL = 1 << 17  # weight bytes under which a second thread costs more than it s
 HALVES = (torch.bfloat16, torch.float16)
 
 
-class OwnLinear(StandIn, Refuses):
-    """The forward of one linear layer: few inputs by the row kernel, others as before."""
+class OwnModule(StandIn, Refuses):
+    """Base: the forward of one module while a run is attached, by kernels where they fit and else as before."""
 
-    def __init__(self, module: nn.Linear) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
         self.patch: Patch | None = None
 
@@ -27,17 +27,36 @@ class OwnLinear(StandIn, Refuses):
         """Whether it stands in for the module's forward now."""
         return self.patch is not None
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own forward gives."""
+        raise NotImplementedError
+
+    def before(self, *args: Any, **kwargs: Any) -> Any:
+        """What was there before; the class's own where somebody still calls this after it was taken away."""
+        if self.patch is None:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        assert self.patch.original is not None
+        return self.patch.original(*args, **kwargs)
+
+
+def untouched(module: Any) -> bool:
+    """Whether nobody but us has to do with a module's forward: then a kernel may compute it with others."""
+    forward = module.__dict__.get("forward")
+    own = getattr(forward, "__self__", None)
+    ours = forward is None or (isinstance(own, OwnModule) and own.in_use)
+    return ours and not (module._forward_hooks or module._forward_pre_hooks or any(GLOBAL_HOOKS))
+
+
+class OwnLinear(OwnModule):
+    """The forward of one linear layer: few inputs by the row kernel, others as before."""
+
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output of x [..., K]."""
-        patch = self.patch
-        if patch is None:
-            return type(self.module).forward(self.module, x)
-        assert patch.original is not None
         weight, bias = self.module.weight, self.module.bias
-        if not _fits(x, weight):
-            out: Tensor = patch.original(x)
-            return out
-        return _linear(x, weight, bias)
+        if self.in_use and _fits(x, weight):
+            return _linear(x, weight, bias)
+        out: Tensor = self.before(x)
+        return out
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
@@ -70,30 +89,16 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
-class OwnNorm(StandIn, Refuses):
+class OwnNorm(OwnModule):
     """The forward of one RMS norm: few tokens by a kernel, others as before."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.patch: Patch | None = None
-
-    @property
-    def in_use(self) -> bool:
-        """Whether it stands in for the module's forward now."""
-        return self.patch is not None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The norm of x [..., H]."""
-        patch, module = self.patch, self.module
-        if patch is None:
-            before: Tensor = type(module).forward(module, hidden_states)
-            return before
-        assert patch.original is not None
-        weight = module.weight
-        if weight.dtype != hidden_states.dtype or not is_few(hidden_states):
-            before = patch.original(hidden_states)
-            return before
-        return _normed(hidden_states, weight, module.variance_epsilon)
+        weight = self.module.weight
+        if self.in_use and weight.dtype == hidden_states.dtype and is_few(hidden_states):
+            return _normed(hidden_states, weight, self.module.variance_epsilon)
+        out: Tensor = self.before(hidden_states)
+        return out
 
 
 def _normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from dartprune.errors import UserError, require
-from dartprune.ffn.quantised import BITS, RowFormat, rounded, values
+from dartprune.ffn.quantised import BITS
+from dartprune.ffn.row_format import RowFormat, rounded, row_values
 from dartprune.loading import GGUF, load
 from dartprune.model.families import describe
 from dartprune.model.weights import row_weights
@@ -93,7 +94,7 @@ def _round(model: Any, bits: int) -> list[tuple[int, int]]:
         layout = RowFormat(weights.hidden, weights.gate is not None, bits, 0)
         for matrix in (weights.gate, weights.up, weights.down):
             if matrix is not None:
-                matrix.copy_(values(*rounded(matrix, layout, bits), layout))
+                matrix.copy_(row_values(*rounded(matrix, layout, bits), layout))
         each = layout.codes(bits) + layout.scales
         sizes.append(
             (8 * weights.neurons * weights.matrices * each, weights.neurons * weights.matrices * weights.hidden)

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dartprune.evaluation.frontier.run import DENSE, PARTS, Frontier, Measured
+from dartprune.loading import GGUF
 from dartprune.reporting.frame import Frame
 from dartprune.reporting.page import TextTable
 from dartprune.reporting.plot import GREY, legend_beside, look, loss_axis
@@ -117,7 +118,7 @@ def picture(found: Frontier) -> Figure:
 
 
 def _is_file(point: Measured) -> bool:
-    return _short(point.weights) != point.weights or "." in point.weights
+    return point.weights.endswith(GGUF)
 
 
 def _short(weights: str) -> str:

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from dartprune.ffn.quantised import GROUP, QUAD, SEGMENTS
+from dartprune.ffn.row_format import GROUP, QUAD, SEGMENTS
 
 LINE = 64  # bytes that memory gives at a time
 LEVEL = 2

@@ -29,7 +29,7 @@ from dartprune.ffn.cpu.group_parts import (
     product,
 )
 from dartprune.ffn.cpu.sketch import expected_block
-from dartprune.ffn.quantised import GROUP, LANES, QUAD, STEPS
+from dartprune.ffn.row_format import GROUP, LANES, QUAD, STEPS
 
 BLOCK = 256  # neurons that pass through the second cache at a time
 SCORED = 64  # neurons that are scored at a time

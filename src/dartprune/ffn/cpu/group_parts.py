@@ -11,7 +11,7 @@ from numba import njit
 
 from dartprune.ffn.cpu.activations import ZERO, activate
 from dartprune.ffn.cpu.group_blocks import add_codes, fetch_bytes, float_at, row_parts
-from dartprune.ffn.quantised import GROUP, QUAD, SEGMENTS, STEPS
+from dartprune.ffn.row_format import GROUP, QUAD, SEGMENTS, STEPS
 
 LARGEST, SECOND, THIRD = SEGMENTS
 MOST = np.float32(127.0)

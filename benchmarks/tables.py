@@ -1,6 +1,6 @@
-"""The README's tables, from the results of `dartprune bench` and `dartprune compare`.
+"""The tables of docs/measurements.md, from the results of `dartprune bench` and `dartprune compare`.
 
-    python benchmarks/readme.py benchmarks/results
+    python benchmarks/tables.py benchmarks/results
 
 Reads cpu-kernel*.json, cpu-token-kernels*.json, cpu-decode*.json, cpu-refresh*.json, cpu-trace*.json, cpu-memory*.json
 and compare-*.csv, those that are there.
