@@ -2,8 +2,7 @@
 
     python benchmarks/tables.py benchmarks/results
 
-Reads cpu-kernel*.json, cpu-token-kernels*.json, cpu-decode*.json, cpu-refresh*.json, cpu-trace*.json, cpu-memory*.json
-and compare-*.csv, those that are there.
+Reads compare-*.csv, and of the JSON files those whose benchmark is known here.
 """
 
 from __future__ import annotations
@@ -64,8 +63,9 @@ def decode(data: dict[str, Any]) -> Iterator[str]:
             f"{extra['tokens_per_second']:.1f}",
             f"{row['times_as_fast']['median']:.2f}",
         ]
-        cells += [f"{extra['realised_sparsity']:.2f}", f"{row['limit']:.2f}"] if pruned else ["0", ""]
-        cells += [f"{row['share_of_limit']:.0%}" if pruned else "", f"{row['bandwidth_share']:.0%}"]
+        dense = "0" if row["arm"] == "dense" else ""
+        cells += [f"{extra['realised_sparsity']:.2f}", f"{row['limit']:.2f}"] if pruned else [dense, ""]
+        cells += [f"{row[name]:.0%}" if row[name] is not None else "" for name in ("share_of_limit", "bandwidth_share")]
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -144,10 +144,14 @@ def main(folder: Path) -> None:
         print(f"{path.stem}\n", *levels(rows), "", sep="\n")
         for target in sorted({float(row["target"]) for row in rows} - {0.0}):
             print(f"{path.stem}, {target:.0%}\n", *compare(rows, target), "", sep="\n")
-    for show in (kernel, kernels_of, decode, refresh, trace, memory):
-        for path in sorted(folder.glob(f"cpu-{show.__name__.replace('_', '-')}*.json")):
-            data = json.loads(path.read_text())
-            print(*show(data), f"\n`{data['command']}` ({data['machine']['processor']}, {data['date']})\n", sep="\n")
+    ways = {"kernel": kernel, "token kernels": kernels_of, "decode": decode}
+    ways |= {"refresh": refresh, "trace": trace, "memory": memory}
+    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    for what, show in ways.items():
+        for data in files:
+            if data.get("benchmark") == what:
+                machine = data["machine"].get("accelerator", data["machine"]["processor"])
+                print(*show(data), f"\n`{data['command']}` ({machine}, {data['date']})\n", sep="\n")
 
 
 if __name__ == "__main__":

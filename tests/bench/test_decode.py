@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from dartprune import Dart, Dense, Detector, Griffin, Relearn, Release, Static
+from dartprune import Dart, Dense, Detector, Griffin, Relearn, Release, Sketch, SketchDart, Static
 from dartprune.bench.costs import Shape
 from dartprune.bench.decode import Load, check, measure, paced
 from dartprune.bench.graphs import GraphedForward, check_graphs
@@ -125,6 +125,8 @@ class Recorded:
         fixed = self.inputs.pop()
         for layer in self.cache.layers:  # a capture executes nothing: the token is not in the cache yet
             layer.cumulative_length.sub_(1)
+        selectors = [layer.selector for layer in self.run.layers if layer.selector] if self.run is not None else []
+        counts = [dict(selector._gathered) for selector in selectors]
 
         def replay():
             self.replays += 1
@@ -133,11 +135,24 @@ class Recorded:
             if self.run is not None:
                 for layer in self.run.layers:
                     layer.state.attention = None
+            for selector, graphs_own in zip(selectors, counts, strict=True):
+                for rows, held in graphs_own.items():
+                    for mine, new in zip(held, selector._gathered[rows], strict=True):
+                        mine.copy_(new)
+                selector._gathered, selector._asked = dict(graphs_own), False
 
         return replay, result
 
 
-@pytest.mark.parametrize("pruner", [None, Static(sparsity=0.5), Dart(sparsity=0.5, detector=Detector(window=4))])
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        None,
+        Static(sparsity=0.5),
+        Dart(sparsity=0.5, detector=Detector(window=4)),
+        SketchDart(sparsity=0.4, token=Sketch(bits=1)),
+    ],
+)
 def test_a_graph_around_the_step_changes_nothing(tiny_subject, pruner):
     model = tiny_subject().model
     if pruner is not None and pruner.refresh.replay_tokens:

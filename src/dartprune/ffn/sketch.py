@@ -26,7 +26,7 @@ GAUSSIAN_STEP = {2: 1.224, 3: 0.651, 4: 0.353, 5: 0.194, 6: 0.106, 7: 0.0575, 8:
 # half the step of the best uniform quantiser with 2^b levels for a Gaussian, in mean absolute values, by bits
 GAUSSIAN_SCALE = {1: 1.0, 2: 0.624, 3: 0.367, 4: 0.210}
 STARTS = (0.7, 0.85, 1.0, 1.2, 1.4, 1.7)  # where the fit of a row's scale starts, times that
-_BLOCK = 1 << 18  # weights packed at a time: the caches hold their temporaries
+_BLOCKS = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights packed at a time: a CPU's caches hold them, a GPU is filled
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def build_planes(weight: Tensor, bits: int) -> SketchPlanes:
     """
     out = empty_planes(weight, bits)
     top = 2**bits - 1
-    step = max(1, _BLOCK // out.hidden)
+    step = max(1, _BLOCKS.get(weight.device.type, _BLOCKS["cpu"]) // out.hidden)
     for first in range(0, out.neurons, step):
         part = weight[first : first + step].detach().float()
         s = part.abs().mean(dim=1, keepdim=True) * GAUSSIAN_SCALE[bits]

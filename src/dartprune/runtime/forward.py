@@ -111,7 +111,9 @@ class Forwards:
         attention = self.layers[-1].state.attention if self.method.prunes and not self._paused else None
         if attention is not None:
             attention = attention.reshape(len(rows.slots), rows.tokens, -1)
-        spent = self._spending.spent(len(rows.slots)) if self._spending is not None else None
+        spent = None
+        if self._spending is not None:
+            spent = self._spending.spent(len(rows.slots), rows.tokens, gathered=self.gathered)
         if self._planner.sample is not None and rows.phase is not Phase.VERIFY and not self._paused:
             self._teach(self._planner.sample, self._ended if rows.phase is Phase.DECODE else None)
         if rows.phase is Phase.PREFILL:

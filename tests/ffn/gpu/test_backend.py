@@ -308,7 +308,8 @@ for capability, weight, gated, act, hidden in (
     ptx = build(k.down_kernel, down, {"HIDDEN": hidden, "NEURONS": 16, "COLUMNS": 256}, capability)
     assert "ld.global.v4" in ptx, "weights are not read sixteen bytes at a time"
     total = {"partial": "*fp32", "down_bias": weight, "out": weight, "parts": "i32"}
-    build(k.sum_kernel, total, {"HIDDEN": hidden, "DOWN_BIASED": True, "COLUMNS": 512}, capability)
+    sizes = {"HIDDEN": hidden, "PARTS": k.SUM_PARTS, "COLUMNS": k.SUM_COLUMNS}
+    build(k.sum_kernel, total, {**sizes, "DOWN_BIASED": True}, capability)
 print("all built")
 """
 
@@ -371,6 +372,7 @@ def test_a_captured_graph_follows_lists_that_change_in_place():
 
 
 @needs_cuda
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch captures one to begin with
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_by_inductor(mode):
     w = make(64, 200, torch.float16, True, False, "silu", "cuda")

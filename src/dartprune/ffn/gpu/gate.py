@@ -14,7 +14,7 @@ from dartprune.ffn.gpu.kernels import Blocks, activate
 def _row_dots(x, matrix, rows, live, HIDDEN: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr):
     """Products of one x [H] with the rows int64 [NEURONS] of a matrix, float32."""
     sums = tl.zeros([NEURONS, COLUMNS], tl.float32)
-    for start in range(0, HIDDEN, COLUMNS):
+    for start in tl.static_range(0, HIDDEN, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         inside = columns < HIDDEN
         v = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)[None, :]

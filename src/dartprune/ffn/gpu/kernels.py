@@ -31,6 +31,9 @@ from torch import Tensor
 
 from dartprune.ffn.weights import FFNWeights
 
+# the tile of the last sum: small columns, for one row's output is all that the device has to work on
+SUM_PARTS, SUM_COLUMNS = 32, 64
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -113,7 +116,8 @@ def up_kernel(
         rows = tl.load(index + slot * width + lane, mask=live, other=0).to(tl.int64)
         g = tl.zeros([NEURONS, COLUMNS], tl.float32)
         u = tl.zeros([NEURONS, COLUMNS], tl.float32)
-        for start in range(0, HIDDEN, COLUMNS):
+        # unrolled, so that a row's loads are under way together
+        for start in tl.static_range(0, HIDDEN, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
             inside = columns < HIDDEN
             v = tl.load(x + n * HIDDEN + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -180,16 +184,20 @@ def sum_kernel(
     parts,
     HIDDEN: tl.constexpr,
     DOWN_BIASED: tl.constexpr,
+    PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Adds the parts in their order, and the bias: grid (N, blocks of H), out [N, H] in its own dtype."""
+    """Adds the parts, in an order that their number fixes, and the bias: grid (N, blocks of H), out [N, H]."""
     n = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < HIDDEN
-    total = tl.zeros([COLUMNS], tl.float32)
-    for part in range(0, parts):
-        row = part * tl.num_programs(0) + n
-        total += tl.load(partial + row * HIDDEN + columns, mask=inside, other=0.0)
+    sums = tl.zeros([PARTS, COLUMNS], tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        rows = part * tl.num_programs(0) + n
+        wanted = (part < parts)[:, None] & inside[None, :]
+        sums += tl.load(partial + rows[:, None] * HIDDEN + columns[None, :], mask=wanted, other=0.0)
+    total = tl.sum(sums, axis=0)
     if DOWN_BIASED:
         total += tl.load(down_bias + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + n * HIDDEN + columns, total, mask=inside)
@@ -258,15 +266,15 @@ def launch_down(
 def launch_sum(partial: Tensor, down_bias: Tensor | None, out: Tensor) -> None:
     """Launch `sum_kernel`: partial float32 [parts, N, H], out [N, H]."""
     parts, rows, hidden = partial.shape
-    columns = 512
-    sum_kernel[(rows, triton.cdiv(hidden, columns))](
+    sum_kernel[(rows, triton.cdiv(hidden, SUM_COLUMNS))](
         partial,
         partial if down_bias is None else down_bias,
         out,
         parts,
         HIDDEN=hidden,
         DOWN_BIASED=down_bias is not None,
-        COLUMNS=columns,
+        PARTS=SUM_PARTS,
+        COLUMNS=SUM_COLUMNS,
         num_warps=4,
         enable_fp_fusion=True,
     )

@@ -288,7 +288,7 @@ def launch_round(x: Tensor, rounded: InputPlanes, tally: Tensor) -> None:
 def sketch_blocks(words: int) -> Blocks:
     """Neurons and words of their planes that one program holds at a time: 8 KB of each matrix."""
     columns = min(64, triton.next_power_of_2(words))
-    return Blocks(min(64, 1024 // columns), columns, 4)
+    return Blocks(min(64, 1024 // columns), columns, 8)
 
 
 def launch_score(

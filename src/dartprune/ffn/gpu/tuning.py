@@ -14,13 +14,14 @@ from dartprune.ffn.gpu.kernels import Blocks, Config
 from dartprune.ffn.weights import FFNWeights
 
 UP = (
+    Blocks(1, 512, 1),
     Blocks(1, 1024, 4),
+    Blocks(1, 4096, 8),
     Blocks(2, 512, 4),
-    Blocks(4, 256, 4),
-    Blocks(4, 512, 4),
-    Blocks(8, 256, 4),
     Blocks(2, 1024, 8),
+    Blocks(4, 256, 4),
 )
+MOST_PIECES = 32  # of a row: the loop over them is unrolled
 DOWN = (
     Blocks(8, 256, 4),
     Blocks(8, 512, 4),
@@ -94,7 +95,8 @@ def measure(weights: FFNWeights) -> None:
         for blocks, each in product(DOWN, PROGRAMS)
     }
     down, splits = min(sorted(choices, key=str), key=down_time)
-    _chosen[key] = Config(min(UP, key=up_time), down, splits)
+    known = [blocks for blocks in UP if triton.cdiv(hidden, blocks.columns) <= MOST_PIECES]
+    _chosen[key] = Config(min(known, key=up_time), down, splits)
 
 
 def _time(run: Any) -> float:

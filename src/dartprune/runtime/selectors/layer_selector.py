@@ -54,8 +54,9 @@ class LayerSelector(SlotTensors, ABC):
     row_share: share of the layer's weights that one chosen neuron costs.  chosen_bytes: the same in bytes.
     chosen_cost: the same in neurons, for a selector whose every candidate is a whole neuron.
     kernels: the backend's operators; None where the choice is applied as a mask.
-    taken: neurons that each row of the last forward used, int32 [N]; union: how many neurons the backend read for all
-    rows together, a scalar. They wait here until it is known which of the rows count.
+
+    The neurons that each row of a forward used, int32 [N], and how many the backend read for all rows together, a
+    scalar, wait here until it is known which of the rows count.
     """
 
     wanted: Tensor
@@ -96,8 +97,9 @@ class LayerSelector(SlotTensors, ABC):
         self.importance = None if importance is None else importance[None].contiguous()
         self.row_share = chosen_matrices / (layer.matrices * layer.neurons)
         self.chosen_bytes = layer.weight_bytes * self.row_share
-        self.taken: Tensor | None = None
-        self.union: Tensor | None = None
+        self._masked: Tensor | None = None
+        self._gathered: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of rows
+        self._asked = False
         self._allocate("wanted", (), torch.int32)
 
     def fixed_share(self, candidates: int) -> float:
@@ -123,11 +125,17 @@ class LayerSelector(SlotTensors, ABC):
         """Whether a neuron that several rows need is read once for all of them."""
         return self.kernels is None or self.kernels.reads_union
 
-    def take(self) -> tuple[Tensor | None, Tensor | None]:
-        """`taken` and `union` of the last forward, once; None where the selector was not asked."""
-        parts = self.taken, self.union
-        self.taken = self.union = None
-        return parts
+    def take(self, rows: int, *, gathered: bool) -> tuple[Tensor | None, Tensor | None]:
+        """What the rows of the last forward used and the backend read for them; None where no choice was made.
+
+        Where neurons were gathered and nobody asked here, a CUDA graph of an earlier forward of so many rows was
+        replayed: it filled that forward's counts anew.
+        """
+        asked, self._asked = self._asked, False
+        masked, self._masked = self._masked, None
+        if gathered or asked:
+            return self._gathered.get(rows, (None, None))
+        return masked, None
 
     def learn(self, x: Tensor, slots: Tensor, weight: Tensor, memory: float | None = None) -> None:
         """Take in tokens of the context.
@@ -143,13 +151,14 @@ class LayerSelector(SlotTensors, ABC):
     def ffn(self, x: Tensor, weights: FFNWeights, selection: LayerSelection, slots: Tensor) -> Tensor:
         """The FFN of rows x [N, H], each over its own neurons; slots int64 [N]."""
         rows = self.compute(x, weights, selection.index, selection.count, slots, self.wanted)
-        self.taken = rows.count
         if x.shape[0] == 1:
-            self.union = rows.count[0]
+            union = rows.count[0]
         elif self.reads_union:
-            self.union = chosen_mask(rows.index, rows.count, weights.neurons).any(0).sum()
+            union = chosen_mask(rows.index, rows.count, weights.neurons).any(0).sum()
         else:
-            self.union = rows.count.sum()
+            union = rows.count.sum()
+        self._gathered[x.shape[0]] = rows.count, union
+        self._asked = True
         return rows.out
 
     def compute(
@@ -175,9 +184,10 @@ class LayerSelector(SlotTensors, ABC):
             scores = scores * self.importance
         if not selection.everything:
             scores = scores.masked_fill(~selection.rows_mask(slots), 0.0)
-        index, self.taken, _ = chosen_rows(scores, self.wanted.index_select(0, slots), scores.shape[1])
+        index, taken, _ = chosen_rows(scores, self.wanted.index_select(0, slots), scores.shape[1])
+        self._masked = taken
         dense = selection.count.index_select(0, slots) < 0
-        return chosen_mask(index, self.taken, scores.shape[1]) | dense[:, None]
+        return chosen_mask(index, taken, scores.shape[1]) | dense[:, None]
 
     @abstractmethod
     def scores(self, a: Tensor, x: Tensor, slots: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ class Spending:
         )
         self._read = torch.zeros((), dtype=torch.float64, device=device)
 
-    def spent(self, lines: int) -> Tensor | None:
-        """What the rows of the last forward used, float32 [lines, T]; None where no selector chose."""
-        parts = [selector.take() for selector in self.selectors]
+    def spent(self, lines: int, tokens: int, *, gathered: bool) -> Tensor | None:
+        """What the rows of the last forward used, float32 [lines, tokens]; None where no selector chose."""
+        parts = [selector.take(lines * tokens, gathered=gathered) for selector in self.selectors]
         device = self._shares.device
         unions = [union.to(device) for _, union in parts if union is not None]
         if len(unions) == len(parts):
@@ -34,7 +34,7 @@ class Spending:
         taken = [count.to(device) for count, _ in parts if count is not None]
         if len(taken) < len(parts):
             return None
-        return (self._shares[:, None] * torch.stack(taken).float()).sum(0).view(lines, -1)
+        return (self._shares[:, None] * torch.stack(taken).float()).sum(0).view(lines, tokens)
 
     @property
     def held(self) -> int:
