@@ -21,7 +21,7 @@ from dartprune.model.lookup import core_of
 from dartprune.model.model_site import model_site
 from dartprune.model.rows import Phase
 from dartprune.model.step import own_step
-from dartprune.report import Event, Report
+from dartprune.report import Event, Report, SequenceReport
 from dartprune.runtime.account import Account
 from dartprune.runtime.build import LiveParts, build
 from dartprune.runtime.events import Events
@@ -177,6 +177,56 @@ class Run(Refuses):
             raise UserError(f"unknown phase {phase!r}: write 'prefill' or 'decode'")
         with self._live.phases.say((Phase(phase), tuple(slots) if slots is not None else None)):
             yield
+
+    def open(self, lines: int = 1, sparsity: float | None = None) -> tuple[int, ...]:
+        """Open sequences that belong to no cache, for a loop that moves lines between caches itself.
+
+        Their forwards are direct calls inside `phase(..., slots=...)`, and they last until `close`.
+
+        Args:
+            lines: how many.
+            sparsity: of these sequences, at least the method's, which room is held for; 0 leaves them dense. None: the
+                method's.
+
+        Returns:
+            their slots.
+
+        Raises:
+            ValueError: a sparsity that lies outside, or that leaves a token selector nothing to choose.
+        """
+        lowest, highest = self.method.sparsity, 1 - self._masks.overhead
+        if sparsity is not None and sparsity != 0 and not lowest <= sparsity < highest:
+            raise UserError(f"sparsity {sparsity:g}: this run can take 0 or {lowest:g} to under {highest:.3f}")
+        with self._live.state:
+            ids = self._pool.open(lines)
+            for i in ids:
+                slot = self._pool.live[i]
+                slot.sparsity = sparsity
+                if sparsity == 0 and self.method.prunes:
+                    slot.state = State.RELEASED
+            return ids
+
+    def fork(self, slots: Sequence[int]) -> tuple[int, ...]:
+        """New sequences that go on as these stand, each with a trace, masks and detector of its own from here."""
+        with self._live.state, apart():
+            return self._pool.fan_out([self._slot(slot).id for slot in slots])
+
+    def close(self, slots: Sequence[int]) -> list[SequenceReport]:
+        """End sequences and give what they did; `report()` tells no more of them (waits for the device)."""
+        with self._live.state, apart():
+            ended = [self._slot(slot) for slot in slots]
+            self._pool.close(slots)
+            return self._account.take(ended)
+
+    def sequence(self, slot: int) -> SequenceReport:
+        """What one live sequence did so far (waits for the device)."""
+        with self._live.state, apart():
+            return self._account.sequence(self._slot(slot))
+
+    def _slot(self, slot: int) -> Slot:
+        if slot not in self._pool.live:
+            raise UserError(f"slot {slot} is not open")
+        return self._pool.live[slot]
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Any:

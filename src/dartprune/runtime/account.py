@@ -126,15 +126,26 @@ class Account:
 
     def close(self, slot: Slot) -> None:
         """Keep what a sequence did, before its slot is used again."""
-        counters = self.parts.counters
         # the report needs counts and events; the detector's vectors would pile up where many sequences end
         slot.detection.drift, slot.detection.recent = self.method.detector.build(), []
-        self._ended.append(
-            Ended(
-                slot,
-                *(t[slot.id].clone() for t in (counters.dense, counters.pruned, counters.saved, counters.causes)),
-            )
-        )
+        row = self._row(slot)
+        self._ended.append(Ended(slot, row.dense.clone(), row.pruned.clone(), row.saved.clone(), row.causes.clone()))
+
+    def sequence(self, slot: Slot) -> SequenceReport:
+        """What one sequence did so far (waits for the device)."""
+        return _sequence(self._row(slot))
+
+    def take(self, slots: Sequence[Slot]) -> list[SequenceReport]:
+        """What these closed sequences did; the report tells no more of them."""
+        rows = {id(row.slot): row for row in self._ended}
+        taken = [rows[id(slot)] for slot in slots]
+        self._ended = [row for row in self._ended if not any(row is other for other in taken)]
+        return [_sequence(row) for row in taken]
+
+    def _row(self, slot: Slot) -> Ended:
+        counters = self.parts.counters
+        counts = (t[slot.id] for t in (counters.dense, counters.pruned, counters.saved, counters.causes))
+        return Ended(slot, *counts)
 
     def note(self, text: str) -> None:
         """Remember a remark for the report, once."""
@@ -167,17 +178,7 @@ class Account:
     def report(self, live: Sequence[Slot]) -> Report:
         """What happened so far."""
         counters = self.parts.counters
-        rows = [*self._ended]
-        rows += [
-            Ended(
-                slot,
-                counters.dense[slot.id],
-                counters.pruned[slot.id],
-                counters.saved[slot.id],
-                counters.causes[slot.id],
-            )
-            for slot in live
-        ]
+        rows = [*self._ended, *map(self._row, live)]
         rows.sort(key=lambda row: row.slot.sequence)
         sequences = [_sequence(row) for row in rows]
         dense = sum(s.dense_tokens for s in sequences)

@@ -43,9 +43,9 @@ class Masks:
         self.scorer = scorer(method.scorer)
         self.selectors = [layer.selector for layer in layers if layer.selector is not None]
         self._size = sum(layer.size for layer in layers)
-        overhead = sum(layer.fixed_share * layer.size for layer in layers) / self._size
-        self.target = method.sparsity + overhead  # what a selector reads beside the weights is left out of them
-        if self.target >= 1:
+        # what a selector reads beside the weights is left out of them
+        self.overhead = overhead = sum(layer.fixed_share * layer.size for layer in layers) / self._size
+        if method.sparsity + overhead >= 1:
             raise UserError(
                 f"{method.name}: sparsity {method.sparsity:g} cannot be reached: the sketch alone reads "
                 f"{overhead:.3f} of the FFN's bytes; use fewer bits or a lower sparsity"
@@ -61,7 +61,8 @@ class Masks:
     def build(self, slots: Sequence[Slot]) -> list[Tensor]:
         """New budgets and masks from the traces; returns the number of newly kept neurons of each slot."""
         for slot, facts in zip(slots, self._budget_facts(slots), strict=True):
-            pruned = self.method.budget.pruned(facts, self.target)
+            asked = self.method.sparsity if slot.sparsity is None else slot.sparsity
+            pruned = self.method.budget.pruned(facts, asked + self.overhead)
             slot.masks.former = slot.masks.keep or slot.masks.former
             slot.masks.keep = keep_counts(pruned, facts.neurons)
             self._split(slot, pruned)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from dartprune.method import Method
 from dartprune.runtime.slots import Slot, State
 
-PAUSED, RELEASED, RELEARN, START, SHORT = CAUSES = "paused", "released", "relearn", "start", "short"
+PAUSED, RELEASED, RELEARN, START, SHORT, ASKED = CAUSES = "paused", "released", "relearn", "start", "short", "asked"
 _NEAR = 0.005  # a share that lies so little under what was asked needs no reason
 
 
@@ -16,6 +16,8 @@ def why_dense(slot: Slot, method: Method, *, paused: bool) -> int:
     """The number among `CAUSES` of what keeps a sequence's next token dense."""
     if paused:
         return CAUSES.index(PAUSED)
+    if slot.sparsity == 0:
+        return CAUSES.index(ASKED)
     if slot.state is State.RELEASED:
         return CAUSES.index(RELEASED)
     if slot.dense_left:
@@ -61,6 +63,7 @@ def for_sparsity(
         RELEASED: "after a release",
         RELEARN: "to learn anew",
         START: f"at the start, where {method.start} are to stay dense",
+        ASKED: "of sequences that asked for no pruning",
         SHORT: f"until {method.least_traced} tokens were traced: the prompt was too short for masks",
     }
     reasons = []

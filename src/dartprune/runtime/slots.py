@@ -104,7 +104,7 @@ class Slot:
     position: tokens that its cache holds.  decoded: decode forwards, padding after the end included: a clock, not a
     count for the report.  inherited: of these, decoded by the sequence it was copied from.  least: tokens that must
     have been traced before the next mask is made.  dense_left: dense tokens still owed to a relearn.  noise_seed: made
-    from its first tokens.
+    from its first tokens.  sparsity: asked for this sequence, None for the method's; 0 stays dense.
     """
 
     id: int
@@ -115,6 +115,7 @@ class Slot:
     masks: MaskCounts = field(default_factory=MaskCounts)
     ring: RingPlace = field(default_factory=RingPlace)
     noise_seed: int | None = None
+    sparsity: float | None = None
     position: int = 0
     prompt_tokens: int = 0
     traced: int = 0

@@ -1,0 +1,326 @@
+"""The loop: requests join and leave one decoding batch, each with a slot of its own in the run."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dartprune.model.context import context_length
+from dartprune.report import SequenceReport
+from dartprune.run import Run
+from dartprune.serving.drawing import Drawer, chance
+from dartprune.serving.joined import JoinedCache, can_join
+from dartprune.serving.observer import Observer
+from dartprune.serving.queue import FairQueue
+from dartprune.serving.request import Ask, Ended, Failed, Figures, News, Piece, Refusal, Ticket
+from dartprune.serving.words import Words
+
+log = logging.getLogger("dartprune.serving")
+GUESS = 1.0  # seconds that a request may take, before any has been seen
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the operator allows.
+
+    batch: sequences that decode together.  queue: requests that wait.  chunk: prompt tokens read between two steps of
+    the others.  tokens: of a request's prompt and answer together, None for what the model's context holds.
+    """
+
+    batch: int = 16
+    queue: int = 256
+    chunk: int = 256
+    tokens: int | None = None
+
+
+@dataclass
+class Line:
+    """One choice that decodes: its slot, and the token that comes next."""
+
+    ticket: Ticket
+    choice: int
+    slot: int
+    words: Words
+    drawer: Drawer
+    token: int = -1
+    tokens: int = 0
+
+
+@dataclass
+class Prompt:
+    """A request whose prompt is being read."""
+
+    ticket: Ticket
+    slot: int
+    cache: Any
+    read: int = 0
+
+
+@dataclass
+class Live:
+    """A request of which some choices are not over."""
+
+    ticket: Ticket
+    left: int
+    told: float = field(default_factory=time.monotonic)  # when its last token came
+
+
+class Engine:
+    """Decodes for many at once, in a thread of its own; `submit` and `cancel` may be called from any."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, run: Run, limits: Limits | None = None, observer: Observer | None = None
+    ) -> None:
+        self.limits = limits or Limits()
+        self.run = run
+        self.tokenizer = tokenizer
+        context, asked = context_length(model), self.limits.tokens
+        self.context = min(size for size in (context, asked, 1 << 62) if size is not None)
+        self.joins = can_join(model)
+        self.observer = observer or Observer()
+        self._model = model
+        self.most = self.limits.batch if self.joins else 1  # sequences at a time
+        takes = inspect.signature(model.forward).parameters
+        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._ends = _ends(model, tokenizer)
+        self._queue = FairQueue(self.limits.queue)
+        self._wake = threading.Condition()
+        self._prompts: list[Prompt] = []
+        self._lines: list[Line] = []
+        self._live: dict[int, Live] = {}
+        self._joined = JoinedCache()
+        self._closing = self._broken = False
+        self._seconds = GUESS  # that a request takes, smoothed
+        self._thread = threading.Thread(target=self._work, name="dartprune-engine", daemon=True)
+
+    # ---- from any thread
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    @property
+    def well(self) -> bool:
+        """Whether requests are taken and worked on."""
+        return self._thread.is_alive() and not self._closing
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._queue)
+
+    @property
+    def decoding(self) -> int:
+        """Sequences that decode, or whose prompt is being read."""
+        return len(self._lines) + len(self._prompts)
+
+    def submit(self, ask: Ask, tell: Callable[[News], None]) -> Ticket:
+        """Take a request; `tell` hears of it from the engine's thread.
+
+        Raises:
+            Refusal: the queue is full, or the engine is being shut down.
+        """
+        if self._closing:
+            raise Refusal("the server is shutting down", None)
+        ticket = Ticket(ask, tell)
+        if not self._queue.put(ticket):
+            after = max(1.0, self._seconds * len(self._queue) / max(1, self.most))
+            self.observer.refused()
+            raise Refusal(f"{self.limits.queue} requests are waiting already", after)
+        self.observer.queued()
+        with self._wake:
+            self._wake.notify()
+        return ticket
+
+    def close(self, seconds: float | None = None) -> bool:
+        """Finish what was taken, take no more; False if that was not done within so many seconds."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    # ---- the loop
+
+    @torch.no_grad()
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._queue.peek() or self._prompts or self._lines or self._closing):
+                    self._wake.wait(1.0)
+                if self._closing and not (self._queue.peek() or self._prompts or self._lines):
+                    return
+            try:
+                self._drop_gone()
+                self._admit()
+                if self._prompts:
+                    self._read(self._prompts[0])
+                if self._lines:
+                    self._step()
+            except Exception:
+                # a fault of ours or of the model: those who wait are told, and the others after them served
+                log.exception("a decoding step failed")
+                self._fail_all()
+
+    def _drop_gone(self) -> None:
+        """Forget requests that were cancelled or took too long."""
+        for ticket in self._queue.sweep():
+            self._fail(ticket)
+        for ticket in [live.ticket for live in self._live.values()]:
+            if ticket.cancelled or ticket.late:
+                self._leave([n for n, line in enumerate(self._lines) if line.ticket is ticket], answered=False)
+                for prompt in [prompt for prompt in self._prompts if prompt.ticket is ticket]:
+                    self._prompts.remove(prompt)
+                    self.run.close([prompt.slot])
+                self._fail(ticket)
+
+    def _admit(self) -> None:
+        """Begin with the next requests while there is room for all of their choices."""
+        taken = len(self._lines) + sum(prompt.ticket.ask.choices for prompt in self._prompts)
+        while (ticket := self._queue.peek()) is not None:
+            if taken and taken + ticket.ask.choices > self.most:
+                return
+            from transformers import DynamicCache
+
+            self._queue.pop()
+            (slot,) = self.run.open(sparsity=ticket.ask.sparsity)
+            self._prompts.append(Prompt(ticket, slot, DynamicCache(config=self._model.config)))
+            self._live[ticket.number] = Live(ticket, ticket.ask.choices)
+            self.observer.began(time.monotonic() - ticket.taken)
+            taken += ticket.ask.choices
+
+    def _read(self, prompt: Prompt) -> None:
+        """Read the next chunk of a prompt, dense and traced; after the last one its choices begin."""
+        ids = prompt.ticket.ask.prompt
+        chunk = ids[prompt.read : prompt.read + self.limits.chunk]
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor([chunk], dtype=torch.int64, device=self._model.device),
+            "past_key_values": prompt.cache,
+            "use_cache": True,
+        }
+        with self.run.phase("prefill", slots=(prompt.slot,)):
+            logits = self._model(**inputs, **self._last_logits).logits[:, -1].float().cpu()
+        prompt.read += len(chunk)
+        if prompt.read == len(ids):
+            self._prompts.remove(prompt)
+            self._begin(prompt, logits[0])
+
+    def _begin(self, prompt: Prompt, logits: Tensor) -> None:
+        """The prompt is read: its choices join the batch, each with its first token."""
+        ask = prompt.ticket.ask
+        slots = (prompt.slot, *self.run.fork([prompt.slot] * (ask.choices - 1)))
+        self.observer.first_token(time.monotonic() - prompt.ticket.taken)
+        self._joined.join(prompt.cache, len(ask.prompt), ask.choices)
+        for choice, slot in enumerate(slots):
+            words = Words(self.tokenizer, ask.prompt, ask.stop)
+            self._lines.append(Line(prompt.ticket, choice, slot, words, Drawer(ask.sampling, choice)))
+        first = len(self._lines) - len(slots)
+        self._leave([n for n in range(first, len(self._lines)) if not self._advance(self._lines[n], logits)])
+
+    def _step(self) -> None:
+        """One token of every line."""
+        began = time.monotonic()
+        inputs = self._joined.inputs([line.token for line in self._lines], self._model.device)
+        if not self.joins:
+            inputs.pop("position_ids")
+        with self.run.phase("decode", slots=tuple(line.slot for line in self._lines)):
+            logits = self._model(**inputs).logits[:, -1].float().cpu()
+        self._joined.grew()
+        self.observer.step(len(self._lines), time.monotonic() - began)
+        self._leave([n for n, line in enumerate(self._lines) if not self._advance(line, logits[n])])
+
+    def _advance(self, line: Line, logits: Tensor) -> bool:
+        """Draw a line's next token and tell of it; False where the line is over with it."""
+        ask = line.ticket.ask
+        line.token = token = line.drawer.draw(logits)
+        line.tokens += 1
+        last = line.tokens >= ask.most
+        over = token in self._ends
+        text = line.words.end() if over else line.words.add(token, last=last)
+        chances = () if ask.logprobs is None or over else (chance(logits, token, ask.logprobs),)
+        figures = self._figures(line) if ask.watch else None
+        if text or chances or figures is not None:
+            self._tell(line.ticket, Piece(line.choice, text, chances, figures))
+        return not (over or last or line.words.stopped)
+
+    def _figures(self, line: Line) -> Figures:
+        report = self.run.sequence(line.slot)
+        kept, neurons = report.keep, [layer.neurons for layer in self.run.layers]
+        active = None if kept is None else tuple(count / of for count, of in zip(kept, neurons, strict=True))
+        events = tuple(event.decoded for event in report.events)
+        return Figures(report.dense_tokens + report.pruned_tokens, tuple(report.similarities), events, active)
+
+    # ---- ends
+
+    def _leave(self, places: Sequence[int], *, answered: bool = True) -> None:
+        """Take lines out of the batch; with `answered` their requests are told that they are over."""
+        if not places:
+            return
+        gone = [self._lines[n] for n in places]
+        kept = [n for n in range(len(self._lines)) if n not in set(places)]
+        self._joined.keep(kept)
+        self._lines = [self._lines[n] for n in kept]
+        for line, report in zip(gone, self.run.close([line.slot for line in gone]), strict=True):
+            if answered:
+                self._finish(line, report)
+
+    def _finish(self, line: Line, report: SequenceReport) -> None:
+        ticket = line.ticket
+        ended = line.token in self._ends
+        reason = "stop" if ended or line.words.stopped else "length"
+        self.observer.ended(report)
+        self._tell(ticket, Ended(line.choice, reason, line.tokens - ended, report))
+        live = self._live[ticket.number]
+        live.left -= 1
+        if not live.left:
+            del self._live[ticket.number]
+            took = time.monotonic() - ticket.taken
+            self._seconds = 0.9 * self._seconds + 0.1 * took
+            self.observer.finished("ok", took)
+
+    def _fail(self, ticket: Ticket) -> None:
+        """Tell a request whose time is over, or that nobody waits for."""
+        self._live.pop(ticket.number, None)
+        kind = "cancelled" if ticket.cancelled else "timeout"
+        self.observer.finished(kind, time.monotonic() - ticket.taken)
+        if kind == "cancelled":
+            message = "the client is gone"
+        else:
+            message = f"the request took longer than {ticket.ask.seconds:g} seconds"
+        self._tell(ticket, Failed(kind, message))
+
+    def _fail_all(self) -> None:
+        """After an error nothing is known of what is under way: all of it ends."""
+        tickets = [live.ticket for live in self._live.values()]
+        slots = [line.slot for line in self._lines] + [prompt.slot for prompt in self._prompts]
+        self._lines, self._prompts, self._joined = [], [], JoinedCache()
+        self._live.clear()
+        with suppress(ValueError):  # some may be closed by now
+            self.run.close(slots)
+        for ticket in tickets:
+            self.observer.finished("internal", time.monotonic() - ticket.taken)
+            self._tell(ticket, Failed("internal", "the server failed while it worked on this request"))
+
+    def _tell(self, ticket: Ticket, news: News) -> None:
+        try:
+            ticket.tell(news)
+        except RuntimeError:
+            # the loop that listened is closed
+            ticket.cancel()
+
+
+def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer."""
+    ends = model.generation_config.eos_token_id if model.can_generate() else None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return frozenset([] if ends is None else [ends] if isinstance(ends, int) else map(int, ends))
