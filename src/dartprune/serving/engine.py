@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +85,9 @@ class Engine:
         self.tokenizer = tokenizer
         context, asked = context_length(model), self.limits.tokens
         self.context = min(size for size in (context, asked, 1 << 62) if size is not None)
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.joins = can_join(model)
+        self.dense_above: int | None = None  # sequences; None: never
         self.observer = observer or Observer()
         self._model = model
         self.most = self.limits.batch if self.joins else 1  # sequences at a time
@@ -98,7 +100,7 @@ class Engine:
         self._lines: list[Line] = []
         self._live: dict[int, Live] = {}
         self._joined = JoinedCache()
-        self._closing = self._broken = False
+        self._closing = False
         self._seconds = GUESS  # that a request takes, smoothed
         self._thread = threading.Thread(target=self._work, name="dartprune-engine", daemon=True)
 
@@ -107,6 +109,11 @@ class Engine:
     def start(self) -> None:
         """Begin to work."""
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread works."""
+        return self._thread.is_alive()
 
     @property
     def well(self) -> bool:
@@ -149,6 +156,11 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(seconds)
         return not self._thread.is_alive()
+
+    def abandon(self) -> None:
+        """Forget all that was taken and is not done."""
+        for ticket in self._queue.all() + [live.ticket for live in list(self._live.values())]:
+            ticket.cancel()
 
     # ---- the loop
 
@@ -233,7 +245,9 @@ class Engine:
         inputs = self._joined.inputs([line.token for line in self._lines], self._model.device)
         if not self.joins:
             inputs.pop("position_ids")
-        with self.run.phase("decode", slots=tuple(line.slot for line in self._lines)):
+        slots, dense = tuple(line.slot for line in self._lines), self.dense_above
+        paused = self.run.dense() if dense is not None and len(slots) > dense else nullcontext()
+        with paused, self.run.phase("decode", slots=slots):
             logits = self._model(**inputs).logits[:, -1].float().cpu()
         self._joined.grew()
         self.observer.step(len(self._lines), time.monotonic() - began)

@@ -43,6 +43,11 @@ class FairQueue:
                 self._clients[client] = waiting
             return ticket
 
+    def all(self) -> list[Ticket]:
+        """Those that wait."""
+        with self._lock:
+            return [ticket for waiting in self._clients.values() for ticket in waiting]
+
     def sweep(self) -> list[Ticket]:
         """Take out what was cancelled or has waited too long."""
         with self._lock:
