@@ -123,10 +123,10 @@ class LiveModel(Refuses):
         cache that is new here begins a text, one that is known goes on.
         """
         cache = call.get("past_key_values")
-        known = cache is not None and self._pool.tie(cache) is not None
+        explicit, first = self.phases.here, False
+        known = (cache is not None and self._pool.tie(cache) is not None) or bool(explicit and explicit[1])
         if (self.phases.paused and not known) or self._drafts:
             return
-        explicit, first = self.phases.here, False
         if explicit is None and self._generations:
             first = not self._generation.begun or not known
         elif explicit is None:

@@ -65,6 +65,7 @@ def build_app(
             "sparsity": terms.sparsity,
             "lowest": terms.lowest,
             "highest": terms.highest,
+            "detects": door.engine.run.method.refresh.detects,
             "context": door.engine.context,
             "batch": door.engine.most,
             "dense_above": door.engine.dense_above,

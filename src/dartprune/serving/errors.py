@@ -34,9 +34,10 @@ class Rejected(Exception):
 
 
 def explained(errors: Sequence[Any]) -> Rejected:
-    """The first of pydantic's errors, which names the deepest place of those that a union has tried."""
-    chosen: dict[str, Any] = max(errors, key=lambda error: len(error["loc"])) if errors else {}
-    place = [str(part) for part in chosen.get("loc", ()) if part != "body"]
+    """The error that tells most of those that pydantic found: of a union's branches, the one that fitted best."""
+    chosen: dict[str, Any] = max(errors, key=_told) if errors else {}
+    # a union's branches are named in the place too, by their types
+    place = [str(part) for part in chosen.get("loc", ()) if part != "body" and not set("[(-") & set(str(part))]
     what = str(chosen.get("msg", "this is no valid request")).removeprefix("Value error, ")
     if chosen.get("type") == "extra_forbidden":
         what = "this parameter is not known here"
@@ -44,3 +45,7 @@ def explained(errors: Sequence[Any]) -> Rejected:
         return Rejected(400, f"the body is no JSON: {chosen.get('ctx', {}).get('error', what)}")
     param = ".".join(place) or None
     return Rejected(400, f"{param}: {what}" if param else what, param)
+
+
+def _told(error: Any) -> tuple[bool, int]:
+    return not str(error["type"]).endswith("_type"), len(error["loc"])

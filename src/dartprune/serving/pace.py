@@ -23,7 +23,6 @@ def measured(above: int | str | None, model: Any, run: Run, most: int) -> int | 
     return dense_above(model, run, most)
 
 
-@torch.no_grad()
 def dense_above(model: Any, run: Run, most: int) -> int | None:
     """The largest batch whose pruned steps are not slower than dense ones; None: all are not, or nothing prunes.
 
@@ -39,6 +38,7 @@ def dense_above(model: Any, run: Run, most: int) -> int | None:
     return None
 
 
+@torch.no_grad()
 def _ratio(model: Any, run: Run, lines: int) -> float:
     """Seconds of a pruned step of so many sequences, divided by those of a dense one."""
     from transformers import DynamicCache

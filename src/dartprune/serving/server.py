@@ -94,6 +94,7 @@ def run_server(
         body_seconds=address.body_seconds,
     )
     engine.start()
+    sock.listen(2048)  # who comes from here on waits until uvicorn takes the socket over, and is not refused
     log.info("%s", _said(engine, address))
     config = uvicorn.Config(
         app,
