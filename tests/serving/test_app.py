@@ -173,11 +173,12 @@ GOOD = {"prompt": "Once upon a time", "max_tokens": 4}
         ({"max_tokens": 10**30}, 400, "max_tokens", "less than"),
         ({"max_tokens": 5000}, 400, "prompt.0", "together at most"),
         ({"prompt": "word " * 9000}, 400, "prompt.0", "tokens and 4 are asked for"),
-        ({"prompt": ""}, 400, "prompt.0", "empty"),
+        ({"prompt": ""}, 400, "prompt", "at least 1"),
         ({"prompt": [99999]}, 400, "prompt", "token 99999"),
         ({"prompt": [-1]}, 400, "prompt.0", "greater than"),
         ({"prompt": {"a": 1}}, 400, None, "valid"),
         ({"prompt": "\ud800"}, 400, None, "surrogate"),
+        ({"seed": 1.5}, 400, "seed", "valid integer"),
         ({"temperature": -1}, 400, "temperature", "greater than"),
         ({"temperature": float("nan")}, 400, "temperature", "finite"),
         ({"top_p": 0}, 400, "top_p", "greater than"),
@@ -244,7 +245,8 @@ def test_messages_that_the_template_refuses(small):
             status, _, text = send(served, "/v1/chat/completions", body)
             assert status == 400 and "only one message, please" in json.loads(text)["error"]["message"]
             tokenizer.chat_template = None
-            assert "no chat template" in send(served, "/v1/chat/completions", body)[2].decode()
+            status, _, text = send(served, "/v1/chat/completions", body)
+            assert status == 404 and b"no chat template" in text
     finally:
         tokenizer.chat_template = before
 

@@ -22,6 +22,12 @@ from dartprune.serving.metrics import Metrics
 from dartprune.serving.schemas import ChatRequest, Common, CompletionRequest, ModelCard, ModelList, Problem
 
 log = logging.getLogger("dartprune.serving")
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with stream=true its parts as server-sent events",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": said}
     for status, said in {
@@ -120,17 +126,17 @@ def build_app(
         _check_model(name, terms.name)
         return card
 
-    @app.post("/v1/completions", responses=_PROBLEMS)
+    @app.post("/v1/completions", responses=_EVENTS | _PROBLEMS)
     async def completions(request: Request, body: CompletionRequest) -> Any:
         """Continue a text."""
         return await _answered(door, request, body, chat=False)
 
-    @app.post("/v1/chat/completions", responses=_PROBLEMS)
+    @app.post("/v1/chat/completions", responses=_EVENTS | _PROBLEMS)
     async def chats(request: Request, body: ChatRequest) -> Any:
         """Answer a conversation."""
         return await _answered(door, request, body, chat=True)
 
-    _own_schema(app)
+    _own_schema(app, door)
     return Guard(app, keys, body_bytes, body_seconds)
 
 
@@ -187,12 +193,25 @@ def _problem(error: Rejected) -> Response:
     return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 
-def _own_schema(app: FastAPI) -> None:
-    """The OpenAPI page says what is sent for an invalid body: 400 in OpenAI's form, not FastAPI's 422."""
+def _own_schema(app: FastAPI, door: Door) -> None:
+    """The OpenAPI page says what this server takes, and 400 in OpenAI's form instead of FastAPI's 422."""
     schema = app.openapi()
     for methods in schema["paths"].values():
         for operation in methods.values():
             operation.get("responses", {}).pop("422", None)
+    parts, terms = schema["components"]["schemas"], door.terms
     for name in ("HTTPValidationError", "ValidationError"):
-        schema["components"]["schemas"].pop(name, None)
+        parts.pop(name, None)
+    for name in ("CompletionRequest", "ChatRequest"):
+        properties = parts[name]["properties"]
+        properties["model"]["const"] = terms.name
+        properties["n"]["anyOf"][0]["maximum"] = door.engine.most
+        for tokens in {"max_tokens", "max_completion_tokens"} & set(properties):
+            properties[tokens]["anyOf"][0]["maximum"] = door.engine.context - 1
+    dart = parts["Dart"]["properties"]
+    dart["method"]["anyOf"][0]["enum"] = sorted({terms.method, "dense"})
+    allowed = {"type": "number", "minimum": terms.lowest, "maximum": terms.highest}
+    dart["sparsity"]["anyOf"] = [allowed, {"const": 0}, {"type": "null"}]
+    dense = {"required": ["method"], "properties": {"method": {"const": "dense"}}}
+    parts["Dart"] |= {"if": dense, "then": {"properties": {"sparsity": {"enum": [0, None]}}}}
     app.openapi_schema = schema

@@ -61,7 +61,8 @@ class Door:
     def chat(self, request: ChatRequest, client: str) -> list[Ask]:
         """The messages in the chat template, as one ask."""
         if not getattr(self.tokenizer, "chat_template", None):
-            raise Rejected(400, f"{self.terms.name} has no chat template: use /v1/completions", "messages")
+            said = f"{self.terms.name} has no chat template: use /v1/completions"
+            raise Rejected(404, said, "messages", "no_chat_template")
         messages = [{"role": message.role, "content": message.text} for message in request.messages]
         try:
             rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -69,9 +70,10 @@ class Door:
             # what templates raise for what they do not take is their own business
             raise Rejected(400, f"the chat template refuses these messages: {error}", "messages") from None
         ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+        limits = [limit for limit in (request.max_completion_tokens, request.max_tokens) if limit is not None]
         others = (request.top_logprobs or 0) if request.logprobs else None
-        ask = self._ask(request, tuple(ids), client, asked, others, place="messages")
+        ask = self._ask(request, tuple(ids), client, max(limits, default=None), others, place="messages")
+        ask = replace(ask, most=min([ask.most, *limits]))
         self._check_choices(ask.choices)
         return [ask]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MOST_STOPS = 4
 MOST_LOGPROBS = 20
@@ -19,8 +19,19 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 3.0 is an integer there."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_WHOLE = BeforeValidator(_whole)
 Text = Annotated[str, AfterValidator(_encodable)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), _WHOLE]
+
+
+def _given(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """JSON schema of an object that has such a property."""
+    return {"required": [name], "properties": {name: schema}}
 
 
 class Said(BaseModel):
@@ -48,8 +59,10 @@ class Common(Said):
     """What completions and chats share."""
 
     model: Text = Field(description="The served model's name, see /v1/models.")
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = Field(None, description="Choices, 1 by default.")
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(None, description="Draw the same tokens again.")
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), _WHOLE] | None = Field(None, description="Choices, 1 by default.")
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), _WHOLE] | None = Field(
+        None, description="Draw the same tokens again."
+    )
     stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = Field(
         None, description="Strings that end a choice and are not part of it."
     )
@@ -57,11 +70,29 @@ class Common(Said):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="1 by default; 0 is greedy.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, description="0, the default: all tokens.")
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1), _WHOLE] | None = Field(
+        None, description="0, the default: all tokens."
+    )
     user: Text | None = Field(None, description="Who asks, for the fairness of the queue.")
-    frequency_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Only 0.")
-    presence_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Only 0.")
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Only 0.")
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Only 0.")
     dart: Dart | None = Field(None, description="How this request is pruned.")
+
+    model_config = Said.model_config | ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                {"if": _given("stream_options", {"type": "object"}), "then": _given("stream", {"const": True})},
+                {
+                    "if": _given("dart", _given("watch", {"const": True}) | {"type": "object"}),
+                    "then": _given("stream", {"const": True}),
+                },
+                {
+                    "if": _given("top_logprobs", {"type": "integer"}),
+                    "then": _given("logprobs", {"const": True}),
+                },
+            ]
+        }
+    )
 
     @model_validator(mode="after")
     def _streamed(self) -> Common:
@@ -76,13 +107,13 @@ class CompletionRequest(Common):
     """`/v1/completions`."""
 
     prompt: (
-        Text
+        Annotated[Text, Field(min_length=1)]
         | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_CHOICES)]
+        | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=MOST_CHOICES)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_CHOICES)]
     ) = Field(description="One prompt or several, as text or as token ids.")
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(None, description="16 by default.")
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), _WHOLE] | None = Field(None, description="16 by default.")
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), _WHOLE] | None = None
 
 
 class TextPart(Said):
@@ -109,12 +140,14 @@ class ChatRequest(Common):
     """`/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(None, description="As max_completion_tokens.")
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), _WHOLE] | None = Field(
+        None, description="As max_completion_tokens."
+    )
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), _WHOLE] | None = Field(
         None, description="As many as fit by default."
     )
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), _WHOLE] | None = None
 
     @model_validator(mode="after")
     def _logged(self) -> ChatRequest:
