@@ -283,10 +283,12 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(small):
 
 def test_a_request_that_takes_too_long_is_504_and_an_error_in_a_stream(small):
     with served_by(small, seconds=0.5) as served:
-        status, _, answer = ask(served, prompt=PROMPTS[0], max_tokens=1500)
+        status, _, answer = ask(served, prompt=PROMPTS[0], max_tokens=1500, temperature=0)
         assert status == 504 and "longer than 0.5 seconds" in answer["error"]["message"]
         with client_of(served) as client, pytest.raises(openai.APIError, match=r"longer than 0\.5 seconds"):
-            list(client.completions.create(model="small", prompt=PROMPTS[0], max_tokens=1500, stream=True))
+            list(
+                client.completions.create(model="small", prompt=PROMPTS[0], max_tokens=1500, temperature=0, stream=True)
+            )
 
 
 # ---- what goes wrong on the way
@@ -300,11 +302,11 @@ def idle(served):
 
 
 def test_who_hangs_up_is_forgotten(served, client):
-    stream = client.completions.create(model="small", prompt=PROMPTS[0], max_tokens=1500, stream=True)
+    stream = client.completions.create(model="small", prompt=PROMPTS[0], max_tokens=1500, temperature=0, stream=True)
     next(iter(stream))
     stream.close()
     idle(served)
-    body = json.dumps({"model": "small", "prompt": PROMPTS[0], "max_tokens": 1500}).encode()
+    body = json.dumps({"model": "small", "prompt": PROMPTS[0], "max_tokens": 1500, "temperature": 0}).encode()
     with socket.create_connection(("127.0.0.1", served.port)) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
         connection.sendall(b"content-length: %d\r\n\r\n%s" % (len(body), body))

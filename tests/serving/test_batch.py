@@ -61,7 +61,7 @@ def test_answers_in_order_and_bad_lines_as_errors(small, tmp_path):
     assert answers[5]["usage"]["dart"]["realised_sparsity"] == pytest.approx(0.6, abs=0.01)
     for number, said in (
         (2, "no JSON"),
-        (3, "empty"),
+        (3, "at least 1"),
         (6, "one prompt a line"),
         (7, "leave stream out"),
         (8, "no JSON"),

@@ -208,6 +208,7 @@ def _own_schema(app: FastAPI, door: Door) -> None:
         properties["n"]["anyOf"][0]["maximum"] = door.engine.most
         for tokens in {"max_tokens", "max_completion_tokens"} & set(properties):
             properties[tokens]["anyOf"][0]["maximum"] = door.engine.context - 1
+    _at_most(parts["CompletionRequest"]["properties"]["prompt"], door.engine.vocabulary - 1)
     dart = parts["Dart"]["properties"]
     dart["method"]["anyOf"][0]["enum"] = sorted({terms.method, "dense"})
     allowed = {"type": "number", "minimum": terms.lowest, "maximum": terms.highest}
@@ -215,3 +216,15 @@ def _own_schema(app: FastAPI, door: Door) -> None:
     dense = {"required": ["method"], "properties": {"method": {"const": "dense"}}}
     parts["Dart"] |= {"if": dense, "then": {"properties": {"sparsity": {"enum": [0, None]}}}}
     app.openapi_schema = schema
+
+
+def _at_most(schema: Any, highest: int) -> None:
+    """Bound every integer of a schema."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "integer":
+            schema["maximum"] = highest
+        for part in schema.values():
+            _at_most(part, highest)
+    elif isinstance(schema, list):
+        for part in schema:
+            _at_most(part, highest)
