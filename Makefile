@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test real test-quick docs fuzz check lint format clean
+.PHONY: help demo serve-demo test real test-quick docs fuzz check lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show what can be made
@@ -20,6 +20,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## decode texts that change their topic: dense, static, DART
 	$(BIN)/dartprune demo --out out
+
+serve-demo: $(READY) ## serve the model inside, stream a completion from it, and stop it again
+	$(BIN)/python tools/serve_demo.py
 
 test: $(READY) lint ## check style and types, then run all tests
 	$(BIN)/python -m pytest

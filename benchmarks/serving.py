@@ -56,7 +56,8 @@ def rate(engine: Engine, clients: int, rounds: int, new: int, vocabulary: int) -
     """Tokens a second of all clients together, and the mean realised sparsity."""
     generator = torch.Generator().manual_seed(0)
     prompts = [
-        tuple(torch.randint(5, vocabulary, (48 + n % 16,), generator=generator).tolist()) for n in range(clients * rounds)
+        tuple(torch.randint(5, vocabulary, (48 + n % 16,), generator=generator).tolist())
+        for n in range(clients * rounds)
     ]
     every = [Client(engine, prompts[n::clients], new) for n in range(clients)]
     threads = [threading.Thread(target=client.run) for client in every]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import socket
+import subprocess
 import threading
 import time
 import urllib.error
@@ -380,6 +382,18 @@ def test_the_page_stands_alone(served):
     page = text.decode()
     assert status == 200 and headers["content-type"].startswith("text/html")
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "") and "https://" not in page
+
+
+def test_the_page_in_a_browser(served, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    quiet = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command = [chromium, "--headless", "--no-sandbox", "--no-first-run", *quiet, f"--user-data-dir={tmp_path}"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", served.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "small · dart at 0.4 (0.4 to 0.8, or 0) · 8 at a time" in done.stdout
+    assert done.stdout.count("<line") == 6  # the frames of both pictures
 
 
 def test_health_answers_while_the_engine_works(served):

@@ -205,9 +205,16 @@ def test_long_prompts_are_read_between_the_steps_of_others(small):
 def test_steps_of_many_may_be_dense_and_the_report_says_so(small):
     with engine_of(small) as engine:
         engine.dense_above = 1
-        asks = [asked(engine, prompt) for prompt in PROMPTS[:3]]
-        reports = [heard.wait().ended[0].report for heard in asks]
-        assert sum(report.dense_because.get("paused", 0) for report in reports) > 10
+        first = asked(engine, PROMPTS[0], 60)
+        while not first.pieces:
+            time.sleep(0.005)
+        others = [asked(engine, prompt, 12) for prompt in PROMPTS[1:3]]
+        for heard in others:
+            report = heard.wait().ended[0].report
+            assert report.pruned_tokens == 0 and sum(report.dense_because.values()) == 11
+        report = first.wait().ended[0].report
+        # pruned as long as it was alone, and again afterwards
+        assert report.dense_because.keys() == {"paused"} and report.pruned_tokens >= 20
         assert asked(engine, PROMPTS[0]).wait().ended[0].report.pruned_tokens == 23
 
 

@@ -57,11 +57,12 @@ class Line:
 
 @dataclass
 class Prompt:
-    """A request whose prompt is being read."""
+    """A request whose prompt is being read; `dense`: it came when too many decoded already, and is not pruned."""
 
     ticket: Ticket
     slot: int
     cache: Any
+    dense: bool
     read: int = 0
 
 
@@ -205,8 +206,9 @@ class Engine:
             from transformers import DynamicCache
 
             self._queue.pop()
-            (slot,) = self.run.open(sparsity=ticket.ask.sparsity)
-            self._prompts.append(Prompt(ticket, slot, DynamicCache(config=self._model.config)))
+            busy = self._is_dense(taken + ticket.ask.choices)
+            (slot,) = self.run.open(sparsity=0.0 if busy else ticket.ask.sparsity)
+            self._prompts.append(Prompt(ticket, slot, DynamicCache(config=self._model.config), busy))
             self._live[ticket.number] = Live(ticket, ticket.ask.choices)
             self.observer.began(time.monotonic() - ticket.taken)
             taken += ticket.ask.choices
@@ -220,7 +222,9 @@ class Engine:
             "past_key_values": prompt.cache,
             "use_cache": True,
         }
-        with self.run.phase("prefill", slots=(prompt.slot,)):
+        # nothing is traced for masks that will not be made
+        paused = self.run.dense() if prompt.dense else nullcontext()
+        with paused, self.run.phase("prefill", slots=(prompt.slot,)):
             logits = self._model(**inputs, **self._last_logits).logits[:, -1].float().cpu()
         prompt.read += len(chunk)
         if prompt.read == len(ids):
@@ -245,13 +249,17 @@ class Engine:
         inputs = self._joined.inputs([line.token for line in self._lines], self._model.device)
         if not self.joins:
             inputs.pop("position_ids")
-        slots, dense = tuple(line.slot for line in self._lines), self.dense_above
-        paused = self.run.dense() if dense is not None and len(slots) > dense else nullcontext()
+        slots = tuple(line.slot for line in self._lines)
+        paused = self.run.dense() if self._is_dense(len(slots)) else nullcontext()
         with paused, self.run.phase("decode", slots=slots):
             logits = self._model(**inputs).logits[:, -1].float().cpu()
         self._joined.grew()
         self.observer.step(len(self._lines), time.monotonic() - began)
         self._leave([n for n, line in enumerate(self._lines) if not self._advance(line, logits[n])])
+
+    def _is_dense(self, lines: int) -> bool:
+        """Whether so many sequences decode dense."""
+        return self.dense_above is not None and lines > self.dense_above
 
     def _advance(self, line: Line, logits: Tensor) -> bool:
         """Draw a line's next token and tell of it; False where the line is over with it."""
