@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,7 +72,6 @@ class Live:
 
     ticket: Ticket
     left: int
-    told: float = field(default_factory=time.monotonic)  # when its last token came
 
 
 class Engine:
@@ -137,16 +136,17 @@ class Engine:
         Raises:
             Refusal: the queue is full, or the engine is being shut down.
         """
-        if self._closing:
-            raise Refusal("the server is shutting down", None)
         ticket = Ticket(ask, tell)
-        if not self._queue.put(ticket):
+        with self._wake:  # or the thread might end between the look and the put
+            if self._closing:
+                raise Refusal("the server is shutting down", None)
+            taken = self._queue.put(ticket)
+            self._wake.notify()
+        if not taken:
             after = max(1.0, self._seconds * len(self._queue) / max(1, self.most))
             self.observer.refused()
             raise Refusal(f"{self.limits.queue} requests are waiting already", after)
         self.observer.queued()
-        with self._wake:
-            self._wake.notify()
         return ticket
 
     def close(self, seconds: float | None = None) -> bool:
