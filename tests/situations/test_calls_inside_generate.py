@@ -151,3 +151,24 @@ def test_soft_prompts_by_hand(llama):
 def test_continuous_batching_is_refused_where_it_is_called(llama, name):
     with Static(sparsity=0.5)(llama), pytest.raises(ValueError, match="continuous batching cannot be pruned"):
         getattr(llama, name)([[1, 2, 3]])
+
+
+def test_a_manager_of_continuous_batching_made_by_hand_is_refused_where_it_is_made(llama):
+    from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+    settings = GenerationConfig(max_new_tokens=3, eos_token_id=-1, pad_token_id=0), ContinuousBatchingConfig()
+    before = llama.config._attn_implementation
+    for attention in ("sdpa", "eager"):
+        llama.set_attn_implementation(attention)
+        with Static(sparsity=0.5)(llama), pytest.raises(ValueError, match="continuous batching cannot be pruned"):
+            ContinuousBatchingManager(llama, *settings)
+        assert llama.config._attn_implementation == attention
+    llama.set_attn_implementation("paged|eager")
+    with pytest.raises(ValueError, match="in the hands of continuous batching"):
+        Static(sparsity=0.5).attach(llama)
+    llama.set_attn_implementation(before)
+    with Static(sparsity=0.5)(llama):
+        llama.set_attn_implementation("eager")
+    assert llama.config._attn_implementation == "eager"

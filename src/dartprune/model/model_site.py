@@ -99,6 +99,8 @@ class ModelSite(Refuses):
         """Wrap the model's methods and report to `hooks`."""
         model = self.model()
         assert model is not None
+        if _is_paged(getattr(model.config, "_attn_implementation", None)):
+            raise UserError("the model is in the hands of continuous batching: stop its manager before attaching")
         self.hooks = hooks
         _model_sites[model] = weakref.ref(self)
         wrappers: dict[str, Callable[..., Any]] = {
@@ -108,6 +110,8 @@ class ModelSite(Refuses):
             "_get_stopping_criteria": self._stopping_criteria,
             **{name: self._refused(name, RuntimeError(NO_ADAPTER)) for name in _ADAPTERS},
             **{name: self._refused(name, ValueError(NO_BATCHING)) for name in _BATCHING},
+            "set_attn_implementation": self._set_attention,
+            "_get_logits_processor": self._logits_processor,
         }
         for name, wrapper in wrappers.items():
             if hasattr(model, name):
@@ -284,6 +288,18 @@ class ModelSite(Refuses):
         recorded.hooks = self.hooks
         return recorded
 
+    def _set_attention(self, implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        """A manager of continuous batching made by hand may ask for paged attention: refused right there."""
+        if self.hooks is not None and _is_paged(implementation):
+            raise ValueError(NO_BATCHING)
+        return self._call("set_attn_implementation", implementation, *args, **kwargs)
+
+    def _logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """Such a manager asks for this while it is made, and gives no prompt's length, as `generate()` does."""
+        if self.hooks is not None and len(args) + len(kwargs) == 1:
+            raise ValueError(NO_BATCHING)
+        return self._call("_get_logits_processor", *args, **kwargs)
+
     def _refused(self, name: str, error: Exception) -> Callable[..., Any]:
         def refuse(*args: Any, **kwargs: Any) -> Any:
             if self.hooks is None:
@@ -291,6 +307,12 @@ class ModelSite(Refuses):
             raise error
 
         return refuse
+
+
+def _is_paged(implementation: Any) -> bool:
+    """Whether an attention implementation, or one of a dictionary of them, is for continuous batching."""
+    names = implementation.values() if isinstance(implementation, dict) else [implementation]
+    return any(str(name).startswith("paged|") for name in names)
 
 
 def _headless(model: Any) -> nn.Module | None:
