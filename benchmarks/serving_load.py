@@ -161,6 +161,7 @@ def main() -> None:
     warm = Load(port, model)
     warm.run(min(60.0, args.seconds / 5), args.clients, 1000)  # caches and allocators have their size after that
     before = resident(process.pid)
+    print(f"warm: {warm.counts}, {before / 1e6:.0f} MB", file=sys.stderr, flush=True)
     load = Load(port, model)
     load.run(args.seconds, args.clients, 0)
     after, figures = resident(process.pid), load.figures()

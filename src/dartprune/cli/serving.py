@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ Above = Annotated[
     ),
 ]
 Method = Annotated[str, typer.Option("--method", help="sketch-dart, dart, static, dense or another method.")]
+KEPT_PRODUCTS = "32"  # compiled ones: more than the shapes of a decoding step
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ def attached(
     model: str | None, offer: Offer, *, backend: str, dtype: str, device: str | None
 ) -> Iterator[tuple[Any, Any, Run]]:
     """The model, its tokenizer, and the run of the offered method."""
+    # prompts come in any length, and for each torch's library keeps a compiled product, a thousand of them by default
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, KEPT_PRODUCTS)
     from dartprune.loading import load
 
     # room is held for the lowest sparsity that may be asked for
