@@ -70,10 +70,10 @@ class Heard:
 
 
 @contextlib.contextmanager
-def engine_of(small, method=METHOD, limits=None, observer=None, start=True):
+def engine_of(small, method=METHOD, limits=None, listener=None, start=True):
     model, tokenizer = small
     with method(model) as run:
-        engine = Engine(model, tokenizer, run, limits or Limits(batch=8, chunk=16), observer)
+        engine = Engine(model, tokenizer, run, limits or Limits(batch=8, chunk=16), listener)
         if start:
             engine.start()
         try:
@@ -107,7 +107,7 @@ class Served:
         from dartprune.serving.metrics import Metrics
 
         self.metrics = Metrics()
-        engine.observer = self.metrics
+        engine.listener = self.metrics
         terms = Terms("small", "dart", 0.4, 0.4, 0.8, options.pop("seconds", 120.0))
         self.app = build_app(Door(engine, tokenizer, terms), self.metrics, **options)
         self.socket = socket.socket()

@@ -19,7 +19,7 @@ from dartprune.report import SequenceReport
 from dartprune.run import Run
 from dartprune.serving.drawing import Drawer, chance
 from dartprune.serving.joined import JoinedCache, can_join
-from dartprune.serving.observer import Observer
+from dartprune.serving.listener import Listener
 from dartprune.serving.queue import FairQueue
 from dartprune.serving.request import Ask, Ended, Failed, Figures, News, Piece, Refusal, Ticket
 from dartprune.serving.words import Words
@@ -78,7 +78,7 @@ class Engine:
     """Decodes for many at once, in a thread of its own; `submit` and `cancel` may be called from any."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, run: Run, limits: Limits | None = None, observer: Observer | None = None
+        self, model: Any, tokenizer: Any, run: Run, limits: Limits | None = None, listener: Listener | None = None
     ) -> None:
         self.limits = limits or Limits()
         self.run = run
@@ -88,7 +88,7 @@ class Engine:
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.joins = can_join(model)
         self.dense_above: int | None = None  # sequences; None: never
-        self.observer = observer or Observer()
+        self.listener = listener or Listener()
         self._model = model
         self.most = self.limits.batch if self.joins else 1  # sequences at a time
         takes = inspect.signature(model.forward).parameters
@@ -144,9 +144,9 @@ class Engine:
             self._wake.notify()
         if not taken:
             after = max(1.0, self._seconds * len(self._queue) / max(1, self.most))
-            self.observer.refused()
+            self.listener.refused()
             raise Refusal(f"{self.limits.queue} requests are waiting already", after)
-        self.observer.queued()
+        self.listener.queued()
         return ticket
 
     def close(self, seconds: float | None = None) -> bool:
@@ -210,7 +210,7 @@ class Engine:
             (slot,) = self.run.open(sparsity=0.0 if busy else ticket.ask.sparsity)
             self._prompts.append(Prompt(ticket, slot, DynamicCache(config=self._model.config), busy))
             self._live[ticket.number] = Live(ticket, ticket.ask.choices)
-            self.observer.began(time.monotonic() - ticket.taken)
+            self.listener.began(time.monotonic() - ticket.taken)
             taken += ticket.ask.choices
 
     def _read(self, prompt: Prompt) -> None:
@@ -235,7 +235,7 @@ class Engine:
         """The prompt is read: its choices join the batch, each with its first token."""
         ask = prompt.ticket.ask
         slots = (prompt.slot, *self.run.fork([prompt.slot] * (ask.choices - 1)))
-        self.observer.first_token(time.monotonic() - prompt.ticket.taken)
+        self.listener.first_token(time.monotonic() - prompt.ticket.taken)
         self._joined.join(prompt.cache, len(ask.prompt), ask.choices)
         for choice, slot in enumerate(slots):
             words = Words(self.tokenizer, ask.prompt, ask.stop)
@@ -254,7 +254,7 @@ class Engine:
         with paused, self.run.phase("decode", slots=slots):
             logits = self._model(**inputs).logits[:, -1].float().cpu()
         self._joined.grew()
-        self.observer.step(len(self._lines), time.monotonic() - began)
+        self.listener.step(len(self._lines), time.monotonic() - began)
         self._leave([n for n, line in enumerate(self._lines) if not self._advance(line, logits[n])])
 
     def _is_dense(self, lines: int) -> bool:
@@ -300,7 +300,7 @@ class Engine:
         ticket = line.ticket
         ended = line.token in self._ends
         reason = "stop" if ended or line.words.stopped else "length"
-        self.observer.ended(report)
+        self.listener.ended(report)
         self._tell(ticket, Ended(line.choice, reason, line.tokens - ended, report))
         live = self._live[ticket.number]
         live.left -= 1
@@ -308,13 +308,13 @@ class Engine:
             del self._live[ticket.number]
             took = time.monotonic() - ticket.taken
             self._seconds = 0.9 * self._seconds + 0.1 * took
-            self.observer.finished("ok", took)
+            self.listener.finished("ok", took)
 
     def _fail(self, ticket: Ticket) -> None:
         """Tell a request whose time is over, or that nobody waits for."""
         self._live.pop(ticket.number, None)
         kind = "cancelled" if ticket.cancelled else "timeout"
-        self.observer.finished(kind, time.monotonic() - ticket.taken)
+        self.listener.finished(kind, time.monotonic() - ticket.taken)
         if kind == "cancelled":
             message = "the client is gone"
         else:
@@ -330,7 +330,7 @@ class Engine:
         with suppress(ValueError):  # some may be closed by now
             self.run.close(slots)
         for ticket in tickets:
-            self.observer.finished("internal", time.monotonic() - ticket.taken)
+            self.listener.finished("internal", time.monotonic() - ticket.taken)
             self._tell(ticket, Failed("internal", "the server failed while it worked on this request"))
 
     def _tell(self, ticket: Ticket, news: News) -> None:

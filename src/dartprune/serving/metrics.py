@@ -10,13 +10,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from typing_extensions import override
 
 from dartprune.report import SequenceReport
-from dartprune.serving.observer import Observer
+from dartprune.serving.listener import Listener
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 WINDOW = 10.0  # seconds over which tokens a second are counted
 
 
-class Metrics(Observer):
+class Metrics(Listener):
     """Counts what the engine tells."""
 
     def __init__(self) -> None:

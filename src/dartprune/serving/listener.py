@@ -5,7 +5,7 @@ from __future__ import annotations
 from dartprune.report import SequenceReport
 
 
-class Observer:
+class Listener:
     """Hears nothing; `metrics.py` has one that counts."""
 
     def queued(self) -> None:
