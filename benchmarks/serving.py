@@ -24,7 +24,7 @@ from dartprune.bench.result import machine
 from dartprune.evaluation.arms import arm
 from dartprune.serving.engine import Engine, Limits
 from dartprune.serving.pace import dense_above
-from dartprune.serving.request import Ask, Ended, Failed
+from dartprune.serving.request import Ask, Done, Failed
 
 
 class Client:
@@ -43,7 +43,7 @@ class Client:
             def tell(news: Any, done: threading.Event = done) -> None:
                 if isinstance(news, Failed):
                     raise RuntimeError(news.message)
-                if isinstance(news, Ended):
+                if isinstance(news, Done):
                     self.tokens += news.tokens
                     self.sparsity.append(news.report.realised_sparsity)
                     done.set()

@@ -16,7 +16,7 @@ pytest.importorskip("uvicorn")
 from dartprune import Dart
 from dartprune.loading import load
 from dartprune.serving.engine import Engine, Limits
-from dartprune.serving.request import Ask, Ended, Failed, Piece
+from dartprune.serving.request import Ask, Done, Failed, Piece
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -56,7 +56,7 @@ class Heard:
         if isinstance(news, Piece):
             self.text[news.choice] += news.text
             self.pieces.append(news)
-        elif isinstance(news, Ended):
+        elif isinstance(news, Done):
             self.ended[news.choice] = news
             self.left -= 1
         elif isinstance(news, Failed):

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dartprune.report import SequenceReport
-from dartprune.serving.request import Ended, Figures, Piece, TokenChance
+from dartprune.serving.request import Done, Figures, Piece, TokenChance
 
 
-def usage_of(prompt_tokens: int, ended: Sequence[Ended]) -> dict[str, Any]:
+def usage_of(prompt_tokens: int, ended: Sequence[Done]) -> dict[str, Any]:
     """Tokens, and what was pruned: of all choices together."""
     tokens = sum(end.tokens for end in ended)
     return {
@@ -98,7 +98,7 @@ class Form:
             chunk["dart"] = figures_of(piece.figures)
         return chunk
 
-    def end(self, ended: Ended) -> dict[str, Any]:
+    def end(self, ended: Done) -> dict[str, Any]:
         """The last part of one choice."""
         choice: dict[str, Any] = {"index": ended.choice, "finish_reason": ended.reason, "logprobs": None}
         nothing: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
@@ -138,7 +138,7 @@ class Choice:
 
     text: str = ""
     chances: list[TokenChance] = field(default_factory=list)
-    ended: Ended | None = None
+    ended: Done | None = None
 
     def add(self, piece: Piece) -> None:
         """New text."""

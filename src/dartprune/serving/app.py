@@ -209,12 +209,12 @@ def _own_schema(app: FastAPI, door: Door) -> None:
         for tokens in {"max_tokens", "max_completion_tokens"} & set(properties):
             properties[tokens]["anyOf"][0]["maximum"] = door.engine.context - 1
     _at_most(parts["CompletionRequest"]["properties"]["prompt"], door.engine.vocabulary - 1)
-    dart = parts["Dart"]["properties"]
+    dart = parts["Pruning"]["properties"]
     dart["method"]["anyOf"][0]["enum"] = sorted({terms.method, "dense"})
     allowed = {"type": "number", "minimum": terms.lowest, "maximum": terms.highest}
     dart["sparsity"]["anyOf"] = [allowed, {"const": 0}, {"type": "null"}]
     dense = {"required": ["method"], "properties": {"method": {"const": "dense"}}}
-    parts["Dart"] |= {"if": dense, "then": {"properties": {"sparsity": {"enum": [0, None]}}}}
+    parts["Pruning"] |= {"if": dense, "then": {"properties": {"sparsity": {"enum": [0, None]}}}}
     app.openapi_schema = schema
 
 

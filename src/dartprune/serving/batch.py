@@ -17,7 +17,7 @@ from dartprune.errors import UserError
 from dartprune.serving.answers import Choice, usage_of
 from dartprune.serving.door import Door
 from dartprune.serving.errors import Rejected, explained
-from dartprune.serving.request import Ended, Failed, News, Piece, Ticket
+from dartprune.serving.request import Done, Failed, News, Piece, Ticket
 from dartprune.serving.schemas import ChatRequest, CompletionRequest
 
 AHEAD = 4  # times the engine's batch: lines that are under way or wait for an earlier one
@@ -125,7 +125,7 @@ class BatchJob:
             pending.choices[news.choice].add(news)
         elif isinstance(news, Failed):
             pending.record = self._record(pending) | Rejected(500, news.message, None, news.kind).body
-        elif isinstance(news, Ended):
+        elif isinstance(news, Done):
             pending.choices[news.choice].ended = news
             if all(choice.ended for choice in pending.choices):
                 pending.record = self._record(pending) | self._answer(pending)

@@ -14,7 +14,7 @@ from typing import Any
 from dartprune.serving.answers import Choice, Form, usage_of
 from dartprune.serving.engine import Engine
 from dartprune.serving.errors import Rejected
-from dartprune.serving.request import Ask, Ended, Failed, News, Piece, Refusal, Sampling, Ticket
+from dartprune.serving.request import Ask, Done, Failed, News, Piece, Refusal, Sampling, Ticket
 from dartprune.serving.schemas import ChatRequest, Common, CompletionRequest
 
 LOOK = 0.5  # seconds between two looks whether the client is still there
@@ -185,7 +185,7 @@ class Door:
 
     async def stream(self, work: Work, form: Form, *, usage: bool) -> AsyncIterator[str]:
         """The answer as server-sent events."""
-        ended: list[Ended] = []
+        ended: list[Done] = []
         begun: dict[int, int] = {}
         try:
             while len(ended) < work.choices:
@@ -216,7 +216,7 @@ class Work:
         self.tickets: list[Ticket] = []
         self.choices = sum(ask.choices for ask in asks)
         self.prompt_tokens = sum(len(ask.prompt) for ask in asks)
-        self.ended: list[Ended] = []
+        self.ended: list[Done] = []
         self._first = [sum(ask.choices for ask in asks[:number]) for number in range(len(asks))]
         self._loop = loop
         self._news: asyncio.Queue[News] = asyncio.Queue()
@@ -238,7 +238,7 @@ class Work:
             news = await asyncio.wait_for(self._news.get(), seconds)
         except asyncio.TimeoutError:
             return None
-        if isinstance(news, Ended):
+        if isinstance(news, Done):
             self.ended.append(news)
         return news
 

@@ -21,7 +21,7 @@ from dartprune.serving.drawing import Drawer, chance
 from dartprune.serving.joined import JoinedCache, can_join
 from dartprune.serving.listener import Listener
 from dartprune.serving.queue import FairQueue
-from dartprune.serving.request import Ask, Ended, Failed, Figures, News, Piece, Refusal, Ticket
+from dartprune.serving.request import Ask, Done, Failed, Figures, News, Piece, Refusal, Ticket
 from dartprune.serving.words import Words
 
 log = logging.getLogger("dartprune.serving")
@@ -301,7 +301,7 @@ class Engine:
         ended = line.token in self._ends
         reason = "stop" if ended or line.words.stopped else "length"
         self.listener.ended(report)
-        self._tell(ticket, Ended(line.choice, reason, line.tokens - ended, report))
+        self._tell(ticket, Done(line.choice, reason, line.tokens - ended, report))
         live = self._live[ticket.number]
         live.left -= 1
         if not live.left:

@@ -80,7 +80,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Ended:
+class Done:
     """One choice is over: `stop` or `length`; how many tokens it got, and what was pruned of them."""
 
     choice: int
@@ -97,7 +97,7 @@ class Failed:
     message: str
 
 
-News: TypeAlias = Piece | Ended | Failed
+News: TypeAlias = Piece | Done | Failed
 
 
 class Refusal(Exception):

@@ -40,7 +40,7 @@ class Said(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Dart(Said):
+class Pruning(Said):
     """How this request is pruned, within the limits of the server."""
 
     method: Text | None = Field(None, description="The server's method, or dense.")
@@ -76,7 +76,7 @@ class Common(Said):
     user: Text | None = Field(None, description="Who asks, for the fairness of the queue.")
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Only 0.")
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Only 0.")
-    dart: Dart | None = Field(None, description="How this request is pruned.")
+    dart: Pruning | None = Field(None, description="How this request is pruned.")
 
     model_config = Said.model_config | ConfigDict(
         json_schema_extra={
