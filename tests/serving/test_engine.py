@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from dartprune import Dart, Dense, Detector, Replay, SketchDart, Static
+from dartprune.loading import load
+from dartprune.serving import pace
 from dartprune.serving.engine import Limits
 from dartprune.serving.pace import dense_above
 from dartprune.serving.request import Refusal, Sampling
@@ -219,7 +221,6 @@ def test_steps_of_many_may_be_dense_and_the_report_says_so(small):
 
 
 def test_the_batch_from_which_dense_is_faster_is_found(small, monkeypatch):
-    from dartprune.serving import pace
 
     ratios = {1: 0.5, 2: 0.7, 4: 1.0, 6: 1.3}
     monkeypatch.setattr(pace, "_ratio", lambda model, run, lines: ratios[lines])
@@ -249,3 +250,12 @@ def test_families(family, small):
             assert [p.chances[0].token for p in one.pieces if p.chances] == [
                 p.chances[0].token for p in other.pieces if p.chances
             ]
+
+
+def test_a_model_of_4_bits(small):
+    """Its embedding has no float weights, and its attention packed ones."""
+    model, tokenizer = load(dtype="int4")
+    with engine_of((model, tokenizer), SketchDart(sparsity=0.3)) as engine:
+        reports = [asked(engine, prompt, 8).wait().ended[0].report for prompt in PROMPTS[:2]]
+        assert all(report.realised_sparsity == pytest.approx(0.3, abs=0.02) for report in reports)
+        assert pace._ratio(model, engine.run, 1) > 0

@@ -85,7 +85,7 @@ class Engine:
         self.tokenizer = tokenizer
         context, asked = context_length(model), self.limits.tokens
         self.context = min(size for size in (context, asked, 1 << 62) if size is not None)
-        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.joins = can_join(model)
         self.dense_above: int | None = None  # sequences; None: never
         self.listener = listener or Listener()

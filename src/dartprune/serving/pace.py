@@ -44,7 +44,7 @@ def _ratio(model: Any, run: Run, lines: int) -> float:
     from transformers import DynamicCache
 
     generator = torch.Generator().manual_seed(0)
-    high = int(model.get_input_embeddings().weight.shape[0])
+    high = int(model.config.get_text_config().vocab_size)
     joined, slots = JoinedCache(), run.open(lines)
     try:
         for slot in slots:
