@@ -197,7 +197,7 @@ class Run(Refuses):
         lowest, highest = self.method.sparsity, 1 - self._masks.overhead
         if sparsity is not None and sparsity != 0 and not lowest <= sparsity < highest:
             raise UserError(f"sparsity {sparsity:g}: this run can take 0 or {lowest:g} to under {highest:.3f}")
-        with self._live.state:
+        with self._live.state, apart():
             ids = self._pool.open(lines)
             for i in ids:
                 slot = self._pool.live[i]

@@ -37,6 +37,11 @@ def test_mistakes_are_one_line(run, arguments, said):
     assert code == 2 and said in error.replace("\n", " ").lower().replace("low,high", "LOW,HIGH")
 
 
+def test_more_than_the_method_can_leave_out_is_refused_at_the_start(run):
+    code, _, error = run("serve", "--port", "0", "--sparsity", "0.5", "--allow-sparsity", "0.5,0.99")
+    assert code == 2 and "sparsity 0.99: this run can take 0 or 0.5" in error
+
+
 def test_a_port_that_is_taken(run):
     import socket
 
@@ -96,7 +101,7 @@ def test_sigterm_under_load_loses_no_request_that_was_taken():
 
 def test_a_batch_from_the_command_line(run, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text('{"prompt": "Once upon a time", "max_tokens": 4}\n{"prompt": 5}\n')
+    source.write_text('{"prompt": "Once upon a time", "max_tokens": 4, "temperature": 0}\n{"prompt": 5}\n')
     code, out, _ = run("batch", source, target, "--method", "dart", "--dense-above", "never")
     assert code == 0 and "2 answers, 1 of them errors" in out
     assert [("error" in json.loads(line)) for line in target.read_text().splitlines()] == [False, True]

@@ -97,7 +97,7 @@ def asked(engine, prompt, most=24, **settings):
 class Served:
     """A server in a thread of this process."""
 
-    def __init__(self, engine, tokenizer, **options):
+    def __init__(self, engine, **options):
         import socket
 
         import uvicorn
@@ -109,7 +109,7 @@ class Served:
         self.metrics = Metrics()
         engine.listener = self.metrics
         terms = Terms("small", "dart", 0.4, 0.4, 0.8, options.pop("seconds", 120.0))
-        self.app = build_app(Door(engine, tokenizer, terms), self.metrics, **options)
+        self.app = build_app(Door(engine, terms), self.metrics, **options)
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
@@ -133,7 +133,7 @@ class Served:
 @contextlib.contextmanager
 def served_by(small, method=METHOD, limits=None, **options):
     with engine_of(small, method, limits) as engine:
-        served = Served(engine, small[1], **options)
+        served = Served(engine, **options)
         served.engine = engine
         try:
             yield served

@@ -359,8 +359,8 @@ def test_many_connections_at_once(served):
 
 def test_metrics_count_what_was_done(small):
     with served_by(small) as served:
-        ask(served, prompt=PROMPTS[0], max_tokens=10)
-        ask(served, prompt=PROMPTS[0], max_tokens=10, dart={"sparsity": 0})
+        ask(served, prompt=PROMPTS[0], max_tokens=10, temperature=0)
+        ask(served, prompt=PROMPTS[0], max_tokens=10, temperature=0, dart={"sparsity": 0})
         status, headers, text = send(served, "/metrics", method="GET")
         lines = dict(line.rsplit(" ", 1) for line in text.decode().splitlines() if not line.startswith("#"))
     assert status == 200 and headers["content-type"].startswith("text/plain")
@@ -372,7 +372,7 @@ def test_metrics_count_what_was_done(small):
 
 def test_the_log_tells_figures_and_no_text(served, caplog):
     with caplog.at_level("INFO", logger="dartprune.serving"):
-        ask(served, prompt="A secret word: xyzzy", max_tokens=3)
+        ask(served, prompt="A secret word: xyzzy", max_tokens=3, temperature=0)
     facts = json.loads(caplog.messages[-1])
     assert facts["outcome"] == "ok" and facts["tokens"] == 3 and "xyzzy" not in caplog.text
 

@@ -14,7 +14,7 @@ TERMS = Terms("small", "dart", 0.4, 0.4, 0.8, None)
 
 
 def job(engine, tmp_path):
-    return BatchJob(Door(engine, engine.tokenizer, TERMS), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    return BatchJob(Door(engine, TERMS), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
 
 
 def write(path, lines):
@@ -90,4 +90,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
     other.write_text("my notes\n")
     with pytest.raises(ValueError, match="line 1 is no answer of a batch"):
         whole_lines(other)
-    assert other.read_text() == "my notes\n" and whole_lines(tmp_path / "none") == 0
+    other.write_text("my notes, without an end of the line")
+    with pytest.raises(ValueError, match="line 1 is no answer of a batch"):
+        whole_lines(other)
+    assert other.read_text().startswith("my notes, ") and whole_lines(tmp_path / "none") == 0

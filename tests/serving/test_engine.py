@@ -94,6 +94,24 @@ def test_sequences_open_and_closed_leave_nothing_in_the_report(small):
         assert run.report().sequences == []
 
 
+def test_a_temperature_next_to_nothing_is_greedy_and_harms_nobody(small):
+    with engine_of(small) as engine:
+        greedy = asked(engine, PROMPTS[0])
+        asks = [
+            asked(engine, PROMPTS[0], sampling=Sampling(t, top_p, 3, 1))
+            for t in (5e-324, 2e-4)
+            for top_p in (1, 5e-324)
+        ]
+        assert all(heard.wait().text == greedy.wait().text for heard in asks)
+
+
+def test_what_cannot_be_asked_for_ends_that_request(small):
+    """Nobody waits for ever, and the next one is served."""
+    with engine_of(small) as engine:
+        assert asked(engine, PROMPTS[0], sparsity=0.1).wait().failed.kind == "internal"
+        assert asked(engine, PROMPTS[0]).wait().ended[0].tokens == 24
+
+
 def test_stop_strings_end_a_choice_and_are_not_part_of_it(small):
     with engine_of(small) as engine:
         whole = asked(engine, PROMPTS[3], 30).wait().text[0]

@@ -52,8 +52,8 @@ def batch(
         engine.start()
         terms = Terms(s.name_of(model), **offer.terms, seconds=None)
         try:
-            with bar("answers", silent=False) as progress:
-                job = BatchJob(Door(engine, tokenizer, terms), source, target)
+            with o.resumable(target), bar("answers", silent=False) as progress:
+                job = BatchJob(Door(engine, terms), source, target)
                 counts = job.run(lambda now: progress.tell(f"{now.before + now.done} answers"))
         finally:
             engine.abandon()

@@ -100,6 +100,8 @@ def attached(
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     with pruner(loaded, backend=backend) as run:
+        # more than the method can leave out is refused now, not when it is asked for
+        run.close(run.open(sparsity=offer.highest))
         yield loaded, tokenizer, run
 
 

@@ -17,7 +17,7 @@ from dartprune.errors import UserError
 from dartprune.serving.answers import Choice, usage_of
 from dartprune.serving.door import Door
 from dartprune.serving.errors import Rejected, explained
-from dartprune.serving.request import Done, Failed, News, Piece, Ticket
+from dartprune.serving.request import Done, Failed, News, Piece
 from dartprune.serving.schemas import ChatRequest, CompletionRequest
 
 AHEAD = 4  # times the engine's batch: lines that are under way or wait for an earlier one
@@ -39,7 +39,6 @@ class Pending:
     number: int
     id: Any = None
     record: dict[str, Any] | None = None
-    ticket: Ticket | None = None
     prompt_tokens: int = 0
     others: int | None = None
     choices: list[Choice] = field(default_factory=list)
@@ -101,7 +100,7 @@ class BatchJob:
             return pending
         pending.prompt_tokens, pending.others = len(ask.prompt), ask.logprobs
         pending.choices = [Choice() for _ in range(ask.choices)]
-        pending.ticket = self.door.engine.submit(ask, lambda news: self._news.put((pending, news)))
+        self.door.engine.submit(ask, lambda news: self._news.put((pending, news)))
         return pending
 
     def _ask(self, data: dict[str, Any]) -> Any:
@@ -153,6 +152,12 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     return data
 
 
+def _is_begun(raw: bytes, line: int) -> bool:
+    """Whether this is the beginning of the answer to that line, cut off while it was written."""
+    head = b'{"line": %d, ' % line
+    return raw.startswith(head) or head.startswith(raw)
+
+
 def whole_lines(path: Path) -> int:
     """Answers that a file holds; a last line that was cut off is taken out. ValueError for a file of something else."""
     if not path.exists():
@@ -160,7 +165,7 @@ def whole_lines(path: Path) -> int:
     count, end = 0, 0
     with path.open("rb") as file:
         for raw in file:
-            if not raw.endswith(b"\n"):
+            if not raw.endswith(b"\n") and _is_begun(raw, count + 1):
                 break
             try:
                 line = json.loads(raw)["line"]

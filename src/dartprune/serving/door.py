@@ -39,9 +39,9 @@ class Terms:
 class Door:
     """Takes requests to the engine and brings back what it tells."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, terms: Terms) -> None:
+    def __init__(self, engine: Engine, terms: Terms) -> None:
         self.engine = engine
-        self.tokenizer = tokenizer
+        self.tokenizer = engine.tokenizer
         self.terms = terms
 
     # ---- what is asked
@@ -180,15 +180,13 @@ class Door:
                     choices[news.choice].ended = news
         finally:
             work.cancel()
-        ended = [choice.ended for choice in choices if choice.ended is not None]
-        return form.whole(choices, usage_of(work.prompt_tokens, ended))
+        return form.whole(choices, usage_of(work.prompt_tokens, work.ended))
 
     async def stream(self, work: Work, form: Form, *, usage: bool) -> AsyncIterator[str]:
         """The answer as server-sent events."""
-        ended: list[Done] = []
         begun: dict[int, int] = {}
         try:
-            while len(ended) < work.choices:
+            while len(work.ended) < work.choices:
                 news = await work.next(None)
                 assert news is not None
                 if isinstance(news, Failed):
@@ -199,11 +197,10 @@ class Door:
                     chunk = form.chunk(news, first=news.choice not in begun, offset=begun.get(news.choice, 0))
                     begun[news.choice] = begun.get(news.choice, 0) + len(news.text)
                 else:
-                    ended.append(news)
                     chunk = form.end(news)
                 yield _event(chunk | ({"usage": None} if usage else {}))
             if usage:
-                yield _event(form.usage(usage_of(work.prompt_tokens, ended)))
+                yield _event(form.usage(usage_of(work.prompt_tokens, work.ended)))
             yield "data: [DONE]\n\n"
         finally:
             work.cancel()

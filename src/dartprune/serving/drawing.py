@@ -7,6 +7,8 @@ from torch import Tensor
 
 from dartprune.serving.request import Sampling, TokenChance
 
+COLDEST = 1e-4  # below it the likeliest token is certain, and logits divided by it would be infinite
+
 
 class Drawer:
     """Draws the tokens of one choice; with a seed always the same, whatever else is in the batch."""
@@ -14,7 +16,7 @@ class Drawer:
     def __init__(self, sampling: Sampling, choice: int) -> None:
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-        self.greedy = sampling.temperature == 0
+        self.greedy = sampling.temperature < COLDEST
         self._generator = torch.Generator("cpu")
         if sampling.seed is None:
             self._generator.seed()

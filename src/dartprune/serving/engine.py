@@ -207,9 +207,9 @@ class Engine:
 
             self._queue.pop()
             busy = self._is_dense(taken + ticket.ask.choices)
+            self._live[ticket.number] = Live(ticket, ticket.ask.choices)
             (slot,) = self.run.open(sparsity=0.0 if busy else ticket.ask.sparsity)
             self._prompts.append(Prompt(ticket, slot, DynamicCache(config=self._model.config), busy))
-            self._live[ticket.number] = Live(ticket, ticket.ask.choices)
             self.listener.began(time.monotonic() - ticket.taken)
             taken += ticket.ask.choices
 
@@ -247,8 +247,6 @@ class Engine:
         """One token of every line."""
         began = time.monotonic()
         inputs = self._joined.inputs([line.token for line in self._lines], self._model.device)
-        if not self.joins:
-            inputs.pop("position_ids")
         slots = tuple(line.slot for line in self._lines)
         paused = self.run.dense() if self._is_dense(len(slots)) else nullcontext()
         with paused, self.run.phase("decode", slots=slots):
@@ -327,8 +325,9 @@ class Engine:
         slots = [line.slot for line in self._lines] + [prompt.slot for prompt in self._prompts]
         self._lines, self._prompts, self._joined = [], [], JoinedCache()
         self._live.clear()
-        with suppress(ValueError):  # some may be closed by now
-            self.run.close(slots)
+        for slot in slots:
+            with suppress(ValueError):  # it may be closed by now
+                self.run.close([slot])
         for ticket in tickets:
             self.listener.finished("internal", time.monotonic() - ticket.taken)
             self._tell(ticket, Failed("internal", "the server failed while it worked on this request"))

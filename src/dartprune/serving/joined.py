@@ -68,12 +68,12 @@ class JoinedCache:
         """What a forward of one more token for each line is given."""
         inputs: dict[str, Any] = {
             "input_ids": torch.tensor(tokens, dtype=torch.int64, device=device)[:, None],
-            "position_ids": torch.tensor(self.lengths, dtype=torch.int64, device=device)[:, None],
             "past_key_values": self.cache,
             "use_cache": True,
         }
         width = self.width
         if min(self.lengths) < width:
+            inputs["position_ids"] = torch.tensor(self.lengths, dtype=torch.int64, device=device)[:, None]
             first = torch.tensor([width - length for length in self.lengths], dtype=torch.int64, device=device)
             inputs["attention_mask"] = (torch.arange(width + 1, device=device) >= first[:, None]).long()
         return inputs

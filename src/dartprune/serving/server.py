@@ -87,7 +87,7 @@ def run_server(
         log.info("measuring from how many sequences on dense steps are faster")
     engine.dense_above = measured(above, model, run, engine.most)
     app = build_app(
-        Door(engine, tokenizer, Terms(name, **terms)),
+        Door(engine, Terms(name, **terms)),
         metrics,
         keys=address.keys,
         body_bytes=address.body_bytes,
