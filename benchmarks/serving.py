@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=48)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--above", default="auto", help="auto or never")
+    parser.add_argument("--batch-invariant", action="store_true", help="of the pruned server; implies --above never")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     from dartprune.loading import load
@@ -100,9 +101,10 @@ def main() -> None:
             # dense is unattached in all but counting: the plain model's own forward
             method = arm(name).build(args.sparsity)
             with method(model) as run:
-                engine = Engine(model, tokenizer, run, Limits(batch=max(counts)))
-                if name != "dense" and args.above == "auto":
-                    above = dense_above(model, run, engine.most) if turn == 0 else above
+                invariant = args.batch_invariant and name != "dense"
+                engine = Engine(model, tokenizer, run, Limits(batch=max(counts), invariant=invariant))
+                if name != "dense" and args.above == "auto" and not invariant:
+                    above = dense_above(model, run, engine.together) if turn == 0 else above
                     engine.dense_above = above
                 if name == "dense":
                     run._step.remove()  # the plain server has transformers' own step

@@ -26,6 +26,7 @@ from dartprune.runtime.account import Account
 from dartprune.runtime.build import LiveParts, build
 from dartprune.runtime.events import Events
 from dartprune.runtime.forward import Forwards
+from dartprune.runtime.invariance import make_invariant
 from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.masks import Masks
 from dartprune.runtime.model_hooks import LiveModel
@@ -194,22 +195,59 @@ class Run(Refuses):
         Raises:
             ValueError: a sparsity that lies outside, or that leaves a token selector nothing to choose.
         """
+        with self._live.state, apart():
+            self._check_sparsity(sparsity)
+            ids = self._pool.open(lines)
+            self._ask(ids, sparsity)
+            return ids
+
+    def ask_sparsity(self, slots: Sequence[int], sparsity: float | None) -> None:
+        """What `open` says of a sparsity, for sequences that have read text and have no masks yet.
+
+        Raises:
+            ValueError: a sparsity that lies outside, or a sequence that has masks.
+        """
+        with self._live.state, apart():
+            self._check_sparsity(sparsity)
+            for slot in slots:
+                if self._slot(slot).masks.keep is not None:
+                    raise UserError(f"slot {slot} has masks already: its sparsity stays as it is")
+            self._ask(slots, sparsity)
+
+    def _check_sparsity(self, sparsity: float | None) -> None:
         lowest, highest = self.method.sparsity, 1 - self._masks.overhead
         if sparsity is not None and sparsity != 0 and not lowest <= sparsity < highest:
             raise UserError(f"sparsity {sparsity:g}: this run can take 0 or {lowest:g} to under {highest:.3f}")
-        with self._live.state, apart():
-            ids = self._pool.open(lines)
-            for i in ids:
-                slot = self._pool.live[i]
-                slot.sparsity = sparsity
-                if sparsity == 0 and self.method.prunes:
-                    slot.state = State.RELEASED
-            return ids
+
+    def _ask(self, slots: Sequence[int], sparsity: float | None) -> None:
+        for i in slots:
+            slot = self._slot(i)
+            slot.sparsity = sparsity
+            if sparsity == 0 and self.method.prunes:
+                slot.state = State.RELEASED
 
     def fork(self, slots: Sequence[int]) -> tuple[int, ...]:
         """New sequences that go on as these stand, each with a trace, masks and detector of its own from here."""
         with self._live.state, apart():
             return self._pool.fan_out([self._slot(slot).id for slot in slots])
+
+    def make_batch_invariant(self) -> str | None:
+        """From now on a decoded token has the same bits alone and in a batch of any size; or why that cannot be.
+
+        Meant for direct calls of one token a line inside `phase("decode", slots=...)`, in forwards that hold either
+        sequences that are pruned or others (`will_prune` tells), on a CPU, in bf16 or fp16, for models of Llama's kind
+        with the cpu backend. Prompts are as they are read: one by one they are the same too. Such steps are slower
+        from some five sequences on.
+
+        Returns:
+            None, or the reason why this model cannot be decoded so; nothing is changed then.
+        """
+        with self._live.state, apart():
+            return make_invariant(self._core, self._step, self._parts.layers, self._forwards, self._events)
+
+    def will_prune(self, slot: int) -> bool:
+        """Whether the next decoded token of a live sequence is pruned."""
+        return self._events.will_prune(self._slot(slot))
 
     def close(self, slots: Sequence[int]) -> list[SequenceReport]:
         """End sequences and give what they did; `report()` tells no more of them (waits for the device)."""
@@ -256,6 +294,11 @@ class Run(Refuses):
         """
         with self._live.phases.pause():
             yield
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        """Bytes that each live sequence holds, beside its cache."""
+        return sum(holder.bytes_per_slot() for holder in self._parts.holders)
 
     @property
     def layers(self) -> list[LiveLayer]:

@@ -256,11 +256,12 @@ def test_the_batch_from_which_dense_is_faster_is_found(small, monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3"])
 def test_families(family, small):
-    """Where caches can be joined requests decode together, elsewhere one after another; with the same tokens."""
+    """Where caches can be joined requests share forwards, elsewhere each has its own; with the same tokens."""
     model, (_, tokenizer) = FAMILIES[family](), small
     prompts = [torch.randint(5, 120, (9 + n,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(3)]
     with engine_of((model, tokenizer), Static(sparsity=0.5, min_traced=4)) as engine:
-        assert engine.joins == (family != "gemma3") and engine.most == (8 if engine.joins else 1)
+        assert engine.separate == ("this model's caches cannot be joined" if family == "gemma3" else None)
+        assert engine.together == (1 if engine.separate else 8)
         alone = [asked(engine, prompt, 8, logprobs=0).wait() for prompt in prompts]
         together = [asked(engine, prompt, 8, logprobs=0) for prompt in prompts]
         for one, other in zip(alone, together, strict=True):
@@ -268,6 +269,41 @@ def test_families(family, small):
             assert [p.chances[0].token for p in one.pieces if p.chances] == [
                 p.chances[0].token for p in other.pieces if p.chances
             ]
+
+
+def test_choices_of_a_model_whose_caches_cannot_be_joined(small):
+    """Each goes on from a copy."""
+    model, (_, tokenizer) = FAMILIES["gemma3"](), small
+    with engine_of((model, tokenizer), Static(sparsity=0.5, min_traced=4)) as engine:
+        prompt = list(range(5, 40))  # longer than the window
+        one = asked(engine, prompt, 12, logprobs=0).wait()
+        three = asked(engine, prompt, 12, logprobs=0, choices=3)
+        beside = asked(engine, prompt[:9], 12, logprobs=0)
+        three.wait(), beside.wait()
+    for choice in range(3):
+        tokens = [p.chances[0].token for p in three.pieces if p.choice == choice and p.chances]
+        assert tokens == [p.chances[0].token for p in one.pieces if p.chances]
+
+
+def test_logits_that_are_no_numbers_end_that_request_alone(small):
+    """Greedy or drawn; the others go on."""
+    model, _ = small
+    with engine_of(small) as engine:
+        fine = asked(engine, PROMPTS[0], 30).wait()
+
+        def broken(module, inputs, logits):
+            if logits.shape[0] == 3:
+                logits[1:] = float("nan")
+
+        hook = model.lm_head.register_forward_hook(broken)
+        asks = [asked(engine, PROMPTS[0], 30, sampling=sampling) for sampling in (Sampling(), Sampling(), SEED)]
+        for heard in asks:
+            heard.wait()
+        hook.remove()
+        assert asks[0].text == fine.text and asks[0].failed is None
+        assert [heard.failed.kind for heard in asks[1:]] == ["internal"] * 2
+        assert asks[1].failed.message == "the model's logits for this request were not finite"
+        assert asked(engine, PROMPTS[0], 30).wait().text == fine.text
 
 
 def test_a_model_of_4_bits(small):

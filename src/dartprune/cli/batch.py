@@ -25,6 +25,8 @@ def batch(
     chunk: s.Chunk = 256,
     tokens: s.Tokens = None,
     dense_above: s.Above = "auto",
+    batch_invariant: s.Invariant = False,
+    prefix_cache: s.PrefixCache = 256,
     backend: o.Backend = "auto",
     dtype: o.DType = "auto",
     device: o.Device = None,
@@ -32,7 +34,7 @@ def batch(
     """Answer the requests of a file, in its order; a bad line gets an error as its answer, and the rest goes on."""
     require("pydantic", "dartprune batch", "serve")
     offer = s.Offer.of(method, sparsity, allow_sparsity)
-    above = s.above_of(dense_above)
+    above = s.above_of(dense_above, invariant=batch_invariant)
     o.check_backend(backend)
     with user_file(source), source.open("rb"):
         pass
@@ -47,8 +49,9 @@ def batch(
 
     whole_lines(target)
     with s.attached(model, offer, backend=backend, dtype=dtype, device=device) as (loaded, tokenizer, run):
-        engine = Engine(loaded, tokenizer, run, s.limits_of(batch, 1 << 30, chunk, tokens))
-        engine.dense_above = measured(above, loaded, run, engine.most)
+        limits = s.limits_of(batch, 1 << 30, chunk, tokens, prefix_cache, invariant=batch_invariant)
+        engine = Engine(loaded, tokenizer, run, limits)
+        engine.dense_above = measured(above, loaded, run, engine.together)
         engine.start()
         terms = Terms(s.name_of(model), **offer.terms, seconds=None)
         try:

@@ -41,6 +41,8 @@ def serve(
         ),
     ] = None,
     dense_above: s.Above = "auto",
+    batch_invariant: s.Invariant = False,
+    prefix_cache: s.PrefixCache = 256,
     backend: o.Backend = "auto",
     dtype: o.DType = "auto",
     device: o.Device = None,
@@ -50,14 +52,14 @@ def serve(
 
     check_installed()
     offer = s.Offer.of(method, sparsity, allow_sparsity)
-    above = s.above_of(dense_above)
+    above = s.above_of(dense_above, invariant=batch_invariant)
     o.check_backend(backend)
     sock = bound(host, port)
     try:
         address = Address(host, sock.getsockname()[1], _keys(api_keys), body, drain=drain)
         log_to_stderr()
         with s.attached(model, offer, backend=backend, dtype=dtype, device=device) as (loaded, tokenizer, run):
-            limits = s.limits_of(batch, queue, chunk, tokens)
+            limits = s.limits_of(batch, queue, chunk, tokens, prefix_cache, invariant=batch_invariant)
             terms = offer.terms | {"seconds": seconds}
             run_server(loaded, tokenizer, run, name or s.name_of(model), limits, terms, address, sock, above)
     finally:

@@ -38,6 +38,16 @@ Above = Annotated[
         help="Steps of more sequences than this are dense: a number, never, or auto, which measures at the start.",
     ),
 ]
+Invariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="A request's tokens do not depend on what else decodes: sums in one order, slower with many at once.",
+    ),
+]
+PrefixCache = Annotated[
+    int, typer.Option("--prefix-cache", min=0, help="MiB for beginnings of prompts that came before; 0 for none.")
+]
 Method = Annotated[str, typer.Option("--method", help="sketch-dart, dart, static, dense or another method.")]
 KEPT_PRODUCTS = "32"  # compiled ones: more than the shapes of a decoding step
 
@@ -69,20 +79,22 @@ class Offer:
         return {"method": self.method, "sparsity": self.sparsity, "lowest": self.lowest, "highest": self.highest}
 
 
-def limits_of(batch: int, queue: int, chunk: int, tokens: int | None) -> Limits:
+def limits_of(batch: int, queue: int, chunk: int, tokens: int | None, prefix_cache: int, *, invariant: bool) -> Limits:
     """The engine's limits."""
     from dartprune.serving.engine import Limits
 
-    return Limits(batch, queue, chunk, tokens)
+    return Limits(batch, queue, chunk, tokens, invariant, prefix_cache << 20)
 
 
-def above_of(text: str) -> int | str | None:
+def above_of(text: str, *, invariant: bool) -> int | str | None:
     """The option --dense-above; UserError for anything else."""
-    if text in ("auto", "never"):
-        return None if text == "never" else text
-    if not text.isdigit():
+    if text not in ("auto", "never") and not text.isdigit():
         raise UserError(f"--dense-above {text}: write a number, never or auto")
-    return int(text)
+    if invariant and text.isdigit():
+        raise UserError(f"--batch-invariant with --dense-above {text}: answers would depend on how many decode")
+    if text == "never" or invariant:
+        return None
+    return text if text == "auto" else int(text)
 
 
 @contextmanager

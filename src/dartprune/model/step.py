@@ -18,12 +18,13 @@ from dartprune.model.calls import replaced
 from dartprune.model.layer_site import Patch
 from dartprune.model.packed import ByteLinear, has_kernels
 from dartprune.model.step_attention import ForwardInputs, OwnAttention
-from dartprune.model.step_parts import HALVES, OwnLinear, OwnModule, OwnNorm
+from dartprune.model.step_parts import HALVES, OwnLinear, OwnModule, OwnNorm, StepMode
 
 # attention of Llama's kind: q, k, v and o as linear layers, whole heads turned by halves, perhaps a norm for each head
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 ATTENTIONS = {f"transformers.models.{key}.modeling_{key}.{name}Attention" for key, name in _FAMILIES.items()}
 NORMS = {f"transformers.models.{key}.modeling_{key}.{name}RMSNorm" for key, name in _FAMILIES.items()}
+_ACTIVATIONS = {"transformers.activations.SiLUActivation", "torch.nn.modules.activation.SiLU"}
 
 
 class OwnStep:
@@ -32,15 +33,16 @@ class OwnStep:
     def __init__(self, modules: list[Any], *, of_bytes: bool = False) -> None:
         """Set up for these modules, in a model that has layers of bytes or not; nothing is changed yet."""
         self._of_bytes = of_bytes
+        self.mode = StepMode()
         self.shared = ForwardInputs()
         self._parts: list[OwnModule] = []
         for module in modules:
             if type(module) is nn.Linear:
-                self._parts.append(OwnLinear(module))
+                self._parts.append(OwnLinear(module, self.mode))
             elif _name(module) in NORMS:
-                self._parts.append(OwnNorm(module))
+                self._parts.append(OwnNorm(module, self.mode))
             else:
-                self._parts.append(OwnAttention(module, self.shared))
+                self._parts.append(OwnAttention(module, self.mode, self.shared))
 
     def fits(self, modules: list[Any], of_bytes: bool) -> bool:
         """Whether it was made for the very same modules."""
@@ -92,7 +94,25 @@ class OwnStep:
                 kept.append(f"the forward of a {type(part.module).__name__}")
             part.patch = None
         self.shared.forget()
+        self.mode.invariant = False
         return kept
+
+    def make_invariant(self, core: nn.Module) -> str | None:
+        """From now on a decoded token has the same bits alone and in a batch; or why that cannot be."""
+        dtype = str(getattr(core, "dtype", None)).removeprefix("torch.")
+        if getattr(core, "dtype", None) not in HALVES:
+            return f"the kernels of a step are for bfloat16 and float16, this model is {dtype}"
+        mine = {id(part.module) for part in self._parts}
+        for name, module in core.named_modules():
+            if id(module) not in mine and not _is_elementwise(module):
+                return f"the kernels do not compute {name or 'the model'} ({type(module).__name__})"
+        config: Any = core.config
+        if config._attn_implementation != "sdpa":
+            return f"the kernels do not compute attention of the kind {config._attn_implementation!r}"
+        for dtype in {part.module.weight.dtype for part in self._parts if isinstance(part, OwnLinear)}:
+            _compile_by_inputs(dtype)
+        self.mode.invariant = True
+        return None
 
 
 def _compile_attention(dtype: torch.dtype) -> None:
@@ -110,6 +130,28 @@ def _compile_attention(dtype: torch.dtype) -> None:
     kernels.attend(zeros(1, 64), zeros(1, 64), zeros(1, 64), *work, 1.0, zeros(1, 64))
     weights, biases = (zeros(64, 64),) * 4, (zeros(0),) * 4
     kernels.attention(zeros(1, 64), weights, biases, *work, 1.0, use_threads(), zeros(1, 64))
+
+
+def _compile_by_inputs(dtype: torch.dtype) -> None:
+    """Call the kernel of linear layers that lie the other way round once with a dtype's words."""
+    from dartprune.ffn.cpu import step_kernels as kernels
+    from dartprune.ffn.cpu.arrays import words
+    from dartprune.ffn.cpu.threads import kept_threads, use_threads
+
+    x, rows = numpy.zeros((2, 4), numpy.float32), words("weight", torch.zeros(4, 64, dtype=dtype, device="cpu"))
+    with kept_threads():
+        kernels.linear_by_inputs(
+            x, rows, numpy.empty(0, numpy.float32), use_threads(), numpy.empty((2, 64), numpy.float32)
+        )
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    """Whether what a module computes itself is one element, or one token, at a time."""
+    name = _name(module)
+    if name in ATTENTIONS or name in NORMS:
+        return False
+    ours = name.startswith(tuple(f"transformers.models.{key}.modeling_{key}." for key in _FAMILIES))
+    return ours or isinstance(module, (nn.Embedding, nn.ModuleList)) or name in _ACTIVATIONS
 
 
 def _name(module: nn.Module) -> str:

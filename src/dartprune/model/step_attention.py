@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dartprune.model.step_parts import HALVES, SMALL, OwnModule, plain_mode, untouched
+from dartprune.model.step_parts import HALVES, SMALL, OwnModule, StepMode, plain_mode, untouched
 
 
 class OwnAttention(OwnModule):
     """The forward of one attention module: one token a line on a growing cache by kernels, all else as before."""
 
-    def __init__(self, module: Any, shared: ForwardInputs) -> None:
-        super().__init__(module)
+    def __init__(self, module: Any, mode: StepMode, shared: ForwardInputs) -> None:
+        super().__init__(module, mode)
         self.shared = shared
 
     def forward(

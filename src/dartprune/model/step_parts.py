@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +16,25 @@ SMALL = 1 << 17  # weight bytes under which a second thread costs more than it s
 HALVES = (torch.bfloat16, torch.float16)
 
 
+@dataclass
+class StepMode:
+    """How the steps of a run are computed. invariant: a token has the same bits alone and in a batch."""
+
+    invariant: bool = False
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernels compute these tokens [..., H]: few of them, or one a line where bits must stay."""
+        if x.dtype not in HALVES or not x.is_cpu or not x.numel() or not plain_mode():
+            return False
+        return x.numel() <= FEW * x.shape[-1] or (self.invariant and x.dim() == 3 and x.shape[1] == 1)
+
+
 class OwnModule(StandIn, Refuses):
     """Base: the forward of one module while a run is attached, by kernels where they fit and else as before."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, mode: StepMode) -> None:
         self.module = module
+        self.mode = mode
         self.patch: Patch | None = None
 
     @property
@@ -53,19 +68,14 @@ class OwnLinear(OwnModule):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output of x [..., K]."""
         weight, bias = self.module.weight, self.module.bias
-        if self.in_use and _fits(x, weight):
-            return _linear(x, weight, bias)
+        if self.in_use and x.dtype == weight.dtype and weight.is_cpu and self.mode.takes(x):
+            if weight.is_contiguous():
+                return _linear(x, weight, bias)
+            # a down projection whose rows belong to neurons
+            if self.mode.invariant and weight.t().is_contiguous():
+                return _linear_by_inputs(x, weight, bias)
         out: Tensor = self.before(x)
         return out
-
-
-def _fits(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == weight.dtype and weight.is_cpu and weight.is_contiguous() and is_few(x)
-
-
-def is_few(x: Tensor) -> bool:
-    """Whether these are few tokens [..., H] of a 16-bit dtype on the CPU, with nothing to be recorded."""
-    return x.dtype in HALVES and x.is_cpu and 0 < x.numel() <= FEW * x.shape[-1] and plain_mode()
 
 
 def plain_mode() -> bool:
@@ -89,13 +99,25 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
+def _linear_by_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from dartprune.ffn.cpu import step_kernels as kernels
+    from dartprune.ffn.cpu.arrays import floats, words
+    from dartprune.ffn.cpu.threads import use_threads
+
+    flat = x.reshape(-1, x.shape[-1])
+    out = torch.empty(flat.shape[0], weight.shape[0], dtype=torch.float32, device="cpu")
+    rows = words("weight", weight.t())
+    kernels.linear_by_inputs(flat.float().numpy(), rows, floats(bias), use_threads(), out.numpy())
+    return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
 class OwnNorm(OwnModule):
     """The forward of one RMS norm: few tokens by a kernel, others as before."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The norm of x [..., H]."""
         weight = self.module.weight
-        if self.in_use and weight.dtype == hidden_states.dtype and is_few(hidden_states):
+        if self.in_use and weight.dtype == hidden_states.dtype and self.mode.takes(hidden_states):
             return _normed(hidden_states, weight, self.module.variance_epsilon)
         out: Tensor = self.before(hidden_states)
         return out

@@ -26,6 +26,7 @@ class Events:
         self.method = method
         self.masks = masks
         self.seconds = 0.0
+        self.one_by_one = False  # whether each sequence's masks are made without the others'
         self._announce = announce
 
     def make_ready(self, slots: Sequence[Slot]) -> None:
@@ -34,7 +35,7 @@ class Events:
         if not ready:
             return
         began = time.perf_counter()
-        for slot, changed in zip(ready, self.masks.build(ready), strict=True):
+        for slot, changed in zip(ready, self._made(self.masks.build, ready), strict=True):
             slot.state = State.PRUNED
             slot.masks.stale, slot.masks.age, slot.detection.fill = False, 0, 0
             slot.masks.born = slot.decoded
@@ -42,6 +43,16 @@ class Events:
             if last is not None and last.changed is None and last.event.kind == Action.RELEARN.value:
                 last.changed = changed  # these are the masks that the relearn was for
         self.seconds += time.perf_counter() - began
+
+    def _made(self, work: Callable[[Sequence[Slot]], list[Tensor]], slots: Sequence[Slot]) -> list[Tensor]:
+        """What `work` gives for these slots."""
+        if self.one_by_one:
+            return [changed for slot in slots for changed in work([slot])]
+        return work(slots)
+
+    def will_prune(self, slot: Slot) -> bool:
+        """Whether the next decoded token of a sequence is pruned."""
+        return slot.state is State.PRUNED or self._is_ready(slot)
 
     def _is_ready(self, slot: Slot) -> bool:
         if slot.state is State.PRUNED:
@@ -99,7 +110,7 @@ class Events:
     def _refresh(self, action: Action, slots: list[Slot], fired: set[int]) -> None:
         changed: list[Tensor | None] = [None] * len(slots)
         if action in (Action.REPLAY, Action.SETTLE):
-            changed = list(self.masks.replay(slots))
+            changed = list(self._made(self.masks.replay, slots))
         else:
             self.masks.drop(slots)
         for slot, count in zip(slots, changed, strict=True):

@@ -35,6 +35,7 @@ class RowsOrDense:
         self.layers = list(layers)
         # a token selector computes by rows of its own
         self._open = all(layer.selector is None and has_choice(layer.backend, layer.weights) for layer in layers)
+        self.always_rows = False
         self._timing: dict[tuple[int, int, int], Timing] = {}
         self._known: tuple[tuple[int, tuple[int, ...]], bool] | None = None
 
@@ -45,7 +46,7 @@ class RowsOrDense:
             slots: the sequences.
             masks: changes whenever a mask does.
         """
-        if not self._open or len(slots) == 1:
+        if self.always_rows or not self._open or len(slots) == 1:
             return True
         key = (masks, tuple(slot.id for slot in slots))
         if self._known is None or self._known[0] != key:

@@ -17,6 +17,7 @@ def usage_of(prompt_tokens: int, ended: Sequence[Done]) -> dict[str, Any]:
         "prompt_tokens": prompt_tokens,
         "completion_tokens": tokens,
         "total_tokens": prompt_tokens + tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(end.cached for end in ended)},
         "dart": pruned_of([end.report for end in ended]),
     }
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,10 @@ from dartprune.model.context import context_length
 from dartprune.report import SequenceReport
 from dartprune.run import Run
 from dartprune.serving.drawing import Drawer, chance
-from dartprune.serving.joined import JoinedCache, can_join
+from dartprune.serving.joined import can_join
+from dartprune.serving.lines import Batches, Line
 from dartprune.serving.listener import Listener
+from dartprune.serving.prompts import Prompt, PromptReader
 from dartprune.serving.queue import FairQueue
 from dartprune.serving.request import Ask, Done, Failed, Figures, News, Piece, Refusal, Ticket
 from dartprune.serving.words import Words
@@ -34,36 +36,16 @@ class Limits:
 
     batch: sequences that decode together.  queue: requests that wait.  chunk: prompt tokens read between two steps of
     the others.  tokens: of a request's prompt and answer together, None for what the model's context holds.
+    invariant: whether a line's bits may not depend on what else decodes.  prefix_bytes: for beginnings of prompts that
+    are kept, 0 for none.
     """
 
     batch: int = 16
     queue: int = 256
     chunk: int = 256
     tokens: int | None = None
-
-
-@dataclass
-class Line:
-    """One choice that decodes: its slot, and the token that comes next."""
-
-    ticket: Ticket
-    choice: int
-    slot: int
-    words: Words
-    drawer: Drawer
-    token: int = -1
-    tokens: int = 0
-
-
-@dataclass
-class Prompt:
-    """A request whose prompt is being read; `dense`: it came when too many decoded already, and is not pruned."""
-
-    ticket: Ticket
-    slot: int
-    cache: Any
-    dense: bool
-    read: int = 0
+    invariant: bool = False
+    prefix_bytes: int = 256 << 20
 
 
 @dataclass
@@ -86,23 +68,38 @@ class Engine:
         context, asked = context_length(model), self.limits.tokens
         self.context = min(size for size in (context, asked, 1 << 62) if size is not None)
         self.vocabulary = int(model.config.get_text_config().vocab_size)
-        self.joins = can_join(model)
         self.dense_above: int | None = None  # sequences; None: never
         self.listener = listener or Listener()
         self._model = model
-        self.most = self.limits.batch if self.joins else 1  # sequences at a time
-        takes = inspect.signature(model.forward).parameters
-        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self.most = self.limits.batch  # sequences at a time
+        self.separate, key = self._apart(model)
+        self._batches = Batches(key)
+        # only caches that hold every token can be cut
+        self._reader = PromptReader(model, run, self.limits.chunk, self.limits.prefix_bytes if can_join(model) else 0)
         self._ends = _ends(model, tokenizer)
         self._queue = FairQueue(self.limits.queue)
         self._wake = threading.Condition()
         self._prompts: list[Prompt] = []
-        self._lines: list[Line] = []
         self._live: dict[int, Live] = {}
-        self._joined = JoinedCache()
         self._closing = False
         self._seconds = GUESS  # that a request takes, smoothed
         self._thread = threading.Thread(target=self._work, name="dartprune-engine", daemon=True)
+
+    @property
+    def together(self) -> int:
+        """Sequences that may share a forward."""
+        return 1 if self.separate else self.most
+
+    def _apart(self, model: Any) -> tuple[str | None, Callable[[Line], Hashable]]:
+        """Why lines decode one by one, None if they do not; and which may share a forward."""
+        if not can_join(model):
+            return "this model's caches cannot be joined", lambda line: line.slot
+        if not self.limits.invariant:
+            return None, lambda line: None
+        reason = self.run.make_batch_invariant()
+        if reason is None:
+            return None, lambda line: self.run.will_prune(line.slot)
+        return f"for batch invariance {reason}", lambda line: line.slot
 
     # ---- from any thread
 
@@ -128,7 +125,7 @@ class Engine:
     @property
     def decoding(self) -> int:
         """Sequences that decode, or whose prompt is being read."""
-        return len(self._lines) + len(self._prompts)
+        return len(self._batches) + len(self._prompts)
 
     def submit(self, ask: Ask, tell: Callable[[News], None]) -> Ticket:
         """Take a request; `tell` hears of it from the engine's thread.
@@ -169,16 +166,17 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self._wake:
-                while not (self._queue.peek() or self._prompts or self._lines or self._closing):
+                while not (self._queue.peek() or self._prompts or len(self._batches) or self._closing):
                     self._wake.wait(1.0)
-                if self._closing and not (self._queue.peek() or self._prompts or self._lines):
+                if self._closing and not (self._queue.peek() or self._prompts or len(self._batches)):
+                    self._reader.prefixes.clear()
                     return
             try:
                 self._drop_gone()
                 self._admit()
                 if self._prompts:
                     self._read(self._prompts[0])
-                if self._lines:
+                if len(self._batches):
                     self._step()
             except Exception:
                 # a fault of ours or of the model: those who wait are told, and the others after them served
@@ -190,8 +188,8 @@ class Engine:
         for ticket in self._queue.sweep():
             self._fail(ticket)
         for ticket in [live.ticket for live in self._live.values()]:
-            if ticket.cancelled or ticket.late:
-                self._leave([n for n, line in enumerate(self._lines) if line.ticket is ticket], answered=False)
+            if ticket.cancelled or ticket.late or ticket.broken:
+                self._leave([line for line in self._batches.lines if line.ticket is ticket], answered=False)
                 for prompt in [prompt for prompt in self._prompts if prompt.ticket is ticket]:
                     self._prompts.remove(prompt)
                     self.run.close([prompt.slot])
@@ -199,61 +197,50 @@ class Engine:
 
     def _admit(self) -> None:
         """Begin with the next requests while there is room for all of their choices."""
-        taken = len(self._lines) + sum(prompt.ticket.ask.choices for prompt in self._prompts)
+        taken = len(self._batches) + sum(prompt.ticket.ask.choices for prompt in self._prompts)
         while (ticket := self._queue.peek()) is not None:
             if taken and taken + ticket.ask.choices > self.most:
                 return
-            from transformers import DynamicCache
-
             self._queue.pop()
-            busy = self._is_dense(taken + ticket.ask.choices)
             self._live[ticket.number] = Live(ticket, ticket.ask.choices)
-            (slot,) = self.run.open(sparsity=0.0 if busy else ticket.ask.sparsity)
-            self._prompts.append(Prompt(ticket, slot, DynamicCache(config=self._model.config), busy))
+            self._prompts.append(self._reader.open(ticket, dense=self._is_dense(taken + ticket.ask.choices)))
             self.listener.began(time.monotonic() - ticket.taken)
             taken += ticket.ask.choices
 
     def _read(self, prompt: Prompt) -> None:
-        """Read the next chunk of a prompt, dense and traced; after the last one its choices begin."""
-        ids = prompt.ticket.ask.prompt
-        chunk = ids[prompt.read : prompt.read + self.limits.chunk]
-        inputs: dict[str, Any] = {
-            "input_ids": torch.tensor([chunk], dtype=torch.int64, device=self._model.device),
-            "past_key_values": prompt.cache,
-            "use_cache": True,
-        }
-        # nothing is traced for masks that will not be made
-        paused = self.run.dense() if prompt.dense else nullcontext()
-        with paused, self.run.phase("prefill", slots=(prompt.slot,)):
-            logits = self._model(**inputs, **self._last_logits).logits[:, -1].float().cpu()
-        prompt.read += len(chunk)
-        if prompt.read == len(ids):
+        """Read the next chunk of a prompt; after the last one its choices begin."""
+        logits = self._reader.read(prompt)
+        if logits is not None:
             self._prompts.remove(prompt)
-            self._begin(prompt, logits[0])
+            self._begin(prompt, logits)
 
     def _begin(self, prompt: Prompt, logits: Tensor) -> None:
         """The prompt is read: its choices join the batch, each with its first token."""
         ask = prompt.ticket.ask
         slots = (prompt.slot, *self.run.fork([prompt.slot] * (ask.choices - 1)))
         self.listener.first_token(time.monotonic() - prompt.ticket.taken)
-        self._joined.join(prompt.cache, len(ask.prompt), ask.choices)
-        for choice, slot in enumerate(slots):
-            words = Words(self.tokenizer, ask.prompt, ask.stop)
-            self._lines.append(Line(prompt.ticket, choice, slot, words, Drawer(ask.sampling, choice)))
-        first = len(self._lines) - len(slots)
-        self._leave([n for n in range(first, len(self._lines)) if not self._advance(self._lines[n], logits)])
+        lines = [
+            Line(prompt.ticket, choice, slot, Words(self.tokenizer, ask.prompt, ask.stop), Drawer(ask.sampling, choice))
+            for choice, slot in enumerate(slots)
+        ]
+        self._batches.add(prompt.cache, len(ask.prompt), lines)
+        self._leave([line for line in lines if not self._advance(line, logits)])
 
     def _step(self) -> None:
         """One token of every line."""
         began = time.monotonic()
-        inputs = self._joined.inputs([line.token for line in self._lines], self._model.device)
-        slots = tuple(line.slot for line in self._lines)
-        paused = self.run.dense() if self._is_dense(len(slots)) else nullcontext()
-        with paused, self.run.phase("decode", slots=slots):
-            logits = self._model(**inputs).logits[:, -1].float().cpu()
-        self._joined.grew()
-        self.listener.step(len(self._lines), time.monotonic() - began)
-        self._leave([n for n, line in enumerate(self._lines) if not self._advance(line, logits[n])])
+        self._batches.sort()
+        many, over = len(self._batches), []
+        for batch in self._batches:
+            inputs = batch.joined.inputs([line.token for line in batch.lines], self._model.device)
+            slots = tuple(line.slot for line in batch.lines)
+            paused = self.run.dense() if self._is_dense(many) else nullcontext()
+            with paused, self.run.phase("decode", slots=slots):
+                logits = self._model(**inputs).logits[:, -1].float().cpu()
+            batch.joined.grew()
+            over += [line for line, row in zip(batch.lines, logits, strict=True) if not self._advance(line, row)]
+        self.listener.step(many, time.monotonic() - began)
+        self._leave(over)
 
     def _is_dense(self, lines: int) -> bool:
         """Whether so many sequences decode dense."""
@@ -262,6 +249,9 @@ class Engine:
     def _advance(self, line: Line, logits: Tensor) -> bool:
         """Draw a line's next token and tell of it; False where the line is over with it."""
         ask = line.ticket.ask
+        if not math.isfinite(float(logits.max())):
+            line.ticket.broken = True  # the request ends before the next step; the others go on
+            return True
         line.token = token = line.drawer.draw(logits)
         line.tokens += 1
         last = line.tokens >= ask.most
@@ -282,15 +272,12 @@ class Engine:
 
     # ---- ends
 
-    def _leave(self, places: Sequence[int], *, answered: bool = True) -> None:
+    def _leave(self, lines: Sequence[Line], *, answered: bool = True) -> None:
         """Take lines out of the batch; with `answered` their requests are told that they are over."""
-        if not places:
+        if not lines:
             return
-        gone = [self._lines[n] for n in places]
-        kept = [n for n in range(len(self._lines)) if n not in set(places)]
-        self._joined.keep(kept)
-        self._lines = [self._lines[n] for n in kept]
-        for line, report in zip(gone, self.run.close([line.slot for line in gone]), strict=True):
+        self._batches.drop(lines)
+        for line, report in zip(lines, self.run.close([line.slot for line in lines]), strict=True):
             if answered:
                 self._finish(line, report)
 
@@ -299,7 +286,6 @@ class Engine:
         ended = line.token in self._ends
         reason = "stop" if ended or line.words.stopped else "length"
         self.listener.ended(report)
-        self._tell(ticket, Done(line.choice, reason, line.tokens - ended, report))
         live = self._live[ticket.number]
         live.left -= 1
         if not live.left:
@@ -307,23 +293,29 @@ class Engine:
             took = time.monotonic() - ticket.taken
             self._seconds = 0.9 * self._seconds + 0.1 * took
             self.listener.finished("ok", took)
+        # last: who hears of it may look at what was counted
+        cached = 0 if line.choice else ticket.cached
+        self._tell(ticket, Done(line.choice, reason, line.tokens - ended, report, cached))
 
     def _fail(self, ticket: Ticket) -> None:
-        """Tell a request whose time is over, or that nobody waits for."""
+        """Tell a request whose time is over, that nobody waits for, or that the model fails at."""
         self._live.pop(ticket.number, None)
-        kind = "cancelled" if ticket.cancelled else "timeout"
-        self.listener.finished(kind, time.monotonic() - ticket.taken)
-        if kind == "cancelled":
-            message = "the client is gone"
+        if ticket.cancelled:
+            kind, message = "cancelled", "the client is gone"
+        elif ticket.broken:
+            kind, message = "internal", "the model's logits for this request were not finite"
         else:
-            message = f"the request took longer than {ticket.ask.seconds:g} seconds"
+            kind, message = "timeout", f"the request took longer than {ticket.ask.seconds:g} seconds"
+        self.listener.finished(kind, time.monotonic() - ticket.taken)
         self._tell(ticket, Failed(kind, message))
 
     def _fail_all(self) -> None:
         """After an error nothing is known of what is under way: all of it ends."""
         tickets = [live.ticket for live in self._live.values()]
-        slots = [line.slot for line in self._lines] + [prompt.slot for prompt in self._prompts]
-        self._lines, self._prompts, self._joined = [], [], JoinedCache()
+        slots = [line.slot for line in self._batches.lines] + [prompt.slot for prompt in self._prompts]
+        self._batches.drop(self._batches.lines)
+        self._prompts = []
+        self._reader.prefixes.clear()
         self._live.clear()
         for slot in slots:
             with suppress(ValueError):  # it may be closed by now

@@ -38,6 +38,9 @@ class JoinedCache:
 
     def join(self, cache: Any, length: int, times: int = 1) -> None:
         """Add lines: the cache of one sequence of that many tokens, not used by itself any longer, so many times."""
+        if not self.lengths and times == 1:
+            self.cache, self.lengths = cache, [length]  # of whatever kind
+            return
         width = max(self.width, length)
         for number, layer in enumerate(cache.layers):
             for name in ("keys", "values"):
@@ -63,6 +66,18 @@ class JoinedCache:
         for layer in self.cache.layers:
             layer.keys = layer.keys[:, :, surplus:].index_select(0, order)
             layer.values = layer.values[:, :, surplus:].index_select(0, order)
+
+    def taken(self, line: int) -> Any:
+        """A cache of one line alone, without what fills it up; the line stays here too."""
+        from transformers import DynamicCache
+
+        if len(self.lengths) == 1:
+            return self.cache
+        first, alone = self.width - self.lengths[line], DynamicCache()
+        for number, layer in enumerate(self.cache.layers):
+            parts = (part[line : line + 1, :, first:].clone() for part in (layer.keys, layer.values))
+            alone.update(*parts, number)
+        return alone
 
     def inputs(self, tokens: Sequence[int], device: torch.device) -> dict[str, Any]:
         """What a forward of one more token for each line is given."""

@@ -81,12 +81,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Done:
-    """One choice is over: `stop` or `length`; how many tokens it got, and what was pruned of them."""
+    """One choice is over: `stop` or `length`; how many tokens it got, and what was pruned of them.
+
+    cached: tokens of the prompt that were known, told with the first choice alone.
+    """
 
     choice: int
     reason: str
     tokens: int
     report: SequenceReport
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,12 +117,17 @@ class Refusal(Exception):
 
 @dataclass
 class Ticket:
-    """A request that was taken. `tell` is called by the engine's thread with everything that happens to it."""
+    """A request that was taken. `tell` is called by the engine's thread with everything that happens to it.
+
+    broken: whether the model fails at it.  cached: tokens of its prompt that were known.
+    """
 
     ask: Ask
     tell: Callable[[News], None]
     number: int = field(default_factory=lambda: next(_numbers))
     taken: float = field(default_factory=time.monotonic)
+    broken: bool = False
+    cached: int = 0
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:

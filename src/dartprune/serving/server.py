@@ -85,7 +85,7 @@ def run_server(
     engine = Engine(model, tokenizer, run, limits, metrics)
     if above == "auto":
         log.info("measuring from how many sequences on dense steps are faster")
-    engine.dense_above = measured(above, model, run, engine.most)
+    engine.dense_above = measured(above, model, run, engine.together)
     app = build_app(
         Door(engine, Terms(name, **terms)),
         metrics,
@@ -113,8 +113,10 @@ def run_server(
 def _said(engine: Engine, address: Address) -> str:
     host = f"[{address.host}]" if ":" in address.host else address.host
     parts = [f"listening on http://{host}:{address.port}, {engine.most} sequences at a time"]
-    if not engine.joins:
-        parts.append("this model's caches cannot be joined, so requests decode one after another")
+    if engine.separate is not None:
+        parts.append(f"{engine.separate}, so each decodes in forwards of its own")
+    elif engine.limits.invariant:
+        parts.append("batch invariant")
     if engine.dense_above is not None:
         parts.append(f"steps of more than {engine.dense_above} sequences are dense")
     return "; ".join(parts)

@@ -51,6 +51,25 @@ def _pruned_ffn(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, sl
     return out.to(x.dtype)
 
 
+@ffn_operator("ffn_cpu_invariant")
+def _invariant_ffn(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
+    from dartprune.ffn.cpu import selector_kernels as kernels
+
+    wide = x.detach().float().contiguous()
+    out = torch.empty(wide.shape, dtype=torch.float32, device="cpu")
+    arrays, kind = weight_arrays(weights), kernels.ACTIVATIONS[weights.activation]
+    lists = index.index_select(0, slots), count.index_select(0, slots)
+    for first in range(0, x.shape[0], kernels.MOST_ROWS):
+        part = slice(first, first + kernels.MOST_ROWS)
+        rows = wide[part].numpy()
+        value = torch.empty(rows.shape[0], weights.neurons, dtype=torch.float32, device="cpu").numpy()
+        mine = lists[0][part].numpy(), lists[1][part].numpy()
+        kernels.mask_rows(rows, arrays, mine, kind, use_threads(), value, out[part].numpy())
+    if weights.down_bias is not None:
+        out += weights.down_bias.float()
+    return out.to(x.dtype)
+
+
 class CpuBackend:
     """Fused Numba kernels over the kept rows of the original weights, as many threads as torch uses."""
 
@@ -91,3 +110,17 @@ class CpuBackend:
         if len(kept) == 1:
             return kept[0].numel() * weights.row_bytes
         return int(torch.cat(list(kept)).unique().numel()) * weights.row_bytes
+
+
+class InvariantCpuBackend(CpuBackend):
+    """The same with sums in one order: a row gives the same bits alone and in a batch. Index lists are ascending."""
+
+    def reason_against(self, weights: FFNWeights | str, device: torch.device) -> str | None:
+        """Packed rows have no such form."""
+        if isinstance(weights, QuantisedRows):
+            return "rows of 4 and 8 bits are added in an order that depends on the batch"
+        return super().reason_against(weights, device)
+
+    def ffn(self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
+        """Compute the pruned FFN of x [N, H]; see `Backend.ffn`."""
+        return _invariant_ffn(x, weights, index, count, slots)

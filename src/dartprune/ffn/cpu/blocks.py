@@ -88,13 +88,26 @@ def _fits(floats: Any, rows: Any, ahead: Any) -> bool:
     return all(row.dtype == types.float32 for row in floats) and len(stored) == 1 and stored <= set(_BYTES)
 
 
+def _folded(builder: Any, vector: Any) -> Any:
+    """The sum of a vector's floats: its halves are added until one is left."""
+    lanes = LANES
+    while lanes > 1:
+        lanes //= 2
+        halves = [
+            ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(first, first + lanes))) for first in (0, lanes)
+        ]
+        low, high = (builder.shuffle_vector(vector, vector, half) for half in halves)
+        vector = builder.fadd(low, high)
+    return builder.extract_element(vector, ir.IntType(32)(0))
+
+
 @intrinsic
 def dots(context: Any, inputs: Any, rows: Any, ahead: Any) -> Any:
     """Dot products of weight rows with inputs, in float32; `ahead`, rows that are needed next, are fetched meanwhile.
 
     Each is a tuple of contiguous arrays [H]: inputs float32, rows and ahead in a weight's words. A weight is widened
-    once for all inputs. Returns a tuple: row 0 with each input, row 1 with each input, and so on; each sum is folded
-    in one fixed order.
+    once for all inputs. Returns a tuple: row 0 with each input, row 1 with each input, and so on. Each sum is made in
+    one order, whatever the numbers of rows and inputs.
     """
     if not _fits(inputs, rows, ahead):
         return None
@@ -117,9 +130,7 @@ def dots(context: Any, inputs: Any, rows: Any, ahead: Any) -> Any:
                         builder.store(_multiply_add(builder, weight, value, builder.load(total), _VECTOR), total)
         results = []
         for one, other in sums:
-            both = builder.fadd(builder.load(one), builder.load(other))
-            start = ir.Constant(_FLOAT, -0.0)
-            folded = _call(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", _FLOAT, start, both, flags=("reassoc",))
+            folded = _folded(builder, builder.fadd(builder.load(one), builder.load(other)))
             results.append(cgutils.alloca_once_value(builder, folded))
         with cgutils.for_range_slice(builder, whole, length, _SIZE(1)) as (at, _):
             values = [_weights(builder, types.float32, pointer, at, _FLOAT) for pointer in x]

@@ -1,4 +1,4 @@
-"""Per-token selection and the FFN over the chosen neurons, fused, in Numba.
+"""FFNs in which a row has the same bits alone and in a batch, fused, in Numba: of selectors, and of given masks.
 
 Both selectors end alike: a score for every neuron, the exact cut of each row by a radix search over the bits of its
 scores, then the rows of the chosen neurons. Every sum is made in one order whatever the number of threads and of rows:
@@ -155,6 +155,23 @@ def estimates(x, rounding, sketch, threads, out):
 def choose(key, slots, wanted, least, index, count, cut):
     """`selector_ops.chosen_rows` with each slot's wanted and least score; key and least as bits, uint32."""
     choose_part(0, key.shape[0], key, slots, wanted, least, index, count, cut)
+
+
+@kernel(parallel=True)
+def mask_rows(x, weights, lists, kind, threads, value, out):
+    """`Backend.ffn` for up to 64 rows, each with the bits that it has alone; the weights' arguments as below.
+
+    lists (index, count) of each row, ascending; value float32 [N, I], anything; out float32 [N, H] is filled.
+    """
+    rows, hidden, neurons = x.shape[0], x.shape[1], value.shape[1]
+    index, count = lists
+    kept, union = union_of(neurons, rows, index, count, np.arange(rows))
+    for t in prange(threads):
+        first, last = _share(union.shape[0], t, threads, 1)
+        _up_part(first, last, x, weights, kept, union, kind, False, value)
+    for t in prange(threads):
+        first, last = _share(hidden, t, threads, LINE)
+        _down_part(first, last, weights[3], union, index, count, value, out)
 
 
 @kernel()

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit, prange
 
 from dartprune.ffn.cpu.activations import ZERO
-from dartprune.ffn.cpu.blocks import add_rows, dots, float_of, word_of
+from dartprune.ffn.cpu.blocks import LINE, add_rows, dots, float_of, word_of
 from dartprune.ffn.cpu.cache import kernel
 
 FOUR = 4  # rows of a weight, or tokens of a cache, that are taken at a time
@@ -14,18 +14,31 @@ FOUR = 4  # rows of a weight, or tokens of a cache, that are taken at a time
 
 @njit(nogil=True)
 def _linear_part(first, last, x, weight, bias, out):
-    """Outputs first:last of x float32 [N, K]; weight [O, K] in words, bias float32 [O] or empty."""
+    """Outputs first:last of x float32 [N, K]; weight [O, K] in words, bias float32 [O] or empty.
+
+    A row of x gives the same bits whatever the others are.
+    """
     i = first
     while i < last:
         many = FOUR if i + FOUR <= last else 1
         j = min(i + many, last - many)
-        for n in range(x.shape[0]):
+        n = 0
+        while n < x.shape[0]:
+            two = n + 2 <= x.shape[0]
             if many == FOUR:
                 rows = (weight[i], weight[i + 1], weight[i + 2], weight[i + 3])
                 ahead = (weight[j], weight[j + 1], weight[j + 2], weight[j + 3])
-                out[n, i], out[n, i + 1], out[n, i + 2], out[n, i + 3] = dots((x[n],), rows, ahead)
+                if two:
+                    a, b, c, d, e, f, g, h = dots((x[n], x[n + 1]), rows, ahead)
+                    out[n, i], out[n, i + 1], out[n, i + 2], out[n, i + 3] = a, c, e, g
+                    out[n + 1, i], out[n + 1, i + 1], out[n + 1, i + 2], out[n + 1, i + 3] = b, d, f, h
+                else:
+                    out[n, i], out[n, i + 1], out[n, i + 2], out[n, i + 3] = dots((x[n],), rows, ahead)
+            elif two:
+                out[n, i], out[n + 1, i] = dots((x[n], x[n + 1]), (weight[i],), (weight[j],))
             else:
                 (out[n, i],) = dots((x[n],), (weight[i],), (weight[j],))
+            n += 2 if two else 1
         i += many
     if bias.shape[0]:
         for n in range(x.shape[0]):
@@ -52,6 +65,44 @@ def linear(x, weight, bias, threads, out):
 def linear_alone(x, weight, bias, out):
     """The same in the calling thread."""
     _linear_part(0, weight.shape[0], x, weight, bias, out)
+
+
+@njit(nogil=True)
+def _by_inputs_part(first, last, x, rows, bias, out):
+    """Outputs first:last of x float32 [N, K], where rows [K, O] hold an input's weights: added in their order."""
+    for n in range(x.shape[0]):
+        for o in range(first, last):
+            out[n, o] = bias[o] if bias.shape[0] else ZERO
+    k = 0
+    while k < rows.shape[0]:
+        many = FOUR if k + FOUR <= rows.shape[0] else 1
+        j = min(k + many, rows.shape[0] - many)
+        a, e = rows[k, first:last], rows[j, first:last]
+        if many == FOUR:
+            b, c, d = rows[k + 1, first:last], rows[k + 2, first:last], rows[k + 3, first:last]
+            f, g, h = rows[j + 1, first:last], rows[j + 2, first:last], rows[j + 3, first:last]
+            n = 0
+            while n + 2 <= x.shape[0]:
+                p, q = x[n], x[n + 1]
+                scales = (p[k], q[k], p[k + 1], q[k + 1], p[k + 2], q[k + 2], p[k + 3], q[k + 3])
+                add_rows((out[n, first:last], out[n + 1, first:last]), scales, (a, b, c, d), (e, f, g, h))
+                n += 2
+            if n < x.shape[0]:
+                p = x[n]
+                add_rows((out[n, first:last],), (p[k], p[k + 1], p[k + 2], p[k + 3]), (a, b, c, d), (e, f, g, h))
+        else:
+            for n in range(x.shape[0]):
+                add_rows((out[n, first:last],), (x[n, k],), (a,), (e,))
+        k += many
+
+
+@kernel(parallel=True)
+def linear_by_inputs(x, rows, bias, threads, out):
+    """The same as `linear` of weights that lie the other way round, rows [K, O]."""
+    for t in prange(threads):
+        units = -(-rows.shape[1] // LINE)
+        first, last = units * t // threads * LINE, min(units * (t + 1) // threads * LINE, rows.shape[1])
+        _by_inputs_part(first, last, x, rows, bias, out)
 
 
 @njit(fastmath={"reassoc", "contract"}, nogil=True)
