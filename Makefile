@@ -24,11 +24,14 @@ demo: $(READY) ## decode texts that change their topic: dense, static, DART
 serve-demo: $(READY) ## serve the model inside, stream a completion from it, and stop it again
 	$(BIN)/python tools/serve_demo.py
 
+# a process for each core, in which torch has one thread; whoever is done takes over from the others
+PARALLEL := -n auto --dist worksteal
+
 test: $(READY) lint ## check style and types, then run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-quick: $(READY) ## run the tests that take no second (tests/slow.txt names the others)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 SECONDS := 180
 SEED := 0

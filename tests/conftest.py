@@ -16,6 +16,7 @@ from dartprune.loading import load
 
 # tiny models gain nothing from threads, and on a busy machine threads that wait for each other are very slow
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 # without a GPU its kernels are interpreted; Triton asks for this when it is first imported, by whatever test
 if not torch.cuda.is_available():
