@@ -78,7 +78,9 @@ def main() -> None:
                 engine.close()
         without, beside = (statistics.median(seconds[kept]) for kept in (False, True))
         rows.append({"arm": name, "known": known, "seconds": without, "seconds_known": beside, "each": seconds})
-        print(f"{name}: {without:.3f} s without, {beside:.3f} s with {known} tokens known, {without / beside:.1f} times")
+        print(
+            f"{name}: {without:.3f} s without, {beside:.3f} s with {known} tokens known, {without / beside:.1f} times"
+        )
     if args.out:
         settings = {key: str(value) for key, value in vars(args).items() if key != "out"}
         data = {"benchmark": "serving-prefix", "date": time.strftime("%Y-%m-%d")}
