@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from dartprune.run import Run
+
+
+class TokenClock(BaseStreamer):  # type: ignore[misc]
+    """Notes when each token of a generation came; given to `generate()` as its streamer."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        """The prompt first, then a token at a time."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is kept open."""
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens a second in the median decode step; none where the prefill's own token was the only one."""
+        steps = [after - before for before, after in pairwise(self.times[1:])]
+        return [1 / statistics.median(steps)] if steps else []
 
 
 def read(model: Any, tokens: Tensor, run: Run | None, cache: Any = None) -> Any:

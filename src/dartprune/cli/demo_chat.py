@@ -16,13 +16,14 @@ ARMS = ("dense", "dart", "sketch-dart")
 
 def chat_demo(name: str, sparsity: float, out: Path, backend: str, most: int, *, as_json: bool) -> None:
     """Load the model, let each arm answer, and show what came of it."""
-    from dartprune.demo.chat import INSTRUCTION, prompt_tokens, work_of, write_in_turn
+    from dartprune.demo.chat import INSTRUCTION, work_of, write_in_turn
+    from dartprune.evaluation.texts import chat_prompt
     from dartprune.loading import load
     from dartprune.reporting.progress import bar
 
     arms = [o.make_pruner(arm, sparsity) for arm in ARMS]
     model, tokenizer = load(name)
-    prompt = prompt_tokens(tokenizer, INSTRUCTION)
+    prompt = chat_prompt(tokenizer, INSTRUCTION)
     with bar("decoding", work_of(len(arms), most), silent=as_json) as work:
         found = write_in_turn(model, tokenizer, arms, prompt, most=most, backend=backend, progress=work)
     if found[0].tokens < 2:

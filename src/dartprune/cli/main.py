@@ -11,7 +11,20 @@ from typing import Annotated, Any
 import typer
 
 import dartprune
-from dartprune.cli import batch, bench, compare, demo, frontier, generate, inspect, layers, lm_eval, serve, study
+from dartprune.cli import (
+    advise,
+    batch,
+    bench,
+    compare,
+    demo,
+    frontier,
+    generate,
+    inspect,
+    layers,
+    lm_eval,
+    serve,
+    study,
+)
 from dartprune.cli import eval as evaluation
 from dartprune.cli.command import Command
 from dartprune.cli.options import INTERRUPTED
@@ -29,6 +42,7 @@ app = typer.Typer(
 )
 for _name, _command, _example in (
     ("generate", generate.generate, generate.EXAMPLE),
+    ("advise", advise.advise, advise.EXAMPLE),
     ("serve", serve.serve, serve.EXAMPLE),
     ("batch", batch.batch, batch.EXAMPLE),
     ("inspect", inspect.inspect, inspect.EXAMPLE),

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.streamers import BaseStreamer
 
-from dartprune.errors import UserError
+from dartprune.bench.stepping import TokenClock
 from dartprune.evaluation.forced import forced_losses
 from dartprune.pruner import Pruner
 from dartprune.report import Report
@@ -22,26 +19,6 @@ INSTRUCTION = (
     "Write one paragraph about how honey bees live together in a hive. "
     "Then write one paragraph about the first landing on the Moon."
 )
-
-
-class _Clock(BaseStreamer):  # type: ignore[misc]
-    """Notes when each token of a generation came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        """The prompt first, then a token at a time."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is kept open."""
-
-    @property
-    def rates(self) -> list[float]:
-        """Tokens a second in the median decode step; none where the prefill's own token was the only one."""
-        steps = [after - before for before, after in pairwise(self.times[1:])]
-        return [1 / statistics.median(steps)] if steps else []
 
 
 @dataclass
@@ -65,14 +42,6 @@ class Answer:
         return statistics.median(self.rates) if self.rates else None
 
 
-def prompt_tokens(tokenizer: Any, instruction: str) -> Any:
-    """The instruction in the model's chat template, as tensors; ValueError where there is no template."""
-    if tokenizer.chat_template is None:
-        raise UserError("this model's tokenizer has no chat template: the demo asks a chat model for two topics")
-    message = [{"role": "user", "content": instruction}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-
-
 def write_in_turn(
     model: nn.Module,
     tokenizer: Any,
@@ -90,7 +59,7 @@ def write_in_turn(
         model: in evaluation mode and free.
         tokenizer: its own.
         arms: methods; the first is dense.
-        prompt: of `prompt_tokens`.
+        prompt: of `evaluation.texts.chat_prompt`.
         most: tokens to write at most.
         backend: how the pruned FFN is computed.
         repetitions: of the timing, in turn, so that a slow moment of the machine meets all arms.
@@ -101,7 +70,7 @@ def write_in_turn(
     length = prompt["input_ids"].shape[1]
     for repetition in range(repetitions):
         for number, arm in enumerate(arms):
-            clock = _Clock()
+            clock = TokenClock()
             with torch.no_grad(), arm(model, backend=backend) as run:
                 out = model.generate(  # type: ignore[operator]
                     **prompt, max_new_tokens=most, do_sample=False, streamer=clock, pad_token_id=tokenizer.pad_token_id

@@ -111,6 +111,14 @@ def json_lines(text: str, path: str | Path, *fields: str) -> Iterator[dict[str, 
 JOIN = 5
 
 
+def chat_prompt(tokenizer: Any, instruction: str) -> Any:
+    """An instruction in the model's chat template, as tensors; ValueError where there is no template."""
+    if tokenizer.chat_template is None:
+        raise UserError("this model's tokenizer has no chat template: it is no chat model that could be asked")
+    message = [{"role": "user", "content": instruction}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+
+
 def opening(tokenizer: Any) -> list[int]:
     """The token that a tokenizer itself puts before a text, none for most: without it such models are lost (Gemma).
 
