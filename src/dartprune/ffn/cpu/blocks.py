@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -25,6 +26,8 @@ _FLOAT, _SIZE = ir.FloatType(), ir.IntType(64)
 _STORED = {types.int8: ir.IntType(8), types.uint16: ir.IntType(16), types.int16: ir.HalfType(), types.float32: _FLOAT}
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _WORD, _WORDS = ir.IntType(64), ir.VectorType(ir.IntType(64), 8)  # of bit planes
+# whether the processor counts the bits of eight words at once: then a row's last words are a vector that is not full
+_COUNTS_VECTORS = bool(get_host_cpu_features().get("avx512vpopcntdq"))
 _AHEAD = 4096  # bytes between the planes that are counted and those that are fetched
 
 
@@ -186,6 +189,17 @@ def add_rows(context: Any, outputs: Any, scales: Any, rows: Any, ahead: Any) -> 
     return types.void(outputs, scales, rows, ahead), generate
 
 
+def _first(builder: Any, many: Any) -> Any:
+    """Of the lanes of a vector of words the first `many`, as bits."""
+    one = ir.Constant(_WORDS, ir.Undefined)
+    spread = builder.shuffle_vector(
+        builder.insert_element(one, many, ir.IntType(32)(0)),
+        one,
+        ir.Constant(ir.VectorType(ir.IntType(32), 8), [0] * 8),
+    )
+    return builder.icmp_unsigned("<", ir.Constant(_WORDS, list(range(_WORDS.count))), spread)
+
+
 @intrinsic
 def common_ones(context: Any, rows: Any, planes: Any) -> Any:
     """Bits that each row has in common with the planes: the sum of w_p * popcount(row AND plane p).
@@ -199,13 +213,17 @@ def common_ones(context: Any, rows: Any, planes: Any) -> Any:
         length, whole = _length(context, builder, signature.args[0], args[0], _WORDS.count)
         left, right = (_pointers(context, builder, kind, arg) for kind, arg in zip(signature.args, args, strict=True))
 
-        def load(pointer: Any, at: Any, kind: Any) -> Any:
-            return builder.load(builder.bitcast(builder.gep(pointer, [at]), kind.as_pointer()), align=8)
+        def load(pointer: Any, at: Any, kind: Any, lanes: Any) -> Any:
+            place = builder.bitcast(builder.gep(pointer, [at]), kind.as_pointer())
+            if lanes is None:
+                return builder.load(place, align=8)
+            zeros = ir.Constant(kind, [0] * kind.count)
+            return _call(builder, "llvm.masked.load.v8i64.p0", kind, place, ir.IntType(32)(8), lanes, zeros)
 
-        def count(sums: list[list[Any]], at: Any, kind: Any) -> None:
-            words = [load(pointer, at, kind) for pointer in left]
+        def count(sums: list[list[Any]], at: Any, kind: Any, lanes: Any = None) -> None:
+            words = [load(pointer, at, kind, lanes) for pointer in left]
             for p, pointer in enumerate(right):
-                plane = load(pointer, at, kind)
+                plane = load(pointer, at, kind, lanes)
                 for r, word in enumerate(words):
                     ones = _call(
                         builder, "llvm.ctpop." + ("v8i64" if kind is _WORDS else "i64"), kind, builder.and_(word, plane)
@@ -229,6 +247,12 @@ def common_ones(context: Any, rows: Any, planes: Any) -> Any:
             for pointer in left:
                 _prefetch(builder, pointer, builder.add(at, _WORD(_AHEAD // 8)))
             count(vectors, at, _WORDS)
+        if _COUNTS_VECTORS:  # one word alone is quicker by itself
+            rest = builder.sub(length, whole)
+            several = builder.icmp_unsigned("<", _WORD(1), rest)
+            with builder.if_then(several):
+                count(vectors, whole, _WORDS, _first(builder, rest))
+            whole = builder.select(several, length, whole)
         with cgutils.for_range_slice(builder, whole, length, _WORD(1)) as (at, _):
             count(scalars, at, _WORD)
         results = [
