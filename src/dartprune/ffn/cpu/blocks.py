@@ -37,7 +37,7 @@ def _call(builder: Any, name: str, result: Any, *args: Any, flags: tuple[str, ..
 
 
 def _like(kind: Any, scalar: Any) -> Any:
-    return ir.VectorType(scalar, LANES) if kind is _VECTOR else scalar
+    return ir.VectorType(scalar, kind.count) if isinstance(kind, ir.VectorType) else scalar
 
 
 def _weights(builder: Any, words: Any, row: Any, at: Any, kind: Any) -> Any:
@@ -191,12 +191,8 @@ def add_rows(context: Any, outputs: Any, scales: Any, rows: Any, ahead: Any) -> 
 
 def _first(builder: Any, many: Any) -> Any:
     """Of the lanes of a vector of words the first `many`, as bits."""
-    one = ir.Constant(_WORDS, ir.Undefined)
-    spread = builder.shuffle_vector(
-        builder.insert_element(one, many, ir.IntType(32)(0)),
-        one,
-        ir.Constant(ir.VectorType(ir.IntType(32), 8), [0] * 8),
-    )
+    nothing, first = ir.Constant(_WORDS, ir.Undefined), ir.Constant(_like(_WORDS, ir.IntType(32)), [0] * _WORDS.count)
+    spread = builder.shuffle_vector(builder.insert_element(nothing, many, ir.IntType(32)(0)), nothing, first)
     return builder.icmp_unsigned("<", ir.Constant(_WORDS, list(range(_WORDS.count))), spread)
 
 
