@@ -103,10 +103,10 @@ def test_what_is_kept_is_bounded_and_the_oldest_goes_first(small):
         assert again.text == first.text and again.ended[0].cached < pieces * CHUNK
 
 
-def test_an_error_forgets_everything(small, monkeypatch):
+def test_an_error_forgets_everything(small):
     with engine_of(small, limits=limits()) as engine:
         asked(engine, SYSTEM, 4).wait()
-        assert asked(engine, PROMPTS[0], sparsity=0.1).wait().failed.kind == "internal"
+        assert asked(engine, SYSTEM + PROMPTS[0], sparsity=0.1).wait().failed.kind == "internal"
         after = asked(engine, SYSTEM, 4).wait()
         assert after.ended[0].cached == 0
 

@@ -52,7 +52,11 @@ class PromptReader:
             (slot,) = self._run.open(sparsity=sparsity)
         else:
             (slot,) = self._run.fork([last])
-            self._run.ask_sparsity([slot], sparsity)
+            try:
+                self._run.ask_sparsity([slot], sparsity)
+            except ValueError:
+                self._run.close([slot])
+                raise
         ticket.cached = len(known) * self.prefixes.chunk
         return Prompt(ticket, slot, self.prefixes.cache(known, self._model.config), dense, traced, ticket.cached)
 
