@@ -39,11 +39,12 @@ def store_keys(score, key, tally, i, live):
 @triton.jit
 def _bin_of(tally, need, BINS: tl.constexpr):
     """The highest bin with `need` entries in it and above, and how many of its own are needed."""
-    bins = BINS - 1 - tl.arange(0, BINS)
+    # tensors first: Triton 3.7's interpreter makes a constant of a constant minus a tensor
+    bins = -tl.arange(0, BINS) + (BINS - 1)
     found = tl.load(tally + bins)
     short = tl.cumsum(found, axis=0) < need
     passed = tl.sum(tl.where(short, 1, 0), axis=0)
-    return BINS - 1 - passed, need - tl.sum(tl.where(short, found, 0), axis=0)
+    return -passed + (BINS - 1), need - tl.sum(tl.where(short, found, 0), axis=0)
 
 
 @triton.jit
