@@ -32,7 +32,8 @@ SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().split())
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what `slow.txt` names: `make test-quick` leaves it out."""
     names = {item.nodeid.partition("[")[0] for item in items}
-    whole = config.args == config.getini("testpaths") and not config.getoption("ignore")
+    fewer = any(config.getoption(name, None) for name in ("ignore", "deselect", "lf"))
+    whole = config.args == config.getini("testpaths") and not fewer
     if whole and SLOW - names:
         raise pytest.UsageError(f"tests/slow.txt names tests that are not there: {', '.join(sorted(SLOW - names))}")
     for item in items:

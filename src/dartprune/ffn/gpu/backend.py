@@ -15,6 +15,7 @@ from dartprune.ffn.weights import FFNWeights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST = (7, 0)  # compute capability that Triton compiles for
+OLDEST_TRITON = (3, 6)  # that the kernels were seen to run with
 
 
 def ready(x: Tensor, weights: FFNWeights) -> Tensor:
@@ -67,6 +68,8 @@ class GpuBackend:
             return f"the gpu kernel does not run on {device.type}"
         if importlib.util.find_spec("triton") is None:
             return "the gpu kernel needs Triton (pip install 'dartprune[gpu]')"
+        if (found := _triton_version()) < OLDEST_TRITON:
+            return f"the gpu kernel needs Triton {_dotted(OLDEST_TRITON)} or newer, this is {_dotted(found)}"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
             return "the gpu kernel needs a GPU of compute capability 7.0 or newer"
         if isinstance(weights, QuantisedRows) or weights.dtype not in DTYPES:
@@ -100,3 +103,13 @@ class GpuBackend:
 
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
