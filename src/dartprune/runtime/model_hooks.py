@@ -97,7 +97,9 @@ class LiveModel(Refuses):
         cache = inputs.get("past_key_values")
         self._check_usable(inputs.get("use_cache") is not False)
         tokens = inputs.get("input_ids")
-        first, mask = bool(call.get("is_first_iteration")), call.get("attention_mask")
+        # transformers before 5.23 does not announce the later chunks of a prompt
+        first = bool(call.get("is_first_iteration")) or self._is_prompt(cache, tokens)
+        mask = call.get("attention_mask")
         self.split = 0
         prompt = self._generation.prompt
         if first and prompt is not None and tokens is not None and cache is not None:
@@ -108,6 +110,13 @@ class LiveModel(Refuses):
                 mask = mask[:, :prompt] if isinstance(mask, Tensor) else mask
         self._begin(cache, inputs["inputs_embeds"] if tokens is None else tokens, mask, first=first, explicit=None)
         self.armed = True
+
+    def _is_prompt(self, cache: Any, tokens: Tensor | None) -> bool:
+        """Whether these tokens lie inside the prompt that `generate()` was given."""
+        prompt = self._generation.prompt
+        if prompt is None or cache is None or tokens is None or is_static(cache):
+            return False
+        return int(cache.get_seq_length()) + int(tokens.shape[1]) <= prompt
 
     @_outside_graphs
     def candidates(self, inputs: dict[str, Any]) -> None:

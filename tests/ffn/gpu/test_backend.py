@@ -213,6 +213,9 @@ def test_reasons_and_bytes(monkeypatch):
     row = 3 * 8 * 2
     assert BACKEND.bytes_read(w, [torch.tensor([1, 2, 3]), torch.tensor([3, 4])]) == 5 * row
     assert choose("auto", w, cuda)[0].name == "gpu"
+    with monkeypatch.context() as older:
+        older.setattr("triton.__version__", "3.2.0")
+        assert BACKEND.reason_against(w, cuda) == "the gpu kernel needs Triton 3.6 or newer, this is 3.2"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     assert "7.0" in BACKEND.reason_against(w, cuda)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
