@@ -10,6 +10,7 @@ import torch
 
 import dartprune
 from dartprune import Dart, Dense, Pruner, Static, Table, presets
+from dartprune.run import check_transformers
 from oracle import assert_untouched, held_by, snapshot
 from test_matrix import tokens
 from tiny import FAMILIES
@@ -246,3 +247,13 @@ def test_sequences_that_ended_hold_no_vectors():
             model.generate(tokens(model, length=40), max_new_tokens=4)
             held.append(sum(tensor.numel() >= model.config.hidden_size for tensor in held_by(run)))
         assert held[0] == held[1] == held[2] > 0 and len(run.report().sequences) == 6
+
+
+def test_a_release_of_transformers_that_is_not_known_is_refused(monkeypatch):
+    """Its caches would be new ones at every token, and nothing would be pruned."""
+    with pytest.raises(ValueError, match=r"transformers 5\.24\.0\.dev0 hands caches on .*'transformers<5\.24'"):
+        check_transformers("5.24.0.dev0")
+    check_transformers("5.23.1")
+    monkeypatch.setattr("dartprune.run.UNKNOWN_TRANSFORMERS", (5, 0))
+    with pytest.raises(ValueError, match="hands caches on under another name"):
+        Static(sparsity=0.5).attach(FAMILIES["llama"]())

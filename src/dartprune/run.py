@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from dartprune.errors import UserError
@@ -36,6 +37,8 @@ from dartprune.runtime.trace import MeanImpact
 from dartprune.runtime.windows import Detectors
 from dartprune.selectors.sketches import Progress
 
+UNKNOWN_TRANSFORMERS = (5, 24)  # the first release that is not supported
+
 
 class Run(Refuses):
     """A pruner at work on one model. Made by `Pruner.attach` or by a `with` block; ended by `detach`."""
@@ -46,6 +49,7 @@ class Run(Refuses):
         """Attach. Raises ValueError or TypeError, with the model untouched, for what cannot be pruned."""
         began = time.perf_counter()
         self.method = method
+        check_transformers(transformers.__version__)
         with apart():
             decoder = describe(model)
             self._core = core_of(model)
@@ -354,6 +358,15 @@ class Run(Refuses):
             event = logged.told()
             for callback in self._callbacks:
                 callback(event)
+
+
+def check_transformers(version: str) -> None:
+    """ValueError for a release of transformers whose caches would not be known again from token to token."""
+    if tuple(map(int, version.split(".")[:2])) >= UNKNOWN_TRANSFORMERS:
+        raise UserError(
+            f"transformers {version} hands caches on under another name than this version of dartprune knows: "
+            "pip install 'transformers<5.24'"
+        )
 
 
 def run_of(model: nn.Module) -> Run | None:
