@@ -45,7 +45,8 @@ def test_as_json(run):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--method", "dense"), "--method dense: it prunes nothing"),
+        (("--method", "dense"), "--method dense at 0.3: it prunes nothing"),
+        (("-s", "0"), "--method sketch-dart at 0: it prunes nothing"),
         (("--method", "drat"), "drat"),
         (("-s", "much"), "--sparsity much: write numbers"),
         (("-s", "1.5"), "1.5"),

@@ -14,10 +14,10 @@ from dartprune.bench.limits import amdahl
 from dartprune.bench.share import ffn_share
 from dartprune.bench.stepping import TokenClock
 from dartprune.errors import UserError
-from dartprune.evaluation.forced import forced_losses
+from dartprune.evaluation.forced import forced_losses, token_losses
 from dartprune.evaluation.stats import Interval, interval
 from dartprune.evaluation.texts import chat_prompt
-from dartprune.pruner import Dense, Pruner
+from dartprune.pruner import Pruner
 
 INSTRUCTIONS = (
     "Explain in a few sentences why the sky is blue.",
@@ -180,7 +180,7 @@ def advise(
     pairs = [(p.shape[1], a) for p, a in zip(prompts, answers, strict=True) if a.shape[1] - p.shape[1] >= SHORTEST]
     if not pairs:
         raise UserError(f"the model ends every answer within {SHORTEST} tokens: nothing can be measured")
-    base = [forced_losses(model, Dense(), text, context, block=None)[0].mean() for context, text in pairs]
+    base = [_plain_loss(model, context, text) for context, text in pairs]
     share = ffn_share(model, prompts[0], SHARE_STEPS)
     findings = [Finding(trial.arm, trial.sparsity) for trial in trials]
     rates: list[list[float]] = [[] for _ in trials]
@@ -217,6 +217,12 @@ def _written(model: Any, prompt: Tensor, new: int, progress: Callable[[int], Non
     out: Tensor = model.generate(prompt, max_new_tokens=new, do_sample=False)
     progress(new)
     return out
+
+
+def _plain_loss(model: Any, context: int, text: Tensor) -> Tensor:
+    """Mean loss of the unattached model on what follows the context, a scalar."""
+    logits = model(input_ids=text).logits[:, context - 1 : -1]
+    return token_losses(logits, text[:, context:]).mean()
 
 
 def _rate(model: Any, prompt: Tensor, new: int) -> float:

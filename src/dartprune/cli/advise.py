@@ -61,8 +61,8 @@ def _trials(methods: list[str], sparsity: list[str] | str) -> list[Trial]:
     for share in o.numbers("--sparsity", sparsity, float):
         for name in methods:
             pruner = o.make_pruner(name, share)
-            if not pruner.prunes:
-                raise UserError(f"--method {name}: it prunes nothing, which is tried in any case")
+            if not (pruner.prunes and share):
+                raise UserError(f"--method {name} at {share:g}: it prunes nothing, which is tried in any case")
             trials.append(Trial(name, share, pruner))
     return trials
 
