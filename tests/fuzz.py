@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 from dartprune import DepthAware, Detector, Global, Never, Pruner, Relearn, Release, Replay, Table, Uniform, presets
+from dartprune.model.caches import handed
 from dartprune.refresh import Refresh, refresh_kinds
 from dartprune.selectors import Exact, Sketch, TokenGate
 from oracle import MaskedTwin, assert_untouched, masks_of, rule_of, snapshot
@@ -194,7 +195,7 @@ def _direct(trial: Trial, model: nn.Module, draw: random.Random) -> None:
 
         for first, last in pairwise(cuts):
             with run.phase("prefill"):
-                given = {"attention_mask": mask[:, :last], "past_key_values": cache, "use_cache": True}
+                given = {"attention_mask": mask[:, :last], **handed(cache), "use_cache": True}
                 got = model(input_ids=ids[:, first:last], **given).logits
             want = twin.read(ids[:, first:last], mask[:, :last])
             if last == width:
@@ -206,14 +207,14 @@ def _direct(trial: Trial, model: nn.Module, draw: random.Random) -> None:
             if more and t == 12:
                 full = torch.cat((full, torch.ones(lines, more, dtype=torch.int64)), 1)
                 with run.phase("prefill"):
-                    got = model(input_ids=new[:, :more], attention_mask=full, past_key_values=cache).logits
+                    got = model(input_ids=new[:, :more], attention_mask=full, **handed(cache)).logits
                 want = twin.read(new[:, :more], full)
                 if comparable:
                     agree(got[:, -1:], want[:, -1:], "second text")
             full = torch.cat((full, torch.ones(lines, 1, dtype=torch.int64)), 1)
             known = len(run.report().events)
             with run.phase("decode"):
-                got = model(input_ids=text, attention_mask=full, past_key_values=cache).logits
+                got = model(input_ids=text, attention_mask=full, **handed(cache)).logits
             fill = None
             if pruner.compensate == "mean":
                 own = twin.means

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.ffn.sketch import FFNSketch, SketchPlanes, quantise_input
+from dartprune.model.caches import handed
 from dartprune.model.families import Layer, describe
 from dartprune.selectors import Exact, Sketch
 
@@ -99,7 +100,7 @@ class MaskedTwin:
     def read(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Read given text [B, T], all neurons at work; mask [B, past + T] of 0 and 1 for padding; the logits."""
         with inputs_of_down(self.model) as inputs:
-            out = self.model(input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True)
+            out = self.model(input_ids=ids, attention_mask=mask, **handed(self.cache), use_cache=True)
         self.cache = out.past_key_values
         real = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
         place = real.cumsum(1) + self._seen
@@ -123,7 +124,7 @@ class MaskedTwin:
         The lines `learning`, bool [B], count for the means.
         """
         with inputs_of_down(self.model) as inputs, masked_by_hand(self.model, masks, rule, fill):
-            logits = self.model(input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True).logits
+            logits = self.model(input_ids=ids, attention_mask=mask, **handed(self.cache), use_cache=True).logits
         self._seen = self._seen + ids.shape[1]
         if learning is not None:
             self._count_tokens(inputs, learning.float()[:, None].expand(ids.shape))

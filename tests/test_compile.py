@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from dartprune import Dart, Detector, Replay, Static, presets
+from dartprune.model.caches import handed
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -32,7 +33,7 @@ def decode(model, forward, run, prompt, new):
             cache = model(input_ids=prompt, use_cache=True).past_key_values
         with run.phase("decode"):
             for t in range(new.shape[1]):
-                logits.append(forward(input_ids=new[:, t : t + 1], past_key_values=cache).logits)
+                logits.append(forward(input_ids=new[:, t : t + 1], **handed(cache)).logits)
     return torch.cat(logits, dim=1)
 
 

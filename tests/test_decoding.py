@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from dartprune import Clock, Dart, Dense, Detector, Griffin, Never, Relearn, Replay, Static
+from dartprune.model.caches import handed
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -51,7 +52,7 @@ def test_a_batch_is_its_sequences_alone(family, lengths, pruner):
                 max_new_tokens=40,
                 min_new_tokens=40,
                 do_sample=False,
-                past_key_values=cache,
+                **handed(cache),
                 attention_mask=torch.ones_like(text),
             )
             masks.append(run.selection(run.slots_of(cache)[0]))
@@ -65,7 +66,7 @@ def test_a_batch_is_its_sequences_alone(family, lengths, pruner):
             max_new_tokens=40,
             min_new_tokens=40,
             do_sample=False,
-            past_key_values=cache,
+            **handed(cache),
         )
         report = run.report()
         together = [run.selection(slot) for slot in run.slots_of(cache)]
@@ -132,17 +133,17 @@ def test_a_second_text_forgets_what_followed_an_end(llama):
     cache = DynamicCache(config=llama.config)
     with torch.no_grad(), EAGER(llama) as run:
         llama.generate(
-            texts, past_key_values=cache, max_new_tokens=30, do_sample=False, eos_token_id=int(free[3]), pad_token_id=0
+            texts, **handed(cache), max_new_tokens=30, do_sample=False, eos_token_id=int(free[3]), pad_token_id=0
         )
         ended = run.report().sequences[0]
         with run.phase("prefill"):
-            llama(input_ids=more, past_key_values=cache)
+            llama(input_ids=more, **handed(cache))
         again = run.report().sequences[0]
         happened = []
         run.on_event(lambda event: happened.append((event.kind, event.decoded)) if event.sequence == 0 else None)
         with run.phase("decode"):
             for t in range(30):
-                llama(input_ids=new[:, t : t + 1], past_key_values=cache)
+                llama(input_ids=new[:, t : t + 1], **handed(cache))
         after = run.report().sequences[0]
     assert ended.pruned_tokens <= 3 and not ended.events
     assert again.pruned_tokens == ended.pruned_tokens and again.traced_tokens == 15 + 8
@@ -183,7 +184,7 @@ def test_statistics_follow_their_beams(family, pruner):
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **handed(cache),
             num_beams=3,
             max_new_tokens=24,
             do_sample=False,
@@ -197,7 +198,7 @@ def test_statistics_follow_their_beams(family, pruner):
             own = run.prefill(text[None, :20])
             for t in range(20, text.shape[0]):
                 with run.phase("decode"):
-                    logits = model(input_ids=text[None, t : t + 1], past_key_values=own).logits[:, -1]
+                    logits = model(input_ids=text[None, t : t + 1], **handed(own)).logits[:, -1]
             (slot,) = run.slots_of(own)
             masks, scores, (report,) = run.selection(slot), run.scores(slot), run.report().sequences
         torch.testing.assert_close(seen.logits[line], logits[0].log_softmax(-1), rtol=1e-3, atol=1e-3)
@@ -232,7 +233,7 @@ def test_a_reordered_slot_holds_what_its_source_held(llama):
         with run.phase("prefill"):
             cache = llama(input_ids=ids, use_cache=True).past_key_values
         with run.phase("decode"):
-            llama(input_ids=ids[:, :1], past_key_values=cache)
+            llama(input_ids=ids[:, :1], **handed(cache))
         slots = run.slots_of(cache)
         before = [run.selection(slot) for slot in slots]
         cache.reorder_cache(torch.tensor([2, 2, 0]))
@@ -331,7 +332,7 @@ def test_rejected_candidates_leave_no_trace(llama):
     for helper in ({"assistant_model": assistant}, {}):
         cache = DynamicCache(config=llama.config)
         with pruner(llama) as run:
-            out = llama.generate(ids, past_key_values=cache, max_new_tokens=14, do_sample=False, **helper)
+            out = llama.generate(ids, **handed(cache), max_new_tokens=14, do_sample=False, **helper)
             cache.crop(28 - cache.get_seq_length())
             (slot,) = run.slots_of(cache)
             places = torch.arange(16 + 12)[-8:] % 8  # of the newest inputs
@@ -350,11 +351,11 @@ def test_a_second_turn_renews_the_masks(llama):
     first, second = tokens(llama, lines=1, length=16), tokens(llama, lines=1, length=12, seed=7)
     cache = DynamicCache(config=llama.config)
     with Dart(sparsity=0.5)(llama) as run:
-        out = llama.generate(first, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        out = llama.generate(first, **handed(cache), max_new_tokens=6, do_sample=False)
         slot = run.slots_of(cache)[0]
         before = run.selection(slot)
         turn = torch.cat((out, second), dim=1)
-        llama.generate(turn, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        llama.generate(turn, **handed(cache), max_new_tokens=6, do_sample=False)
         assert run.slots_of(cache) == (slot,)
         after = run.selection(slot)
         report = run.report()
@@ -371,7 +372,7 @@ def test_a_cache_from_outside_is_noted(llama):
     cache = llama(input_ids=ids, use_cache=True).past_key_values
     more = torch.cat((ids, tokens(llama, lines=1, length=12, seed=5)), dim=1)
     with Static()(llama) as run:
-        llama.generate(more, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        llama.generate(more, **handed(cache), max_new_tokens=6, do_sample=False)
         report = run.report()
     assert report.sequences[0].traced_tokens == 12
     assert any("outside of the block" in note and "20 tokens" in note for note in report.notes)
@@ -456,7 +457,7 @@ def test_a_block_of_decode_tokens_equals_single_tokens(llama):
                 cache = llama(input_ids=ids, use_cache=True).past_key_values
             with run.phase("decode"):
                 for first in range(0, 32, block):
-                    parts.append(llama(input_ids=new[:, first : first + block], past_key_values=cache).logits)
+                    parts.append(llama(input_ids=new[:, first : first + block], **handed(cache)).logits)
             reports.append(run.report())
         logits.append(torch.cat(parts, dim=1))
     assert reports[0].events, "the detector never fired: the test shows nothing"
@@ -468,7 +469,7 @@ def test_static_caches_can_be_given(llama):
     ids = tokens(llama)
     with Static()(llama) as run:
         cache = StaticCache(config=llama.config, max_cache_len=40)
-        out = llama.generate(ids, past_key_values=cache, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        out = llama.generate(ids, **handed(cache), max_new_tokens=6, min_new_tokens=6, do_sample=False)
         assert run.report().pruned_tokens == 10
     with Static()(llama):
         assert torch.equal(llama.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False), out)
@@ -490,13 +491,13 @@ def test_paused_tokens_are_dense_and_counted(llama):
         with run.phase("prefill"):
             cache = llama(input_ids=ids, use_cache=True).past_key_values
         with run.phase("decode"):
-            llama(input_ids=ids[:, :1], past_key_values=cache)
+            llama(input_ids=ids[:, :1], **handed(cache))
         saved = copy.deepcopy(cache)
         with run.dense():
-            got = llama(input_ids=ids[:, 1:2], past_key_values=cache).logits
+            got = llama(input_ids=ids[:, 1:2], **handed(cache)).logits
             free = llama(input_ids=ids, use_cache=True).logits  # no phase needed
         report = run.report()
         assert (report.dense_tokens, report.pruned_tokens) == (1, 1)
     # to rounding: the down projection may lie in memory the other way round while attached
-    torch.testing.assert_close(got, llama(input_ids=ids[:, 1:2], past_key_values=saved).logits)
+    torch.testing.assert_close(got, llama(input_ids=ids[:, 1:2], **handed(saved)).logits)
     torch.testing.assert_close(free, llama(input_ids=ids, use_cache=True).logits)

@@ -9,6 +9,7 @@ import torch
 
 from dartprune import Dart, Detector
 from dartprune.drift import KEPT_WINDOWS, AttentionDrift, cosine
+from dartprune.model.caches import handed
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -418,7 +419,7 @@ def test_dart_does_not_replay_at_the_beginning_of_an_answer():
         with Dart(sparsity=0.5, detector=eager)(model) as run:
             cache = run.prefill(ids)
             with run.phase("decode"):
-                model(input_ids=new, past_key_values=cache)
+                model(input_ids=new, **handed(cache))
             found.append(run.report().sequences[0].similarities)
     assert found[0][0][0] == 8  # judged from the first window on
     assert found[1][0][0] == 48  # 24 + 40 tokens first

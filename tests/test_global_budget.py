@@ -7,6 +7,7 @@ import torch
 
 from dartprune import Dart, GatedDart, Global, Pruner, Static
 from dartprune.budget import keep_counts, rank
+from dartprune.model.caches import handed
 from dartprune.model.families import describe
 from oracle import inputs_of_down
 from test_matrix import tokens
@@ -49,7 +50,7 @@ def test_contributions_are_those_of_the_prompt(family):
         with run.phase("prefill"):
             cache = model(input_ids=ids, use_cache=True).past_key_values
         with run.phase("decode"):  # the masks are made when they are first needed
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids[:, :1], **handed(cache))
         kept = [len(rows) for rows in run.selection(run.slots_of(cache)[0])]
     neurons = [layer.neurons for layer in layers]
     want = keep_counts(rank(contributions, 0.6, 0.98), neurons)

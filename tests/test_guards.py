@@ -10,6 +10,7 @@ import torch
 
 import dartprune
 from dartprune import Dart, Dense, Pruner, Static, Table, presets
+from dartprune.model.caches import handed
 from dartprune.run import check_transformers
 from oracle import assert_untouched, held_by, snapshot
 from test_matrix import tokens
@@ -186,7 +187,7 @@ def test_float16_activations_above_256_do_not_overflow():
         assert max(seen) > 256, "the test's activations are too small to show anything"
         assert energy.max() > 65504 and torch.isfinite(energy).all()
         with run.phase("decode"):
-            model(input_ids=tokens(model)[:, :1], past_key_values=cache)
+            model(input_ids=tokens(model)[:, :1], **handed(cache))
         assert all(kept is not None for kept in run.selection(0))
     handle.remove()
 
@@ -232,7 +233,7 @@ def test_one_token_changed_at_the_end_leaves_earlier_logits(llama):
             with run.phase("prefill"):
                 cache = llama(input_ids=ids[:, :-1], use_cache=True).past_key_values
             with run.phase("decode"):
-                llama(input_ids=pair, past_key_values=cache)
+                llama(input_ids=pair, **handed(cache))
             logits.append([k.tolist() for k in run.selection(0)])
     assert logits[2] == logits[3]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dartprune import presets
+from dartprune.model.caches import handed
 from oracle import MaskedTwin, assert_untouched, masks_of, rule_of, snapshot
 from tiny import FAMILIES
 
@@ -41,7 +42,7 @@ def test_pruned_logits_equal_masked_dense(family, preset, backend):
         for t in range(new.shape[1]):
             before, events = masks_of(run, slots), len(run.report().events)
             with run.phase("decode"):
-                got = model(input_ids=new[:, t : t + 1], past_key_values=cache, use_cache=True).logits
+                got = model(input_ids=new[:, t : t + 1], **handed(cache), use_cache=True).logits
             # masks are made before the token that they serve, and changed by an event after it
             masks = masks_of(run, slots) if len(run.report().events) == events else before
             pruned = not all(mask.all() for mask in masks)

@@ -12,6 +12,7 @@ from torch import nn
 import dartprune
 from dartprune.ffn.quantised import QuantisedRows
 from dartprune.loading import load
+from dartprune.model.caches import handed
 from dartprune.model.families import describe
 from dartprune.model.packed import ByteEmbedding, ByteLinear, PackedLinear, RowProjection, bytes_of
 from dartprune.model.weights import row_weights
@@ -120,7 +121,7 @@ def test_pruned_steps_are_those_of_the_reference(family, bits, pruner):
             cache = run.prefill(IDS)
             for token in (7, 50, 11):
                 with run.phase("decode"):
-                    out.append(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1])
+                    out.append(model(torch.tensor([[token]]), **handed(cache)).logits[0, -1])
         run.detach()
         logits[backend], reports[backend] = torch.stack(out), run.report()
     assert reports["auto"].pruned_tokens == reports["reference"].pruned_tokens == 3

@@ -13,6 +13,7 @@ from dartprune.budget import budget_kinds
 from dartprune.demo import model_folder
 from dartprune.evaluation.arms import arm, arm_kinds
 from dartprune.model import families
+from dartprune.model.caches import handed
 from dartprune.refresh import refresh_kinds
 from dartprune.selectors.settings import live_selectors, token_kinds
 from test_matrix import tokens
@@ -93,7 +94,7 @@ def decode(registries):
         length = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
         with namespace["pruner"](model, **options) as run:
             cache = DynamicCache(config=model.config)
-            model.generate(tokens(model, lines=1, length=20), past_key_values=cache, **length)
+            model.generate(tokens(model, lines=1, length=20), **handed(cache), **length)
             kept = run.selection(run.slots_of(cache)[0])
             return run.report(), kept, namespace, run
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from dartprune import Clock, Dart, Dense, Detector, Pruner, Relearn, Release, Static
+from dartprune.model.caches import handed
 from dartprune.runtime.preparation import Preparation
 from test_matrix import tokens
 from tiny import FAMILIES
@@ -77,9 +78,9 @@ def test_the_start_a_relearn_a_release_and_a_pause(llama, monkeypatch):
             with torch.no_grad(), run.phase("decode"):
                 if t < 3:
                     with run.dense():
-                        llama(input_ids=text(llama, 1, seed=t), past_key_values=cache)
+                        llama(input_ids=text(llama, 1, seed=t), **handed(cache))
                 else:
-                    llama(input_ids=text(llama, 1, seed=t), past_key_values=cache)
+                    llama(input_ids=text(llama, 1, seed=t), **handed(cache))
         report = run.report()
     assert report.sequences[0].dense_because == {"paused": 3}
     assert report.reasons[REALISED] == ["3 of 8 decoded tokens were dense: 3 inside run.dense()"]
@@ -173,7 +174,7 @@ def test_what_was_not_timed_has_no_rate(llama):
         cache = run.prefill(text(llama, 20))
         assert run.report().tokens_per_second is None
         with torch.no_grad(), run.phase("decode"):
-            llama(input_ids=text(llama, 1), past_key_values=cache)
+            llama(input_ids=text(llama, 1), **handed(cache))
         assert run.report().tokens_per_second > 0
         run._account.steps.all += 1  # as a compiled forward counts
         report = run.report()

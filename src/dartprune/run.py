@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dartprune.errors import UserError
 from dartprune.method import Method
 from dartprune.model.apart import apart
+from dartprune.model.caches import cache_of
 from dartprune.model.changes import Changes
 from dartprune.model.families import Decoder, describe
 from dartprune.model.layer_site import Refuses, claim, claimed, release, sites_of
@@ -37,7 +38,7 @@ from dartprune.runtime.trace import MeanImpact
 from dartprune.runtime.windows import Detectors
 from dartprune.selectors.sketches import Progress
 
-UNKNOWN_TRANSFORMERS = (5, 24)  # the first release that is not supported
+UNKNOWN_TRANSFORMERS = (5, 25)  # the first release that is not supported
 
 
 class Run(Refuses):
@@ -277,17 +278,17 @@ class Run(Refuses):
         Args:
             input_ids: int64 [B, T].
             attention_mask: [B, T] of 0 and 1, where lines are padded on the left; None: all tokens count.
-            inputs: further arguments of the model's forward, such as `past_key_values` to read on.
+            inputs: further arguments of the model's forward, such as a cache to read on.
 
         Returns:
-            the cache, to decode on with `run.phase("decode")` or `generate(past_key_values=...)`.
+            the cache, to decode on with `run.phase("decode")` or `generate()`.
         """
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
         if "logits_to_keep" in inspect.signature(self._core.forward).parameters:
             inputs.setdefault("logits_to_keep", 1)
         with self.phase("prefill"):
-            return self._core(input_ids=input_ids, use_cache=True, **inputs).past_key_values
+            return cache_of(self._core(input_ids=input_ids, use_cache=True, **inputs))
 
     @contextmanager
     def dense(self) -> Iterator[None]:

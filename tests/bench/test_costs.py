@@ -8,6 +8,7 @@ import torch
 from dartprune import Dart, Detector, GatedDart, Griffin, Replay, Sketch, SketchDart, Static
 from dartprune.bench.costs import LLAMA_3_1_8B, Shape, memory_per_sequence, overhead_flops_per_token, replay_flops
 from dartprune.loading import load
+from dartprune.model.caches import handed
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -61,7 +62,7 @@ def test_replay_operations_are_counted():
         with run.phase("prefill"):
             cache = model(input_ids=tokens(model, lines=1), use_cache=True).past_key_values
         with run.phase("decode"):
-            model(input_ids=tokens(model, lines=1, length=30, seed=3), past_key_values=cache)
+            model(input_ids=tokens(model, lines=1, length=30, seed=3), **handed(cache))
         report = run.report()
         replays = sum(event.kind in ("replay", "settle") for event in report.events)
         assert replays > 0 and report.refresh_flops == replays * replay_flops(Shape.of(model), pruner)

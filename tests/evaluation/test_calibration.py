@@ -8,6 +8,7 @@ import torch
 from dartprune import Pruner, scoring
 from dartprune.evaluation.arms import arm
 from dartprune.evaluation.calibration import Calibration, cut
+from dartprune.model.caches import handed
 from letters import tiny
 
 
@@ -57,7 +58,7 @@ def test_calibrated_masks_are_those_of_the_text_for_every_sequence(name, forgott
             cache = model(input_ids=tokens, use_cache=True).past_key_values
         for step in range(6):
             with run.phase("decode"):
-                model(input_ids=tokens[:, step : step + 1], past_key_values=cache)
+                model(input_ids=tokens[:, step : step + 1], **handed(cache))
             for slot in run.slots_of(cache):
                 assert [kept.tolist() for kept in run.selection(slot)] == want
         assert run.report().realised_sparsity == pytest.approx(0.75) and run.report().dense_tokens == 0

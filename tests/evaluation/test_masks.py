@@ -6,6 +6,7 @@ import torch
 
 from dartprune import Dense, Static
 from dartprune.evaluation.masks import kept_masks, prompt_masks
+from dartprune.model.caches import handed
 from letters import tiny
 
 
@@ -16,7 +17,7 @@ def test_masks_of_a_prompt_are_the_selections():
     with pruner(model) as run, torch.no_grad():
         cache = run.prefill(tokens[:, :-1])
         with run.phase("decode"):
-            model(input_ids=tokens[:, -1:], past_key_values=cache)
+            model(input_ids=tokens[:, -1:], **handed(cache))
         slots = run.slots_of(cache)
         for line, slot in enumerate(slots):
             for mask, index in zip(masks, run.selection(slot), strict=True):

@@ -8,6 +8,7 @@ import torch
 from dartprune import Clock, Dart, Dense, Detector, Relearn, Static
 from dartprune.evaluation import protocol as module
 from dartprune.evaluation.protocol import Protocol
+from dartprune.model.caches import handed
 from oracle import assert_untouched, masked_by_hand, masks_of, snapshot
 from tiny import FAMILIES
 
@@ -29,7 +30,7 @@ def by_hand(model, pruner, context, answer):
             cache = model(input_ids=tokens[:, :split], use_cache=True).past_key_values
         for i in range(split, tokens.shape[1] - 1):
             with run.phase("decode"):
-                logits = model(input_ids=tokens[:, i : i + 1], past_key_values=cache).logits[0, -1]
+                logits = model(input_ids=tokens[:, i : i + 1], **handed(cache)).logits[0, -1]
             total += float(logits.log_softmax(-1)[tokens[0, i + 1]])
             greedy &= int(logits.argmax()) == int(tokens[0, i + 1])
         return total, greedy, run.report()
@@ -55,12 +56,12 @@ def test_a_one_token_answer_is_pruned(family):
         with run.phase("prefill"):
             cache = model(input_ids=tokens[:, :-1], use_cache=True).past_key_values
         with run.phase("decode"):
-            model(input_ids=tokens[:, -1:], past_key_values=cache)
+            model(input_ids=tokens[:, -1:], **handed(cache))
         masks = masks_of(run, run.slots_of(cache))
     with torch.no_grad():
         cache = model(input_ids=tokens[:, :-1], use_cache=True).past_key_values
         with masked_by_hand(model, masks):
-            logits = model(input_ids=tokens[:, -1:], past_key_values=cache).logits[0, -1]
+            logits = model(input_ids=tokens[:, -1:], **handed(cache)).logits[0, -1]
     assert result.logprob == pytest.approx(float(logits.log_softmax(-1)[7]), abs=1e-4)
 
 

@@ -9,6 +9,7 @@ import torch
 import transformers as t
 
 import dartprune
+from dartprune.model.caches import handed
 from dartprune.model.step_attention import grown
 from tiny import FAMILIES
 
@@ -34,15 +35,13 @@ def logits_of(model, inputs, steps=6):
     """Logits of steps on a cache, the tokens given."""
     out, cache = [], t.DynamicCache(config=model.config)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **handed(cache), use_cache=True)
         mask = inputs["attention_mask"]
         for step in range(steps):
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
             token = torch.full((len(mask), 1), 20 + step)
             positions = (mask.cumsum(1) - 1)[:, -1:]
-            out.append(
-                model(input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
-            )
+            out.append(model(input_ids=token, attention_mask=mask, position_ids=positions, **handed(cache)).logits)
     return torch.cat(out, dim=1)
 
 
@@ -55,16 +54,14 @@ def attached(model, inputs, steps=6):
         mask = inputs["attention_mask"]
         with torch.no_grad():
             with run.phase("prefill"):
-                model(**inputs, past_key_values=cache, use_cache=True)
+                model(**inputs, **handed(cache), use_cache=True)
             with run.phase("decode"):
                 for step in range(steps):
                     mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
                     token = torch.full((len(mask), 1), 20 + step)
                     positions = (mask.cumsum(1) - 1)[:, -1:]
                     out.append(
-                        model(
-                            input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache
-                        ).logits
+                        model(input_ids=token, attention_mask=mask, position_ids=positions, **handed(cache)).logits
                     )
         return torch.cat(out, dim=1), run.report()
     finally:
@@ -142,10 +139,10 @@ def test_attention_outputs_and_gradients_go_the_old_way():
     run = dartprune.Dense().attach(model)
     cache = t.DynamicCache(config=model.config)
     with torch.no_grad(), run.phase("prefill"):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **handed(cache))
     token = torch.tensor([[5]])
     with run.phase("decode"):
-        out = model(input_ids=token, past_key_values=cache, output_hidden_states=True)
+        out = model(input_ids=token, **handed(cache), output_hidden_states=True)
     assert out.logits.requires_grad and len(out.hidden_states) == 4
     run.detach()
 

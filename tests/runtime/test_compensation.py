@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dartprune import Dart, DepthAware, Detector, Replay
+from dartprune.model.caches import handed
 from dartprune.model.families import describe
 from oracle import masks_of
 from test_matrix import tokens
@@ -45,7 +46,7 @@ def test_the_dropped_mean_is_added(family, backend):
                 target.register_forward_hook(lambda m, a, o, i=layer.index: outputs.update({i: o.detach().clone()}))
             )
         with run.phase("decode"):
-            model(input_ids=new, past_key_values=cache)
+            model(input_ids=new, **handed(cache))
         for handle in handles:
             handle.remove()
         masks = masks_of(run, run.slots_of(cache))
@@ -71,7 +72,7 @@ def test_it_is_renewed_by_a_replay():
         before = None
         with run.phase("decode"):
             for token in tokens(model, length=30, seed=3).T:
-                model(input_ids=token[:, None], past_key_values=cache)
+                model(input_ids=token[:, None], **handed(cache))
                 if before is None:
                     before = [layer.selection.compensation.clone() for layer in run.layers]
         assert run.report().events

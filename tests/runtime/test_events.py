@@ -7,6 +7,7 @@ import torch
 
 from dartprune import Clock, Dart, Detector, Never, Pruner, Relearn, Release, Replay, Static
 from dartprune.drift import AttentionDrift
+from dartprune.model.caches import handed
 from dartprune.refresh import Action, Periodic, Refresh, refresh_kinds
 from test_matrix import tokens
 from tiny import FAMILIES
@@ -39,7 +40,7 @@ def decode(model, pruner, steps, *, prompt=24, each=None, backend="masked"):
         slot = run.slots_of(cache)[0]
         for t in range(steps):
             with run.phase("decode"):
-                model(input_ids=new[:, t : t + 1], past_key_values=cache)
+                model(input_ids=new[:, t : t + 1], **handed(cache))
             if each is not None:
                 each(run, slot, t)
         return run.report()
@@ -137,7 +138,7 @@ def test_replayed_masks_come_from_the_last_tokens(llama):
         ]
         with run.phase("decode"):
             for t in range(8):
-                llama(input_ids=new[:, t : t + 1], past_key_values=cache)
+                llama(input_ids=new[:, t : t + 1], **handed(cache))
         for handle in handles:
             handle.remove()
         slot = run.slots_of(cache)[0]
@@ -160,7 +161,7 @@ def test_callbacks_see_events(llama, fires_once):
             cache = llama(input_ids=ids, use_cache=True).past_key_values
         with run.phase("decode"):
             for t in range(20):
-                llama(input_ids=new[:, t : t + 1], past_key_values=cache)
+                llama(input_ids=new[:, t : t + 1], **handed(cache))
         assert [(e.kind, e.decoded) for e in seen] == [("replay", 12)]
         assert seen[0].changed == run.report().events[0].changed
         assert seen[0].similarity is not None and seen[0].threshold is not None
@@ -185,7 +186,7 @@ def test_one_sequence_of_a_batch_can_relearn_alone(llama, monkeypatch):
         slots = run.slots_of(cache)
         with run.phase("decode"):
             for t in range(8):
-                llama(input_ids=new[:, t : t + 1], past_key_values=cache)
+                llama(input_ids=new[:, t : t + 1], **handed(cache))
         assert run.selection(slots[1]) == [None] * 3
         assert all(kept is not None for kept in run.selection(slots[0]))
         report = run.report()
@@ -215,7 +216,7 @@ def test_a_replay_of_a_batch_reads_the_weights_once(llama):
                 cache = llama(input_ids=tokens(llama, lines=2, length=24), use_cache=True).past_key_values
             with run.phase("decode"):
                 for token in tokens(llama, lines=2, length=8, seed=4).T:
-                    llama(input_ids=token[:, None], past_key_values=cache)
+                    llama(input_ids=token[:, None], **handed(cache))
             saved.append((run.report().bytes_saved, len(run.report().events)))
     assert [events for _, events in saved] == [2, 0]
     # both lines replayed together: gate and up, two thirds of the FFN, once in eight steps

@@ -16,6 +16,7 @@ from transformers import StaticCache
 import dartprune
 from dartprune import Dart, Detector, Replay
 from dartprune.drift import AttentionDrift
+from dartprune.model.caches import handed
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -83,7 +84,7 @@ def per_step(model, pruner, backend, steps, lines=1, mask=None):
                 if mask is not None:  # the second line is over at the tenth token
                     run._live.stopped(torch.tensor([False, t > 9]))
                 with Waits() as waits:
-                    model(new[:, t : t + 1], past_key_values=cache)
+                    model(new[:, t : t + 1], **handed(cache))
                 seen.append(waits.seen)
         return seen, run.report()
 
@@ -134,11 +135,11 @@ def test_a_static_cache_is_not_asked_for_its_length(fires_at):
     seen = []
     with torch.no_grad(), DART(model, backend="masked") as run:
         with run.phase("prefill"):
-            model(tokens(model), past_key_values=cache, use_cache=True)
+            model(tokens(model), **handed(cache), use_cache=True)
         with run.phase("decode"):
             for t in range(12):
                 with Waits() as waits:
-                    model(new[:, t : t + 1], past_key_values=cache)
+                    model(new[:, t : t + 1], **handed(cache))
                 seen.append(waits.seen)
     assert seen[1:3] == [[], []] and seen[3] == ["tolist"] and seen[8:11] == [[], [], []]
 
@@ -157,6 +158,6 @@ def test_cuda_itself_sees_no_wait(fires_at):
                 try:
                     # the first token makes the masks, the fourth ends a window, and the fifth starts the next plan
                     torch.cuda.set_sync_debug_mode("error" if t in (1, 2, 5, 6) else "default")
-                    model(new[:, t : t + 1], past_key_values=cache)
+                    model(new[:, t : t + 1], **handed(cache))
                 finally:
                     torch.cuda.set_sync_debug_mode("default")

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from dartprune import Detector, Replay, Sketch, SketchDart
 from dartprune.ffn.expected import expected_sizes
+from dartprune.model.caches import handed
 from dartprune.model.families import describe
 from dartprune.runtime.sample import is_sampled
 from dartprune.runtime.selectors.sketch_layer import PRIOR_TOKENS
@@ -110,7 +111,7 @@ def test_a_prompt_in_parts_and_in_a_padded_batch_teaches_the_same():
     with PRUNER(model) as run:
         with run.phase("prefill"):
             cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
-            model(input_ids=ids[:, 5:], past_key_values=cache)
+            model(input_ids=ids[:, 5:], **handed(cache))
         parts = run.layers[0].selector.errors[run.slots_of(cache)[0]].clone()
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
     other = tokens(model, lines=1, length=44, seed=8)
@@ -182,7 +183,7 @@ def test_an_event_blends_in_what_the_last_tokens_teach(monkeypatch):
         )
         for t in range(12):
             with run.phase("decode"):
-                model(input_ids=new[:, t : t + 1], past_key_values=cache)
+                model(input_ids=new[:, t : t + 1], **handed(cache))
             if run.report().events:
                 break
             assert torch.equal(layer.selector.errors[slot], before)
@@ -213,7 +214,7 @@ def test_beams_take_their_errors_along():
         errors = run.layers[0].selector.errors.clone()
         cache.reorder_cache(torch.tensor([1, 1]))
         with run.phase("decode"):
-            model(input_ids=tokens(model, lines=2, length=1, seed=3), past_key_values=cache)
+            model(input_ids=tokens(model, lines=2, length=1, seed=3), **handed(cache))
         assert torch.equal(run.layers[0].selector.errors[first], errors[second])
         assert not torch.equal(errors[first], errors[second])
 

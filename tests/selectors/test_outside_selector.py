@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from dartprune import Pruner, Uniform
+from dartprune.model.caches import handed
 from dartprune.model.families import describe
 from dartprune.runtime.selectors.layer_selector import LayerSelector
 from dartprune.selectors import TokenSelector, register_selector, register_token, token_kinds
@@ -57,11 +58,11 @@ def test_it_decodes_as_its_choice_says(family, registered):
     whole = [torch.ones(2, layer.neurons, dtype=torch.bool) for layer in describe(model).layers]
     plain = model(input_ids=ids, use_cache=True).past_key_values
     with masked_by_hand(model, whole, best_half):
-        want = model(input_ids=new, past_key_values=plain, use_cache=True).logits
+        want = model(input_ids=new, **handed(plain), use_cache=True).logits
     with PRUNER(model) as run:
         cache = run.prefill(ids)
         with run.phase("decode"):
-            got = model(input_ids=new, past_key_values=cache, use_cache=True).logits
+            got = model(input_ids=new, **handed(cache), use_cache=True).logits
         report = run.report()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert report.realised_sparsity == pytest.approx(0.5, abs=0.01) and not report.saves_time

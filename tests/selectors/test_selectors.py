@@ -26,6 +26,7 @@ from dartprune import (
 )
 from dartprune.ffn.reference import ReferenceBackend
 from dartprune.ffn.selector_kernels import kernels_of
+from dartprune.model.caches import handed
 from dartprune.selectors import Exact
 from test_decoding import padded
 from test_matrix import tokens
@@ -226,11 +227,11 @@ def test_a_second_turn_dense_pauses_and_re_entry(llama):
         for _ in range(2):
             cache = DynamicCache(config=llama.config)
             with pruner(llama) as run:
-                out = llama.generate(first, past_key_values=cache, max_new_tokens=6, do_sample=False)
+                out = llama.generate(first, **handed(cache), max_new_tokens=6, do_sample=False)
                 turn = torch.cat((out, second), dim=1)
-                llama.generate(turn, past_key_values=cache, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+                llama.generate(turn, **handed(cache), max_new_tokens=6, min_new_tokens=6, do_sample=False)
                 with run.dense(), torch.no_grad():
-                    llama(input_ids=first[:, :2], past_key_values=cache)
+                    llama(input_ids=first[:, :2], **handed(cache))
                 reports.append(run.report())
         assert (reports[0].pruned_tokens, reports[0].dense_tokens) == (10, 2)
         assert reports[0].realised_sparsity == reports[1].realised_sparsity == pytest.approx(0.5 * 10 / 12, abs=0.02)
@@ -255,7 +256,7 @@ def test_a_replay_renews_the_candidates(llama):
         seen = []
         with run.phase("decode"):
             for token in tokens(llama, lines=1, length=30, seed=3).T:
-                llama(input_ids=token[:, None], past_key_values=cache)
+                llama(input_ids=token[:, None], **handed(cache))
                 seen.append(run.selection(0)[1])
         report = run.report()
     assert report.events and any(event.changed for event in report.events)

@@ -7,6 +7,7 @@ import torch
 
 from dartprune import Dart, Dense, Detector, GatedDart, Relearn, Replay, SketchDart, Static
 from dartprune.loading import load
+from dartprune.model.caches import handed
 from dartprune.serving.engine import Limits
 from serving.conftest import PROMPTS, asked, engine_of
 from tiny import FAMILIES
@@ -68,12 +69,12 @@ def test_steps_of_every_size_have_the_same_bits(family):
         for slot, line in zip(slots, lines, strict=True):
             caches.append(t.DynamicCache(config=model.config))
             with run.phase("prefill", slots=(slot,)):
-                model(input_ids=ids[line : line + 1], past_key_values=caches[-1], use_cache=True)
+                model(input_ids=ids[line : line + 1], **handed(caches[-1]), use_cache=True)
         joined = t.DynamicCache(config=model.config)
         for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
             joined.update(*(torch.cat([getattr(part, name) for part in layers]) for name in ("keys", "values")), number)
         with run.phase("decode", slots=slots):
-            logits = model(input_ids=ids[lines, :1], past_key_values=joined, use_cache=True).logits
+            logits = model(input_ids=ids[lines, :1], **handed(joined), use_cache=True).logits
         assert {report.pruned_tokens for report in run.close(slots)} == {1}
         return logits
 

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, Phi3Config, Phi3ForCausalLM, StaticCache
 
 from dartprune import Dart, Dense, Detector, Never, Replay, Static
+from dartprune.model.caches import handed
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -23,12 +24,12 @@ def llama():
 
 def read(run, model, ids, cache=None):
     with torch.no_grad(), run.phase("prefill"):
-        return model(input_ids=ids, use_cache=True, past_key_values=cache).past_key_values
+        return model(input_ids=ids, use_cache=True, **handed(cache)).past_key_values
 
 
 def decode(run, model, ids, cache):
     with torch.no_grad(), run.phase("decode"):
-        return model(input_ids=ids, past_key_values=cache).logits
+        return model(input_ids=ids, **handed(cache)).logits
 
 
 def masks(run, cache):
@@ -154,7 +155,7 @@ def test_a_prefill_through_the_decoder_alone(llama):
         report = run.report()
         assert report.pruned_tokens == 2 and report.prompt_tokens == ids.numel() and not report.notes
         with pytest.raises(ValueError, match="needs a phase"):
-            llama.model(input_ids=new[:, 1:], past_key_values=cache)
+            llama.model(input_ids=new[:, 1:], **handed(cache))
         other = read(run, llama, ids)
         torch.testing.assert_close(decode(run, llama, new[:, :1], other), got)
     torch.testing.assert_close(llama.model(input_ids=ids, use_cache=False).last_hidden_state, hidden)
@@ -227,7 +228,7 @@ def test_padding_in_any_mask_is_no_text(llama, kind):
             given = torch.zeros(2, 1, 23, 23).masked_fill(~given, torch.finfo(torch.float32).min)
     position = (mask.cumsum(1) - 1).clamp_min(0)
     with PRUNER(llama) as run, torch.no_grad(), run.phase("prefill"):
-        llama(input_ids=ids, attention_mask=given, position_ids=position, past_key_values=cache, use_cache=True)
+        llama(input_ids=ids, attention_mask=given, position_ids=position, **handed(cache), use_cache=True)
     report = run.report()
     assert [s.prompt_tokens for s in report.sequences] == [14, 23]
     assert [s.traced_tokens for s in report.sequences] == [13, 22]

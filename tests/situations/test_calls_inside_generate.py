@@ -8,6 +8,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dartprune import Dart, Dense, Never, Static
+from dartprune.model.caches import handed
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -86,7 +87,7 @@ def guided(model, pruner, ids, negative, new):
             if out.shape[1] < ids.shape[1] + new:
                 with run.phase("decode"):
                     caches = with_text.past_key_values, without.past_key_values
-                    with_text, without = (model(input_ids=out[:, -1:], past_key_values=c) for c in caches)
+                    with_text, without = (model(input_ids=out[:, -1:], **handed(c)) for c in caches)
     return out
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dartprune import Static
+from dartprune.model.caches import handed
 from oracle import assert_untouched, snapshot
 from test_matrix import tokens
 from tiny import FAMILIES
@@ -72,10 +73,10 @@ def test_a_shallow_copy_of_a_cache_brings_its_trace(llama):
         own = copy.copy(cache)
         assert type(own) is type(copy.copy(own))
         with run.phase("decode"):
-            got = llama(input_ids=ids[:, :1], past_key_values=own).logits
+            got = llama(input_ids=ids[:, :1], **handed(own)).logits
         other = run.prefill(ids)
         with run.phase("decode"):
-            want = llama(input_ids=ids[:, :1], past_key_values=other).logits
+            want = llama(input_ids=ids[:, :1], **handed(other)).logits
         report = run.report()
     assert torch.equal(got, want)
     assert report.pruned_tokens == 4 and not report.notes

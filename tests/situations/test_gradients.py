@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dartprune import Clock, Dart, Detector, Relearn, Replay, presets
+from dartprune.model.caches import handed
 from dartprune.refresh import Periodic
 from oracle import held_by, masked_by_hand, masks_of
 from test_matrix import tokens
@@ -36,7 +37,7 @@ def test_statistics_hold_no_graph(name, backend):
                 cache = model(input_ids=tokens(model, seed=seed), use_cache=True).past_key_values
             with run.phase("decode"):
                 for t in range(10):
-                    model(input_ids=tokens(model, length=10, seed=7)[:, t : t + 1], past_key_values=cache)
+                    model(input_ids=tokens(model, length=10, seed=7)[:, t : t + 1], **handed(cache))
             found = [tensor for tensor in held_by(run) if not isinstance(tensor, torch.nn.Parameter)]
             assert len(found) > 10
             assert not any(tensor.requires_grad or tensor.grad_fn is not None for tensor in found)
@@ -83,7 +84,7 @@ def test_gradients_through_decoded_tokens_are_right_or_refused(name, family, bac
     with presets.get(name)(sparsity=0.5)(model, backend=backend) as run:
         cache = run.prefill(ids)
         with run.phase("decode"):
-            logits = model(input_ids=ids[:, :1], past_key_values=cache).logits
+            logits = model(input_ids=ids[:, :1], **handed(cache)).logits
         masks = masks_of(run, run.slots_of(cache))
         if run.report().backend != "masked":
             with pytest.raises(ValueError, match="no gradient passes through the row kernels of decoded tokens"):
@@ -99,6 +100,6 @@ def test_gradients_through_decoded_tokens_are_right_or_refused(name, family, bac
     for layer in plain.layers:
         layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
     with masked_by_hand(model, masks):
-        model(input_ids=ids[:, :1], past_key_values=plain).logits.logsumexp(-1).sum().backward()
+        model(input_ids=ids[:, :1], **handed(plain)).logits.logsumexp(-1).sum().backward()
     want = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dartprune import Dart, Detector, Replay, Static, presets
+from dartprune.model.caches import handed
 from dartprune.model.families import describe
 from oracle import assert_untouched, masked_by_hand, snapshot
 from test_matrix import tokens
@@ -48,7 +49,7 @@ def test_steering_is_in_force_after_the_prompt(name, when, family):
         with run.phase("prefill"):
             cache = model(input_ids=ids, use_cache=True).past_key_values
         with run.phase("decode"):
-            got = [model(input_ids=new[:, t : t + 1], past_key_values=cache).logits for t in range(5)]
+            got = [model(input_ids=new[:, t : t + 1], **handed(cache)).logits for t in range(5)]
         masks = []
         for number, layer in enumerate(run.layers):
             rows = torch.zeros(2, layer.neurons, dtype=torch.bool)
@@ -58,7 +59,7 @@ def test_steering_is_in_force_after_the_prompt(name, when, family):
         report = run.report()
     cache = model(input_ids=ids, use_cache=True).past_key_values
     with masked_by_hand(model, masks):
-        want = [model(input_ids=new[:, t : t + 1], past_key_values=cache).logits for t in range(5)]
+        want = [model(input_ids=new[:, t : t + 1], **handed(cache)).logits for t in range(5)]
     torch.testing.assert_close(torch.cat(got, 1), torch.cat(want, 1), rtol=1e-4, atol=1e-4)
     handle.remove()
     assert_untouched(model, before)
@@ -145,11 +146,11 @@ def test_a_hook_within_a_decoding_loop():
         with run.phase("prefill"):
             cache = model(input_ids=tokens(model), use_cache=True).past_key_values
         with run.phase("decode"):
-            model(input_ids=tokens(model)[:, :1], past_key_values=cache)
+            model(input_ids=tokens(model)[:, :1], **handed(cache))
             handle = part(model, "up").register_forward_hook(lambda module, args, out: seen.append(out))
-            model(input_ids=tokens(model)[:, :1], past_key_values=cache)
+            model(input_ids=tokens(model)[:, :1], **handed(cache))
             handle.remove()
-            model(input_ids=tokens(model)[:, :1], past_key_values=cache)
+            model(input_ids=tokens(model)[:, :1], **handed(cache))
     assert len(seen) == 1
 
 

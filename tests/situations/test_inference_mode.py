@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dartprune import Dart, Detector, Replay, Static, presets
+from dartprune.model.caches import handed
 from oracle import assert_untouched, held_by, snapshot
 from test_matrix import tokens
 from tiny import FAMILIES
@@ -19,7 +20,7 @@ def decode(model, run, ids, new):
     with run.phase("prefill"):
         cache = model(input_ids=ids, use_cache=True).past_key_values
     with run.phase("decode"):
-        return [model(input_ids=new[:, t : t + 1], past_key_values=cache).logits for t in range(new.shape[1])]
+        return [model(input_ids=new[:, t : t + 1], **handed(cache)).logits for t in range(new.shape[1])]
 
 
 def trained(model):
@@ -62,7 +63,7 @@ def test_a_run_goes_in_and_out_of_inference_mode(backend):
     with run.phase("decode"):
         for t in range(new.shape[1]):
             with torch.inference_mode() if t % 3 else torch.no_grad():
-                got.append(model(input_ids=new[:, t : t + 1], past_key_values=cache).logits.clone())
+                got.append(model(input_ids=new[:, t : t + 1], **handed(cache)).logits.clone())
     assert [(e.kind, e.decoded, e.changed) for e in run.report().events] == events
     with torch.inference_mode():
         run.detach()

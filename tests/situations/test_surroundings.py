@@ -9,6 +9,7 @@ from torch import nn
 
 import dartprune
 from dartprune import Dart, Dense, Static, presets
+from dartprune.model.caches import handed
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -54,7 +55,7 @@ def test_a_default_device_does_not_matter(llama, name):
                 with run.phase("prefill"):
                     cache = llama(input_ids=text, position_ids=positions(16), use_cache=True).past_key_values
                 with run.phase("decode"):
-                    call = {"position_ids": positions(1) + 16, "past_key_values": cache}
+                    call = {"position_ids": positions(1) + 16, **handed(cache)}
                     outs.append(llama(input_ids=new[:, :1], **call).logits)
                 assert run.report().pruned_tokens == 2
         finally:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dartprune import Static
+from dartprune.model.caches import handed
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -49,9 +50,9 @@ def test_a_phase_belongs_to_its_thread(llama):
 
         with run.phase("decode"):
             in_thread(other)
-            llama(input_ids=ids[:, :1], past_key_values=cache)  # still this thread's phase
+            llama(input_ids=ids[:, :1], **handed(cache))  # still this thread's phase
         with pytest.raises(ValueError, match="needs a phase"):
-            llama(input_ids=ids[:, :1], past_key_values=cache)
+            llama(input_ids=ids[:, :1], **handed(cache))
         assert run.report().pruned_tokens == 1
 
 

@@ -23,6 +23,7 @@ from dartprune.bench.share import ffn_alone, ffn_share
 from dartprune.bench.stepping import read, steps
 from dartprune.bench.timing import Turns, alternate
 from dartprune.errors import UserError
+from dartprune.model.caches import cache_of
 from dartprune.pruner import Pruner
 from dartprune.report import Report
 from dartprune.run import Run
@@ -249,5 +250,5 @@ def _decode(model: Any, tokens: Tensor, load: Load, done: ArmTally, run: Run | N
     output = steps(model, output, load.new, run)
     ended = timer()
     done.first.append(ready - began)
-    done.cache_bytes = cache_bytes_per_token(output.past_key_values)
+    done.cache_bytes = cache_bytes_per_token(cache_of(output))
     return (ended - ready) / load.new

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dartprune.errors import UserError
+from dartprune.model.caches import cache_in
 from dartprune.model.families import describe
 from dartprune.refresh import Refresh, Release
 
@@ -68,12 +69,13 @@ class GraphedForward:
         """Give the model its forward back, after the pruner was detached."""
         del self.model.forward
 
-    def __call__(self, *, input_ids: Tensor, past_key_values: Any, **options: Any) -> Any:
+    def __call__(self, *, input_ids: Tensor, **options: Any) -> Any:
         """Run a prompt as it is; a single token by the graph, which the first one on a cache captures."""
         if input_ids.shape[1] != 1:
-            return self._forward(input_ids=input_ids, past_key_values=past_key_values, **options)
-        if past_key_values is not self._cache:
-            self._begin(input_ids, past_key_values, options)
+            return self._forward(input_ids=input_ids, **options)
+        cache = cache_in(options)
+        if cache is not self._cache:
+            self._begin(input_ids, cache, options)
         assert self._token is not None and self._replay is not None
         self._token.copy_(input_ids)
         self._replay()
@@ -89,8 +91,6 @@ class GraphedForward:
 
         hook = self._attention.register_forward_pre_hook(look)
         try:
-            self._replay, self._output = self._capture(
-                lambda: self._forward(input_ids=self._token, past_key_values=cache, **options)
-            )
+            self._replay, self._output = self._capture(lambda: self._forward(input_ids=self._token, **options))
         finally:
             hook.remove()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from dartprune.model.caches import cache_of, handed
 from dartprune.run import Run
 
 
@@ -35,7 +36,7 @@ class TokenClock(BaseStreamer):  # type: ignore[misc]
 
 def read(model: Any, tokens: Tensor, run: Run | None, cache: Any = None) -> Any:
     """Read prompts [B, T], attached or not; gives the model's output for the last token, with the cache."""
-    options = {"input_ids": tokens, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    options = {"input_ids": tokens, **handed(cache), "use_cache": True, "logits_to_keep": 1}
     if run is None:
         return model(**options)
     with run.phase("prefill"):
@@ -46,7 +47,7 @@ def steps(model: Any, output: Any, count: int, run: Run | None) -> Any:
     """Decode `count` tokens greedily after `output`; gives the last output."""
     for _ in range(count):
         token = output.logits[:, -1:].argmax(-1)
-        options = {"input_ids": token, "past_key_values": output.past_key_values, "use_cache": True}
+        options = {"input_ids": token, **handed(cache_of(output)), "use_cache": True}
         if run is None:
             output = model(**options)
         else:

@@ -9,6 +9,7 @@ import typer
 
 from dartprune.cli import options as o
 from dartprune.errors import UserError, read_user_text
+from dartprune.model.caches import handed
 
 BAR = 12  # widest bar of the table, which fits into 80 columns
 EXAMPLE = "Example: dartprune inspect --model ./my-model --text notes.txt --sparsity 0.7"
@@ -65,7 +66,7 @@ def _look(model: Any, tokenizer: Any, content: str, pruner: Any, backend: str) -
     with torch.no_grad(), pruner(model, backend=backend) as run:
         cache = run.prefill(tokens[:, :-1].to(model.device))
         with run.phase("decode"):
-            model(input_ids=tokens[:, -1:].to(model.device), past_key_values=cache)
+            model(input_ids=tokens[:, -1:].to(model.device), **handed(cache))
         impact = run.impact(run.slots_of(cache)[0])
         report = run.report()
     share = shape.ffn_bytes / shape.step_bytes

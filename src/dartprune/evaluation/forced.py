@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.errors import UserError
+from dartprune.model.caches import handed
 from dartprune.pruner import Pruner
 from dartprune.report import Report
 from dartprune.reporting.progress import Advance
@@ -55,7 +56,7 @@ def forced_steps(
         size = run.quiet_tokens(run.slots_of(cache), most) if block is None else block
         last = min(first + size, length - 1)
         with torch.no_grad(), run.phase("decode"):
-            logits = model(input_ids=tokens[:, first:last], past_key_values=cache, use_cache=True).logits
+            logits = model(input_ids=tokens[:, first:last], **handed(cache), use_cache=True).logits
         yield first + 1, logits
         first = last
 

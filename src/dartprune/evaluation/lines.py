@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dartprune.model.caches import cache_of, handed
 from dartprune.run import Run
 
 
@@ -47,7 +48,7 @@ class Lines:
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
         with self._phase("prefill"):
             out = self._forward(torch.tensor(rows, device=self._device), (counts.cumsum(1) - 1).clamp_min(0), None)
-        self._cache: Any = out.past_key_values
+        self._cache: Any = cache_of(out)
         self._logits: Tensor = out.logits[:, -1]
 
     def __len__(self) -> int:
@@ -107,7 +108,7 @@ class Lines:
             return self._model(
                 input_ids=tokens,
                 attention_mask=self._mask,
-                past_key_values=cache,
+                **handed(cache),
                 use_cache=True,
                 logits_to_keep=1,
                 **options,

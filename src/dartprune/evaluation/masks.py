@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dartprune.model.caches import handed
 from dartprune.model.families import describe
 from dartprune.pruner import Pruner
 from dartprune.run import Run
@@ -38,5 +39,5 @@ def prompt_masks(model: Any, pruner: Pruner, tokens: Tensor, *, backend: str = "
     with pruner(model, backend=backend) as run, torch.no_grad():
         cache = run.prefill(tokens[:, :-1])
         with run.phase("decode"):
-            model(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True)
+            model(input_ids=tokens[:, -1:], **handed(cache), use_cache=True)
         return kept_masks(run, run.slots_of(cache), [layer.neurons for layer in describe(model).layers])

@@ -5,11 +5,17 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
+# what forwards call their cache: from transformers 5.24 on, and before
+_NAMES = ("cache", "past_key_values")
+_NAME = _NAMES["cache" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters]
 _LISTENER = "_dartprune_listener"
 
 
@@ -32,9 +38,19 @@ class CacheListener(Protocol):
         """A deep copy was made; nobody listens to it yet."""
 
 
+def handed(cache: Any) -> dict[str, Any]:
+    """A cache as the argument of a forward, by the name that the installed transformers has for it."""
+    return {_NAME: cache}
+
+
+def cache_in(call: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward, under its old name too; None if there is none."""
+    return next((call[name] for name in _NAMES if call.get(name) is not None), None)
+
+
 def cache_of(output: Any) -> Any:
     """The cache in what a forward gave, a tuple with a loss in front included; None if there is none."""
-    cache = getattr(output, "past_key_values", None)
+    cache = getattr(output, _NAME, None)
     if cache is None and isinstance(output, tuple):
         cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
     return cache

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dartprune.model.caches import cache_in
 from dartprune.model.step_parts import HALVES, SMALL, OwnModule, StepMode, plain_mode, untouched
 
 
@@ -22,18 +23,17 @@ class OwnAttention(OwnModule):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """What the module's own forward gives."""
-        mask, cache = attention_mask, past_key_values
+        mask, cache = attention_mask, cache_in(kwargs)
         if (
             self.in_use
             and position_embeddings is not None
             and self._fits(hidden_states, position_embeddings, mask, cache, kwargs)
         ):
             return self._attend(hidden_states, position_embeddings, mask, cache), None
-        call = {"position_embeddings": position_embeddings, "attention_mask": mask, "past_key_values": cache, **kwargs}
+        call = {"position_embeddings": position_embeddings, "attention_mask": mask, **kwargs}
         out: tuple[Tensor, Tensor | None] = self.before(hidden_states, **call)
         return out
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dartprune.errors import UserError
 from dartprune.method import Method
-from dartprune.model.caches import cache_of, is_static
+from dartprune.model.caches import cache_in, cache_of, is_static
 from dartprune.model.changes import Changes
 from dartprune.model.context import context_length, depth
 from dartprune.model.layer import place
@@ -94,7 +94,7 @@ class LiveModel(Refuses):
         if self._drafts:
             self.armed = True
             return
-        cache = inputs.get("past_key_values")
+        cache = cache_in(inputs)
         self._check_usable(inputs.get("use_cache") is not False)
         tokens = inputs.get("input_ids")
         # transformers before 5.23 does not announce the later chunks of a prompt
@@ -121,7 +121,7 @@ class LiveModel(Refuses):
     @_outside_graphs
     def candidates(self, inputs: dict[str, Any]) -> None:
         """The candidates that came with the prompt are about to be verified."""
-        self._begin(inputs["past_key_values"], inputs["input_ids"], None, first=False, explicit=(Phase.VERIFY, None))
+        self._begin(cache_in(inputs), inputs["input_ids"], None, first=False, explicit=(Phase.VERIFY, None))
         self.armed = True
 
     @_outside_graphs
@@ -131,7 +131,7 @@ class LiveModel(Refuses):
         Direct calls say what they are. Inside `generate()`, adapters and logits processors make calls of their own: a
         cache that is new here begins a text, one that is known goes on.
         """
-        cache = call.get("past_key_values")
+        cache = cache_in(call)
         explicit, first = self.phases.here, False
         known = (cache is not None and self._pool.tie(cache) is not None) or bool(explicit and explicit[1])
         if (self.phases.paused and not known) or self._drafts:
@@ -151,7 +151,7 @@ class LiveModel(Refuses):
 
     def concerns(self, call: dict[str, Any]) -> bool:
         """Whether a direct call of the decoder without its head is one to be followed."""
-        cache = call.get("past_key_values")
+        cache = cache_in(call)
         return self.phases.here is not None or (cache is not None and self._pool.tie(cache) is not None)
 
     @_outside_graphs

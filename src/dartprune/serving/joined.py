@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dartprune.model.caches import handed
+
 
 def can_join(model: Any) -> bool:
     """Whether lines of different lengths can decode in one batch: positions may be given, layers hold all tokens."""
@@ -83,7 +85,7 @@ class JoinedCache:
         """What a forward of one more token for each line is given."""
         inputs: dict[str, Any] = {
             "input_ids": torch.tensor(tokens, dtype=torch.int64, device=device)[:, None],
-            "past_key_values": self.cache,
+            **handed(self.cache),
             "use_cache": True,
         }
         width = self.width

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dartprune.model.caches import handed
 from dartprune.run import Run
 from dartprune.serving.joined import JoinedCache
 
@@ -51,7 +52,7 @@ def _ratio(model: Any, run: Run, lines: int) -> float:
             ids = torch.randint(0, high, (1, max(PROMPT, run.method.least_traced)), generator=generator)
             cache = DynamicCache(config=model.config)
             with run.phase("prefill", slots=(slot,)):
-                model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
+                model(input_ids=ids.to(model.device), **handed(cache), use_cache=True)
             joined.join(cache, ids.shape[1])
         seconds: dict[bool, list[float]] = {False: [], True: []}
         for turn in range(2 * (WARM + STEPS)):

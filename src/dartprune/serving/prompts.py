@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dartprune.model.caches import handed
 from dartprune.run import Run
 from dartprune.serving.prefixes import Prefixes
 from dartprune.serving.request import Ticket
@@ -66,7 +67,7 @@ class PromptReader:
         chunk = ids[prompt.read : prompt.read + self.prefixes.chunk]
         inputs: dict[str, Any] = {
             "input_ids": torch.tensor([chunk], dtype=torch.int64, device=self._model.device),
-            "past_key_values": prompt.cache,
+            **handed(prompt.cache),
             "use_cache": True,
         }
         # nothing is traced for masks that will not be made

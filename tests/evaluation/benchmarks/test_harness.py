@@ -11,6 +11,7 @@ import torch
 from dartprune import Dense, Static
 from dartprune.evaluation.benchmarks.tasks import PAPER, load_tasks, run_task, suite
 from dartprune.evaluation.protocol import Protocol
+from dartprune.model.caches import handed
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 harness = pytest.importorskip("dartprune.evaluation.benchmarks.harness")
@@ -87,7 +88,7 @@ def test_a_rolling_text_by_hand(arm, demo):
                 cache = model(input_ids=window[:, :15], use_cache=True).past_key_values
             for i in range(15, window.shape[1] - 1):
                 with run.phase("decode"):
-                    logits = model(input_ids=window[:, i : i + 1], past_key_values=cache).logits[0, -1]
+                    logits = model(input_ids=window[:, i : i + 1], **handed(cache)).logits[0, -1]
                 expected += float(logits.log_softmax(-1)[window[0, i + 1]])
                 scored += 1
     assert found == pytest.approx(expected, abs=1e-3)

@@ -12,6 +12,7 @@ from dartprune.evaluation.layers.overlap import kept, overlaps
 from dartprune.evaluation.layers.report import tables, write
 from dartprune.evaluation.layers.run import rank_correlation, settings_of, study_layers, thirds
 from dartprune.evaluation.texts import streams
+from dartprune.model.caches import handed
 from dartprune.model.families import describe
 from dartprune.reporting.journal import Journal
 from oracle import masked_by_hand
@@ -51,7 +52,7 @@ def by_hand(model, tokens, masks):
     """Mean loss after the prompt with masks bool [B, I] of each layer."""
     cache, inputs, targets = plain_losses(model, tokens)
     with torch.no_grad(), masked_by_hand(model, masks):
-        logits = model(input_ids=inputs, past_key_values=cache).logits
+        logits = model(input_ids=inputs, **handed(cache)).logits
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 
@@ -97,7 +98,7 @@ def test_overlap_against_sets(model, drawn, found):
             with torch.no_grad(), run.phase("prefill"):
                 cache = model(input_ids=tokens).past_key_values
             with torch.no_grad(), run.phase("decode"):
-                model(input_ids=tokens[:, :1], past_key_values=cache)
+                model(input_ids=tokens[:, :1], **handed(cache))
             sets.append([set(index.tolist()) for index in run.selection(run.slots_of(cache)[0])])
     data = overlaps(model, drawn, PROMPT, 0.5, size=4)
     for key, same in (("same_domain", True), ("other_domain", False)):

@@ -7,6 +7,7 @@ import torch
 from dartprune import Dart, Replay, Static
 from dartprune.evaluation.masks import kept_masks
 from dartprune.evaluation.study.neurons import NeuronLog, own_neurons
+from dartprune.model.caches import handed
 from small_study import EAGER, arms, model
 
 
@@ -17,7 +18,7 @@ def decode(tiny, pruner, tokens, prompt, own):
         log = NeuronLog(run, run.slots_of(cache), [72] * 3, own)
         for step in range(tokens.shape[1] - prompt):
             with run.phase("decode"):
-                tiny(input_ids=tokens[:, prompt + step : prompt + step + 1], past_key_values=cache)
+                tiny(input_ids=tokens[:, prompt + step : prompt + step + 1], **handed(cache))
             log.step(step + 1)
         return log, run.report(), kept_masks(run, run.slots_of(cache), [72] * 3)
 

@@ -7,6 +7,7 @@ import torch
 
 from dartprune import Dart
 from dartprune.evaluation.study.observe import Observer, Point, points_of
+from dartprune.model.caches import handed
 from oracle import assert_untouched, snapshot
 from tiny import FAMILIES
 
@@ -42,7 +43,7 @@ def test_a_run_goes_on_as_without_observer(backend):
             with run.phase("prefill"):
                 cache = model(input_ids=ids[:, :20], use_cache=True).past_key_values
             with run.phase("decode"):
-                logits.append([model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in (20, 21)])
+                logits.append([model(input_ids=ids[:, t : t + 1], **handed(cache)).logits for t in (20, 21)])
             if watched:
                 assert observer.take(2).shape == (6, 2, 20, 32)  # the first forward that was not taken
             assert run.report().backend == backend

@@ -22,6 +22,7 @@ from dartprune.evaluation.study.measures import Trajectory, top_dimensions
 from dartprune.evaluation.study.neurons import NeuronLog
 from dartprune.evaluation.study.observe import Observer, Point
 from dartprune.evaluation.study.settings import Settings
+from dartprune.model.caches import cache_of, handed
 from dartprune.model.families import describe
 from dartprune.reporting.progress import Advance
 
@@ -137,18 +138,18 @@ def run_unit(
             shadow: Any = None
             if arm.pruner.prunes:
                 with run.dense():
-                    shadow = model(input_ids=prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+                    shadow = cache_of(model(input_ids=prompt[:, :-1], use_cache=True, logits_to_keep=1))
                 observer.take(lines)
             log = NeuronLog(run, run.slots_of(cache), [layer.neurons for layer in decoder.layers], own)
             token = prompt[:, -1]
             for step in range(1, settings.steps + 1):
                 with run.phase("decode"):
-                    logits = model(input_ids=token[:, None], past_key_values=cache, use_cache=True).logits
+                    logits = model(input_ids=token[:, None], **handed(cache), use_cache=True).logits
                 mine = observer.take(lines)[:, :, 0]
                 reference, dense_logits = mine, logits
                 if shadow is not None:
                     with run.dense():
-                        dense_logits = model(input_ids=token[:, None], past_key_values=shadow, use_cache=True).logits
+                        dense_logits = model(input_ids=token[:, None], **handed(shadow), use_cache=True).logits
                     reference = observer.take(lines)[:, :, 0]
                 log.step(step)
                 detectors.step(mine[0])
