@@ -362,11 +362,11 @@ class Run(Refuses):
 
 
 def check_transformers(version: str) -> None:
-    """ValueError for a release of transformers whose caches would not be known again from token to token."""
+    """ValueError for a release of transformers that nobody tried: doors that moved would leave a model unpruned."""
     if tuple(map(int, version.split(".")[:2])) >= UNKNOWN_TRANSFORMERS:
         raise UserError(
-            f"transformers {version} hands caches on under another name than this version of dartprune knows: "
-            "pip install 'transformers<5.24'"
+            f"transformers {version} is newer than this version of dartprune knows, and might be left unpruned: "
+            f"pip install 'transformers<{'.'.join(map(str, UNKNOWN_TRANSFORMERS))}', or a newer dartprune"
         )
 
 

@@ -92,11 +92,19 @@ def test_free(run, tmp_path):
     assert code == 0 and "dart-release@30" in out and "report: f/report.html" in out
     data = json.loads((tmp_path / "f" / "report.json").read_text())
     assert data["text_quality"]["dense"]["after"]["rouge1"] == 1
+    assert 0 <= data["text_quality"]["dense"]["after"]["names_second"] <= 1
     assert 0 <= data["text_quality"]["dart-frozen"]["after"]["rougeL"] <= 1
     wrote = json.loads((tmp_path / "f" / "written.json").read_text())
     frozen, released = wrote["dart-frozen"], wrote["dart-release@30"]
     assert len(frozen["after"]) == 2 and frozen["before"] == released["before"]
     assert [claim["answer"] for claim in data["claims"]] == ["undecided"] * 3, "no one-topic texts"
+
+
+def test_a_model_without_a_chat_template_is_named(run):
+    pytest.importorskip("rouge_score")
+    pytest.importorskip("sacrebleu")
+    code, _, err = run("study", "--mode", "free", "--chat", "--streams", 1, "--out", "f")
+    assert code == 2 and "tokenizer has no chat template" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
@@ -109,6 +117,7 @@ def test_free(run, tmp_path):
         (("--spaces", "residuals"), "did you mean 'residual'"),
         (("--mode", "forcd"), "did you mean 'forced'"),
         (("--prompt", "x"), "belong to --mode free"),
+        (("--chat",), "--chat and --similarity belong to --mode free"),
         (("--mode", "free"), "--texts belongs to --mode forced"),
         (("--sparsity", 1.5), "sparsity must be a number in [0, 1)"),
         (("--after", 4000), "no domain has a text of"),

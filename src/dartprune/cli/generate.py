@@ -62,7 +62,10 @@ def generate(
 
     o.quiet()
     loaded, tokenizer = load(model, dtype=dtype, device=device)
-    inputs = _encode(tokenizer, text, chat).to(loaded.device)
+    from dartprune.evaluation.texts import chat_prompt
+
+    plain = {"return_tensors": "pt", "return_token_type_ids": False}
+    inputs = (chat_prompt(tokenizer, text) if chat else tokenizer(text, **plain)).to(loaded.device)
     _check_context(loaded, inputs["input_ids"].shape[1], max_new_tokens)
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
@@ -127,15 +130,6 @@ def _check_context(model: Any, prompt: int, new: int) -> None:
     if tables:
         raise UserError(f"{said}: ask for at most {most - prompt} with -n")
     say(f"note: {said}: what comes after it was never trained", style="yellow", error=True)
-
-
-def _encode(tokenizer: Any, text: str, chat: bool) -> Any:
-    if not chat:
-        return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    if tokenizer.chat_template is None:
-        raise UserError("--chat: this model's tokenizer has no chat template")
-    message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 
 
 def _decode(

@@ -40,6 +40,9 @@ def study(
     one_request: Annotated[
         bool, typer.Option("--one-request", help="Free: ask for both topics at once; the change is then unknown.")
     ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Free: put the request into the tokenizer's chat template.")
+    ] = False,
     streams: Annotated[int, typer.Option(min=1, help="Texts that change their topic.")] = 60,
     control: Annotated[
         int | None, typer.Option(min=0, help="Texts on one topic.", show_default="as many as --streams")
@@ -109,7 +112,7 @@ def study(
     chosen = parse_arms(",".join(method) if method else ARMS, sparsity)
     settings.check_arms(chosen)
     sources = [*o.paths(texts), *(more or [])]
-    _check_mode(mode, sources, prompt, bridge, prompts, similarity, one_request)
+    _check_mode(mode, sources, prompt, bridge, prompts, similarity, one_request, chat)
     control = streams if control is None else control
     o.check_backend(backend)
     o.results_folder(out)
@@ -131,7 +134,7 @@ def study(
             from dartprune.evaluation.study.similarity import Encoder
 
             encoder = Encoder(similarity)
-        laid = _free(tokenizer, settings, prompt, bridge, prompts, one_request, streams, control)
+        laid = _free(tokenizer, settings, prompt, bridge, prompts, one_request, chat, streams, control)
     name = "demo" if model is None else Path(model).name
     with o.resumable(out):
         results = _run(loaded, tokenizer, laid, chosen, settings, out, batch, backend, name, as_json)
@@ -153,12 +156,15 @@ def _check_mode(
     prompts: Path | None,
     similarity: Path | None,
     one_request: bool,
+    chat: bool,
 ) -> None:
     """UserError before the long work for options that do not go together."""
-    written = prompt is not None or prompts is not None or similarity is not None or one_request or bridge
+    written = prompt is not None or prompts is not None or similarity is not None or one_request or chat or bridge
     if mode == "forced":
         if written:
-            raise UserError("--prompt, --bridge, --prompts, --one-request and --similarity belong to --mode free")
+            raise UserError(
+                "--prompt, --bridge, --prompts, --one-request, --chat and --similarity belong to --mode free"
+            )
         if not sources:
             raise UserError("--mode forced needs --texts: files or folders with the text of at least two topics")
     elif sources:
@@ -178,6 +184,7 @@ def _free(
     bridge: str,
     prompts: Path | None,
     one_request: bool,
+    chat: bool,
     streams: int,
     control: int,
 ) -> dict[str, list[Text]]:
@@ -188,7 +195,7 @@ def _free(
         rows = [TopicPrompt("first topic", "second topic", prompt, prompt, bridge)]
     else:
         rows = generate_prompts() if prompts is None else read_prompts(prompts)
-    return free_texts(rows[:streams], tokenizer, settings, control, one_request=one_request)
+    return free_texts(rows[:streams], tokenizer, settings, control, one_request=one_request, chat=chat)
 
 
 def _run(
@@ -235,16 +242,19 @@ def _conclude(
         import torch
 
         from dartprune.evaluation.study.layout import written
-        from dartprune.evaluation.study.quality import text_quality
+        from dartprune.evaluation.study.quality import naming, text_quality
         from dartprune.evaluation.study.similarity import similarity
 
+        topics = [text.topics for text in texts["change"]]
         wrote = {
             arm.name: written(texts["change"], torch.from_numpy(record.text), settings, tokenizer)
             for arm in results.arms
             if (record := results.get(arm.name)) is not None
         }
         for arm, parts in wrote.items():
-            quality[arm] = {part: text_quality(said, wrote["dense"][part]) for part, said in parts.items()}
+            quality[arm] = {
+                part: text_quality(said, wrote["dense"][part]) | naming(said, topics) for part, said in parts.items()
+            }
             if encoder is not None:
                 for part, said in parts.items():
                     quality[arm][part] |= similarity(encoder, said, wrote["dense"][part])

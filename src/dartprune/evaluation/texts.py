@@ -111,12 +111,20 @@ def json_lines(text: str, path: str | Path, *fields: str) -> Iterator[dict[str, 
 JOIN = 5
 
 
-def chat_prompt(tokenizer: Any, instruction: str) -> Any:
-    """An instruction in the model's chat template, as tensors; ValueError where there is no template."""
-    if tokenizer.chat_template is None:
+def chat_text(tokenizer: Any, instruction: str) -> str:
+    """An instruction in the model's chat template, up to where the answer begins; ValueError where there is none."""
+    if getattr(tokenizer, "chat_template", None) is None:
         raise UserError("this model's tokenizer has no chat template: it is no chat model that could be asked")
     message = [{"role": "user", "content": instruction}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    text: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def chat_prompt(tokenizer: Any, instruction: str) -> Any:
+    """An instruction in the model's chat template, as tensors; ValueError where there is no template."""
+    # the template brings the special tokens itself
+    text = chat_text(tokenizer, instruction)
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
 
 
 def opening(tokenizer: Any) -> list[int]:

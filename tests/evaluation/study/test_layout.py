@@ -85,6 +85,32 @@ def test_free_texts():
         free_texts([TopicPrompt("a", "b", "", "open", "bridge")], Letters(), FREE, 0, one_request=True)
 
 
+class Chat(Letters):
+    """Letters with a template, whose own special token would begin every text."""
+
+    chat_template = "there is one"
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert not tokenize and add_generation_prompt
+        return "".join(f"<{message['content']}>" for message in messages)
+
+
+def test_in_the_chat_template_the_request_comes_first():
+    def start(one_request):
+        kinds = free_texts([PROMPT], Chat(), FREE, 1, one_request=one_request, chat=True)
+        assert kinds["control"][0].prompt == kinds["change"][0].prompt
+        return "".join(map(chr, kinds["change"][0].prompt))
+
+    assert start(False) == f"<{PROMPT.prompt}>{PROMPT.opening}" and start(True) == f"<{PROMPT.prompt}>"
+    with pytest.raises(ValueError, match="tokenizer has no chat template"):
+        free_texts([PROMPT], Letters(), FREE, 0, one_request=False, chat=True)
+    with pytest.raises(ValueError, match="prompt 1 has no 'prompt' that asks for both topics, which a chat needs"):
+        free_texts([TopicPrompt("a", "b", "", "open", "bridge")], Chat(), FREE, 0, one_request=False, chat=True)
+
+
 def test_what_is_chosen():
     group = [Text((5, 6), (CHOOSE, 9), ("a",), 0), Text((5, 6), (CHOOSE, CHOOSE), ("a",), 1)]
     logits = torch.zeros(2, 12)

@@ -8,6 +8,7 @@ from typing import Any
 from dartprune.errors import UserError
 from dartprune.evaluation.protocol import Protocol, end_tokens
 from dartprune.evaluation.stats import standard_error
+from dartprune.evaluation.texts import chat_text
 from dartprune.model.context import context_length
 from dartprune.reporting.progress import Advance
 
@@ -30,10 +31,7 @@ def prompts(documents: Sequence[str], tokenizer: Any, *, most: int = 1024, chat:
     """
     text = INSTRUCTION
     if chat:
-        if tokenizer.chat_template is None:
-            raise UserError("--chat: this model's tokenizer has no chat template")
-        message = [{"role": "user", "content": INSTRUCTION}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = chat_text(tokenizer, INSTRUCTION)
     if text.count(_MARK) != 1:
         raise UserError("--chat: the chat template does not hold the message as it is, once")
     before, after = text.split(_MARK)

@@ -15,7 +15,7 @@ from dartprune.errors import UserError
 from dartprune.evaluation.study.lockstep import Choose
 from dartprune.evaluation.study.prompts import TopicPrompt
 from dartprune.evaluation.study.settings import Settings
-from dartprune.evaluation.texts import Stream, opening, pieces, streams
+from dartprune.evaluation.texts import Stream, chat_text, opening, pieces, streams
 from dartprune.model.context import context_length
 
 CHOOSE = -1  # the model writes this token
@@ -93,7 +93,13 @@ def stretch_begin(tokenizer: Any, separator: bool) -> int | None:
 
 
 def free_texts(
-    prompts: Sequence[TopicPrompt], tokenizer: Any, settings: Settings, control: int, *, one_request: bool
+    prompts: Sequence[TopicPrompt],
+    tokenizer: Any,
+    settings: Settings,
+    control: int,
+    *,
+    one_request: bool,
+    chat: bool = False,
 ) -> dict[str, list[Text]]:
     """Texts that the model writes, by kind.
 
@@ -104,14 +110,22 @@ def free_texts(
         control: how many openings are also continued without the bridge to the second topic.
         one_request: ask for both topics at once, as in the paper; the place of the change is then unknown. Otherwise
             the model continues the opening, and after `before` tokens the bridge to the second topic is given.
+        chat: the request for both topics comes first, in the tokenizer's chat template, and the answer begins with the
+            opening.
 
     Raises:
-        ValueError: a bridge longer than the text after the change.
+        ValueError: a bridge longer than the text after the change; `chat` without a template or a request.
     """
     texts: list[Text] = []
     for number, prompt in enumerate(prompts):
         whole = one_request or not prompt.bridge
-        start = tokenizer(prompt.prompt if whole else prompt.opening, verbose=False)["input_ids"]
+        if chat and not prompt.prompt.strip():
+            raise UserError(f"prompt {number + 1} has no 'prompt' that asks for both topics, which a chat needs")
+        text = prompt.prompt if whole else prompt.opening
+        if chat:
+            text = chat_text(tokenizer, prompt.prompt) + ("" if whole else prompt.opening)
+        # the template brings the special tokens itself
+        start = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
         bridge = [] if whole else tokenizer(prompt.bridge, add_special_tokens=False, verbose=False)["input_ids"]
         if len(start) < 2:
             raise UserError(f"prompt {number + 1} has {len(start)} tokens: a prompt needs at least 2")

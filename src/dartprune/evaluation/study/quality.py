@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from dartprune.errors import require
 
 LIBRARIES = ("rouge_score", "sacrebleu")
 NGRAM = 4  # words whose return counts as repetition
+NAMING = 4  # letters of a word that can name a topic
+# words in topics' names, without their plural s, that say little about what a text speaks of
+GENERAL = frozenset(
+    {"animal", "city", "computer", "first", "history", "language", "life", "long", "making", "music", "personal"}
+    | {"rule", "second", "small", "system", "topic", "treatment", "world"}
+)
 
 
 def check_libraries() -> None:
@@ -44,6 +51,32 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     """The n-grams of a text's words, in order."""
     words = text.lower().split()
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def names(text: str, topic: str) -> bool:
+    """Whether a text names a topic: a word of the topic's name stands in it, in the singular or the plural.
+
+    Words of three letters and fewer do not count, nor do those that any text may hold (`GENERAL`).
+    """
+    return bool(_stems(text) & (_stems(topic) - GENERAL))
+
+
+def _stems(text: str) -> set[str]:
+    return {word.removesuffix("s") for word in re.findall(r"\w+", text.lower()) if len(word) >= NAMING}
+
+
+def naming(texts: Sequence[str], topics: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Shares of texts that name their first topic, and their second; the topics of each text in order.
+
+    Nothing where a topic has no name that could be looked for.
+    """
+    if not all(_stems(topic) - GENERAL for pair in topics for topic in pair):
+        return {}
+    places = {"names_first": 0, "names_second": 1}
+    return {
+        key: sum(names(text, pair[place]) for text, pair in zip(texts, topics, strict=True)) / len(texts)
+        for key, place in places.items()
+    }
 
 
 def text_quality(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
