@@ -218,7 +218,8 @@ def test_bad_requests_get_one_line(served, change, status, param, said):
         (b'{"model": "small", "prompt": "x", "max_tokens": ' + b"9" * 6000 + b"}", 400),
         (b'{"model": "small", "prompt": ' + b"[" * 3000 + b"]" * 3000 + b"}", 400),
         (b'{"model": "small", "model": "small"}', 400),
-        (b"x" * 2_000_000, 413),
+        (b"x" * 1_000_001, 413),
+        (b"x" * 7_900_000, 413),
     ],
 )
 def test_bodies_that_are_none(small, body, status):
@@ -226,6 +227,35 @@ def test_bodies_that_are_none(small, body, status):
         got, _, text = send(served, body=body)
         assert got == status and json.loads(text)["error"]["message"]
         assert send(served, "/health", method="GET")[0] == 200
+
+
+def test_a_body_that_never_ends_is_cut_off(small):
+    with served_by(small, body_bytes=1_000) as served:
+        sent = 0
+
+        def forever():
+            nonlocal sent
+            for _ in range(10_000):
+                sent += 100_000
+                yield b"x" * 100_000
+
+        with contextlib.suppress(OSError):
+            status, _, _ = send(served, body=forever())
+            assert status == 413
+        assert sent < 100_000_000
+        assert send(served, "/health", method="GET")[0] == 200
+
+
+def test_who_waits_to_be_asked_for_a_body_is_refused_without_it(small):
+    with served_by(small, body_bytes=1_000, keys=("one",)) as served:
+        for headers, size, status in (
+            (b"Authorization: Bearer one\r\n", 2_000, b" 413 "),
+            (b"", 10, b" 401 "),
+        ):
+            with socket.create_connection(("127.0.0.1", served.port), timeout=30) as wire:
+                head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + headers
+                wire.sendall(head + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % size)
+                assert status in wire.recv(4096).split(b"\r\n")[0]
 
 
 def test_unknown_pages_and_methods(served):
@@ -267,6 +297,7 @@ def test_api_keys(small):
             {"authorization": "Bearer one two"},
         ):
             assert send(served, "/v1/models", method="GET", **headers)[0] == 401
+            assert send(served, body=b"x" * 4_000_000, **headers)[0] == 401, "sent to its end, and told why"
         assert [send(served, path, method="GET")[0] for path in ("/", "/health", "/ready", "/metrics")] == [200] * 4
 
 

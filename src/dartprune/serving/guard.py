@@ -13,6 +13,7 @@ from dartprune.serving.errors import Rejected
 Scope: TypeAlias = "dict[str, Any]"
 Receive: TypeAlias = Callable[[], Awaitable[Any]]
 Send: TypeAlias = Callable[[Any], Awaitable[None]]
+HEARD = 8  # times the largest body are read, and dropped, before the connection is closed on a client that sends more
 OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json", "/docs")
 
 
@@ -32,13 +33,16 @@ class Guard:
             return
         try:
             headers = {name.lower(): value for name, value in scope["headers"]}
-            if self.keys and scope["path"] not in OPEN and not self._is_known(headers.get(b"authorization", b"")):
+            open_to_all = not self.keys or scope["path"] in OPEN
+            known = open_to_all or self._is_known(headers.get(b"authorization", b""))
+            # a client that waits to be asked for its body can be refused at once, others are heard out
+            if scope["method"] in ("POST", "PUT", "PATCH") and (known or b"expect" not in headers):
+                receive = await self._read(headers, receive)
+            if not known:
                 raise Rejected(
                     401, "a known API key is needed: Authorization: Bearer KEY", None, "invalid_api_key",
                     {"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
-            if scope["method"] in ("POST", "PUT", "PATCH"):
-                receive = await self._read(headers, receive)
         except Rejected as rejected:
             await _refuse(send, rejected)
             return
@@ -55,7 +59,8 @@ class Guard:
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
         """The body, and a `receive` that gives it once and then goes on."""
         told = headers.get(b"content-length", b"0")
-        if told.isdigit() and int(told[:20]) > self.most_bytes:
+        heard = self.most_bytes if b"expect" in headers else HEARD * self.most_bytes
+        if told.isdigit() and int(told[:20]) > heard:
             raise self._too_large()
         try:
             body = await asyncio.wait_for(self._whole(receive), self.seconds)
@@ -73,13 +78,17 @@ class Guard:
         return replay
 
     async def _whole(self, receive: Receive) -> bytes:
-        body = bytearray()
+        # what is too much is read and dropped: who is cut off while sending never sees the answer that says why
+        body, size = bytearray(), 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise _GoneError
-            body += message.get("body", b"")
-            if len(body) > self.most_bytes:
+            part = message.get("body", b"")
+            size += len(part)
+            if size <= self.most_bytes:
+                body += part
+            if size > HEARD * self.most_bytes or (size > self.most_bytes and not message.get("more_body")):
                 raise self._too_large()
             if not message.get("more_body"):
                 return bytes(body)
