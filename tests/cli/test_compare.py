@@ -120,3 +120,68 @@ def test_mistakes_are_one_line_and_exit_code_two(compare, args, message, texts, 
     assert code == 2, (out, err)
     assert message in err.replace("\n", ""), err
     assert "Traceback" not in err
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """A file with an arm, which every process must run to know it."""
+    path = tmp_path / "more.py"
+    path.write_text(
+        "import dartprune\n"
+        "from dartprune.evaluation.arms import register_arm\n"
+        "@register_arm('eager', 'an arm of the user')\n"
+        "def eager(sparsity, number, calibration):\n"
+        "    return dartprune.Static(sparsity=sparsity, budget=dartprune.DepthAware())\n"
+    )
+    return path
+
+
+def test_processes_share_the_arms_and_change_no_figure(run, texts, tmp_path, plugin):
+    options = ("--texts", texts, "--method", "static,dart,eager", *SMALL, "--kinds", "changing", "--json")
+    from dartprune.evaluation.arms import arm_kinds
+
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        arm_kinds._values.pop("eager", None)
+        code, told, err = run("--plugin", plugin, "compare", *options, "--out", out, "--processes", processes)
+        assert code == 0, err
+        found.append(json.loads(told))
+        assert sorted(path.name for path in out.glob("*.jsonl")) == ["journal.jsonl"], "one journal is left"
+    arm_kinds._values.pop("eager", None)
+    for data in found:
+        del data["files"]
+    assert found[0] == found[1]
+    assert [o["arm"] for o in found[1]["outcomes"]] == ["dense", "static", "dart", "eager"]
+
+
+def test_what_another_process_did_is_kept_and_what_it_refuses_is_told(compare, texts, tmp_path, monkeypatch):
+    from dartprune.evaluation.compare import run as module
+
+    out = tmp_path / "out"
+    options = ("--texts", texts, "--method", "static,griffin", *SMALL, "--kinds", "one-topic", "--versus", "static")
+    code, _, err = compare(*options, "--out", out)
+    assert code == 0, err
+    # as if a second process had done the whole, and the first nothing
+    (out / "journal.jsonl").rename(out / "journal.part-1.jsonl")
+    monkeypatch.setattr(module, "measure", None)
+    code, _, err = compare(*options, "--out", out)
+    assert code == 0, err
+    assert not (out / "journal.part-1.jsonl").exists()
+
+    from dartprune.cli import shares
+    from dartprune.errors import UserError
+
+    def refused(self):
+        raise UserError("no such model")
+
+    lines = []
+
+    class Line:
+        send = lines.append
+
+    monkeypatch.setattr(shares.Job, "begin", refused)
+    monkeypatch.setattr(shares.signal, "signal", lambda *_: None)
+    job = shares.Job(None, "auto", None, {}, {}, None, [], "auto")
+    shares._work(job, out / "x", {}, 1, Line)
+    assert lines == ["no such model"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,12 +11,9 @@ from dartprune.cli import options as o
 from dartprune.errors import UserError
 
 if TYPE_CHECKING:
-    from dartprune.evaluation.arms import Arm
     from dartprune.evaluation.compare.outcomes import Comparison
-    from dartprune.evaluation.compare.plan import Plan
 
 EXAMPLE = "Example: dartprune compare --texts my-texts --method static,griffin,dart --sparsity 0.5,0.7 --out results"
-JOURNAL = "journal.jsonl"
 
 
 def compare(
@@ -62,6 +59,12 @@ def compare(
     ] = None,
     model: o.Model = None,
     batch: Annotated[int, typer.Option("--batch", help="Streams decoded together: bounds the memory.")] = 15,
+    processes: Annotated[
+        int,
+        typer.Option(
+            "--processes", min=1, help="Decode with several arms at once, each process on its share of the cores."
+        ),
+    ] = 1,
     tolerance: Annotated[float, typer.Option("--tolerance", help="How far apart realised sparsities may lie.")] = 0.005,
     seed: Annotated[int, typer.Option("--seed", help="Of the streams and the intervals.")] = 0,
     backend: Annotated[
@@ -101,13 +104,13 @@ def compare(
     from dartprune.evaluation.texts import read_texts
 
     calibrating = read_texts(o.paths(calibration)) if calibration else {}
-    from dartprune.loading import load
+    from dartprune.cli.plugins import ran
+    from dartprune.cli.shares import Job, compared
 
     o.quiet()
-    loaded, tokenizer = load(model, dtype=dtype, device=device)
-    chosen = _arms(names, loaded, tokenizer, calibrating)
+    job = Job(model, dtype, device, documents, calibrating, plan, names, backend, tuple(ran))
     with o.resumable(out):
-        comparison = _run(loaded, tokenizer, documents, plan, chosen, out, backend, as_json)
+        comparison = compared(job, out, processes, silent=as_json)
     comparison.settings |= {"model": Path(model).name if model else "demo", "arms": names, "backend": backend}
     from dartprune.evaluation.compare.report import write
 
@@ -130,20 +133,6 @@ def _documents(texts: list[Path], dataset: list[str], split: str | None, field: 
     return documents
 
 
-def _arms(names: list[str], model: Any, tokenizer: Any, calibrating: dict[str, list[str]]) -> list[Arm]:
-    from dartprune.evaluation.arms import arm
-    from dartprune.evaluation.calibration import Calibration, cut
-    from dartprune.evaluation.texts import opening
-
-    if not calibrating:
-        return [arm(name) for name in names]
-    tokens: list[int] = []
-    for text in (text for domain in calibrating.values() for text in domain):
-        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    made = Calibration(model, cut(tokens, opening(tokenizer)))
-    return [arm(name, made) for name in names]
-
-
 def _list(as_json: bool) -> None:
     from dartprune.evaluation.arms import arm_names
     from dartprune.reporting.tables import facts, show
@@ -152,27 +141,6 @@ def _list(as_json: bool) -> None:
         o.print_json(arm_names())
     else:
         show(facts(arm_names().items()))
-
-
-def _run(
-    model: Any,
-    tokenizer: Any,
-    documents: dict[str, list[str]],
-    plan: Plan,
-    arms: list[Arm],
-    out: Path,
-    backend: str,
-    silent: bool,
-) -> Comparison:
-    from dartprune.evaluation.compare.plan import material
-    from dartprune.evaluation.compare.run import compare, journal_settings
-    from dartprune.reporting.journal import Journal
-    from dartprune.reporting.progress import bar
-
-    given = material(documents, tokenizer, plan)
-    journal = Journal(out / JOURNAL, journal_settings(model, given, plan, backend))
-    with bar("comparing", 0, silent=silent) as work:
-        return compare(model, arms, given, plan, journal=journal, backend=backend, watcher=work)
 
 
 def _show(comparison: Comparison, files: dict[str, str]) -> None:

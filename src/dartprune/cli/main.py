@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +27,8 @@ from dartprune.cli import (
 from dartprune.cli import eval as evaluation
 from dartprune.cli.command import Command
 from dartprune.cli.options import INTERRUPTED
-from dartprune.errors import UserError, user_file
+from dartprune.cli.plugins import run_plugins
+from dartprune.errors import UserError
 from dartprune.reporting.tables import say
 
 # typer brings a click of its own in some versions and the common one in others
@@ -76,19 +76,7 @@ def _common(
         ),
     ] = None,
 ) -> None:
-    for number, path in enumerate(plugin or []):
-        _run_plugin(path, f"dartprune_plugin_{number}")
-
-
-def _run_plugin(path: Path, name: str) -> None:
-    with user_file(path):
-        path.open("rb").close()
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--plugin {path}: the name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles look for their module there
-    spec.loader.exec_module(module)
+    run_plugins(plugin or [])
 
 
 def main() -> None:

@@ -87,6 +87,16 @@ class Journal:
     def __len__(self) -> int:
         return len(self._done)
 
+    def learn(self, units: Mapping[str, Any]) -> None:
+        """Know units that another file keeps; they are not written here."""
+        self._done.update(units)
+
+    def adopt(self, other: Journal) -> None:
+        """Keep the units of another journal of the same work that are not here."""
+        for key in other:
+            if key not in self:
+                self.add(key, other[key])
+
     def add(self, key: str, value: Any) -> None:
         """Keep a finished unit: plain data; ValueError for a key that is there."""
         if key in self._done:
