@@ -1,6 +1,7 @@
 """How DART's defaults were chosen: one setting changed at a time, on training texts.
 
     python benchmarks/choices.py --texts DIR --out benchmarks/results/choices-demo.json
+    python benchmarks/choices.py --texts DIR --model smollm2 --dtype auto --sparsity 0.5 --streams 12 --out choices.json
 
 DIR holds NAME.train.txt files as in `dartprune.evaluation.texts`. Two kinds of streams, teacher-forced after 64 tokens
 of prompt with the masks in force: 192 tokens of one domain and 256 of another, and 448 of one domain. Loss over dense
@@ -125,23 +126,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--model", default=None, help="folder or name; the model of the package unless given")
+    parser.add_argument("--dtype", default="float32", help="auto is that of the checkpoint")
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--streams", type=int, default=36)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    model, tokenizer = load(args.model, dtype="float32")
+    model, tokenizer = load(args.model, dtype=args.dtype)
     texts = {name: parts[:200] for name, parts in read_texts([args.texts], split="train").items()}
     tokens = pieces(texts, tokenizer, FIRST + SECOND)
     separator = tokenizer.bos_token_id
     two = batch(streams(tokens, (FIRST, SECOND), args.streams, seed=2, separator=separator))
     one = batch(streams(tokens, (FIRST + SECOND,), args.streams, seed=3, separator=separator))
-    settings = {"sparsity": args.sparsity, "streams": args.streams, "model": args.model or "demo"}
+    name = Path(args.model).name if args.model else "demo"
+    settings = {"sparsity": args.sparsity, "streams": args.streams, "model": name, "dtype": args.dtype}
     data = {"date": str(date.today()), "machine": platform.processor(), "settings": settings, "rows": {}}
     if args.out.is_file():
         data = json.loads(args.out.read_text())
         if data["settings"] != settings:
             parser.error(f"{args.out} holds results of other settings {data['settings']}; give another --out")
-    dense = [forced_losses(model, Dense(), streams_, PROMPT)[0] for streams_ in (two, one)]
+    dense = [forced_losses(model, Dense(), streams_, PROMPT, block=None)[0] for streams_ in (two, one)]
     for case in cases(args.sparsity):
         if case.name in data["rows"]:
             continue

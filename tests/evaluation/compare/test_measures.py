@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dartprune import Dart, Dense, Static
-from dartprune.evaluation.compare.measures import bytes_saved, check_masks, measure, reference
+from dartprune.evaluation.compare.measures import check_masks, measure, reference
 from dartprune.evaluation.forced import forced_steps
 from dartprune.runtime import layer_hooks as layer_run
 from letters import tiny
@@ -70,11 +70,3 @@ def test_an_arm_that_only_says_so_is_caught(monkeypatch):
     assert found.report.realised_sparsity == pytest.approx(0.5, abs=0.01), "what it says of itself"
     with pytest.raises(ValueError, match=r"arm 'liar' reports a realised sparsity of 0.5.*its masks do not act"):
         check_masks("liar", 0.5, found, dense, torch.float32)
-
-
-def test_bytes_saved_of_single_streams():
-    pytest.importorskip("numba")
-    model = tiny()
-    rows = [TOKENS[:1], TOKENS[1:2]]
-    assert bytes_saved(model, Static(sparsity=0.5), rows, CONTEXT, "cpu") == pytest.approx(0.5, abs=0.01)
-    assert bytes_saved(model, Static(sparsity=0.5), rows, CONTEXT, "masked") == 0

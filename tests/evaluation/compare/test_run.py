@@ -195,8 +195,8 @@ def test_distributions_that_do_not_all_fit_change_nothing(monkeypatch, compariso
     kept = {(o.arm, o.kind, o.target): o for o in comparison.outcomes}
     assert found.outcomes[1].parts["one topic"].divergence == kept["static", ONE, 0.5].parts["one topic"].divergence
     # two batches dense as an arm and static; their distributions, the second one's twice: a prefill and one block each;
-    # two streams alone, token by token, for their bytes
-    assert len(forwards) == (2 + 2 + 3) * 2 + 2 * (PLAN.steps + 1)
+    # one stream alone, token by token, for its bytes
+    assert len(forwards) == (2 + 2 + 3) * 2 + PLAN.steps + 1
 
 
 @pytest.mark.parametrize(

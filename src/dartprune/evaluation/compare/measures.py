@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dartprune.errors import UserError
-from dartprune.evaluation.forced import forced_losses, forced_steps, step_losses
+from dartprune.evaluation.forced import forced_steps, step_losses
 from dartprune.pruner import Dense, Pruner
 from dartprune.report import Report
 from dartprune.reporting.progress import Advance
@@ -103,12 +102,6 @@ def measure(
         report = run.report()
     losses, divergence, agreement = (torch.cat(column, dim=1).cpu() for column in zip(*parts, strict=True))
     return BatchMeasures(losses, divergence, agreement, report, short)
-
-
-def bytes_saved(model: torch.nn.Module, pruner: Pruner, rows: Sequence[Tensor], context: int, backend: str) -> float:
-    """Share of the FFN's weight bytes that a backend leaves unread when each stream, int64 [1, T], is decoded alone."""
-    shares = [forced_losses(model, pruner, row, context, backend=backend)[1].bytes_saved for row in rows]
-    return sum(shares) / len(shares)
 
 
 def check_masks(name: str, nominal: float, measured: BatchMeasures, dense: Reference, dtype: torch.dtype) -> None:

@@ -19,16 +19,16 @@ import dartprune
 from dartprune.errors import UserError
 from dartprune.evaluation.arms import Arm, check_once
 from dartprune.evaluation.arms import arm as arm_named
-from dartprune.evaluation.compare.measures import BatchMeasures, Reference, bytes_saved, check_masks, measure, reference
+from dartprune.evaluation.compare.measures import BatchMeasures, Reference, check_masks, measure, reference
 from dartprune.evaluation.compare.outcomes import Case, Comparison, assemble
 from dartprune.evaluation.compare.plan import Material, Part, Plan
 from dartprune.evaluation.compare.tuning import Tuned, tune
+from dartprune.evaluation.forced import forced_losses
 from dartprune.evaluation.texts import batch
 from dartprune.pruner import Pruner
 from dartprune.reporting.journal import Journal
 from dartprune.reporting.progress import Watcher
 
-ALONE = 2  # streams that are decoded one by one for the bytes saved
 HELD = 2 << 30  # bytes of dense distributions kept between units; the rest is computed again for every unit
 DIGESTED = 1 << 18  # values of each weight that tell one checkpoint from another
 BACKEND = "masked"  # quality is the same on every backend, and masks are the quickest way through a batch
@@ -83,7 +83,7 @@ def compare(
     work = _Work(model, material, plan, journal, backend, watcher)
     pruning = [a for a in arms if a.prunes]
     batches = -(-plan.count // plan.batch)
-    each = batches + min(ALONE, plan.count)
+    each = batches + 1  # and one stream alone, for the bytes saved
     work.expect(len(plan.kinds) * plan.steps * (2 * batches + len(pruning) * len(plan.sparsities) * each))
     cases: list[Case] = []
     for kind in plan.kinds:
@@ -197,13 +197,13 @@ class _Work:
     def _saved(self, kind: str, arm: Arm, nominal: float) -> float:
         pruner = arm.build(nominal)
         key = f"{kind}/{arm.name}/{settings_digest(pruner)}/{nominal!r}/bytes"
-        rows = [batch([stream]) for stream in self.material.streams[kind][:ALONE]]
+        row = batch(self.material.streams[kind][:1])
         if key not in self.journal:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the same as those of the batches
-                share = bytes_saved(self.model, pruner, rows, self.plan.prompt, self.backend)
+                share = forced_losses(self.model, pruner, row, self.plan.prompt, backend=self.backend)[1].bytes_saved
             self.journal.add(key, share)
-        self._count_once(key, f"{kind}, {arm.name} alone", len(rows) * self.plan.steps)
+        self._count_once(key, f"{kind}, {arm.name} alone", self.plan.steps)
         return float(self.journal[key])
 
     def _tokens(self, kind: str, number: int) -> Tensor:
