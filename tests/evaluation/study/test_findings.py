@@ -143,6 +143,13 @@ def test_the_first_tokens_of_the_second_topic_are_compared_nowhere(tmp_path):
     assert max(drawn) < 1.1
 
 
+def test_every_arm_has_a_colour_of_its_own():
+    names = "dense,dart-frozen,dart,dart-relearn,sketch-dart,gated-dart,static"
+    made = results([record(arm, "change", loss(0.2, 1.0, 1)) for arm in parse_arms(names, 0.5)])
+    colours = [line.get_color() for line in pictures.losses(made).axes[0].lines if line.get_label() in names]
+    assert len(colours) == 6 == len(set(colours)), colours
+
+
 def test_a_window_that_holds_nothing_else_has_no_loss():
     small = Settings(**{**vars(S), "window": 2})
     made = results([record(DENSE, "change", loss(0, 0, 0) * 0, settings=small)], small)

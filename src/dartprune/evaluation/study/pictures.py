@@ -34,7 +34,9 @@ class _Pen:
         self.results = results
         s = results.settings
         self.x: Array = s.window * (np.arange(s.windows) + 0.5)  # the middle of each window
-        self.styles = {arm.name: look(3 + i) | {"marker": None} for i, arm in enumerate(results.arms)} | _KNOWN
+        others = [arm.name for arm in results.arms if arm.name not in _KNOWN and arm.release is None]
+        # the first colours are those of the known arms
+        self.styles = {name: look(3 + i) | {"marker": None} for i, name in enumerate(others)} | _KNOWN
         for i, (arm, shade) in enumerate(zip(results.releases, shades(len(results.releases)), strict=True)):
             self.styles[arm.name] = {"color": shade, "linestyle": DASHES[i % len(DASHES)]}
 
