@@ -109,7 +109,9 @@ def _size(model: nn.Module) -> int:
 def _pack_ffn(layer: Layer, bits: int, nested: bool, parents: dict[nn.Module, tuple[nn.Module, str]]) -> None:
     weights = row_weights(layer)
     assert not isinstance(weights, str)
-    rows = quantised_rows(weights, bits, nested=nested)
+    from dartprune.ffn.cpu.rounding import rounded
+
+    rows = quantised_rows(weights, bits, nested=nested, round_matrix=rounded)
     roles = {"gate_up" if layer.fused else "up": layer.up, "down": layer.down}
     if layer.gate is not None:
         roles["gate"] = layer.gate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from dartprune.ffn.weights import FFNWeights
 
 BITS = (4, 8)
 BLOCK = 1 << 24  # weights that are unpacked at a time
+RoundMatrix: TypeAlias = Callable[[Tensor, RowFormat, int], tuple[Tensor, Tensor]]
 
 
 class QuantisedRows(FFNWeights):
@@ -119,13 +121,16 @@ class QuantisedRows(FFNWeights):
         return unpack(self.head[first:last], self.tail[first:last], self.layout, role).to(dtype or self.original)
 
 
-def quantised_rows(weights: FFNWeights, bits: int, *, nested: bool = True) -> QuantisedRows:
+def quantised_rows(
+    weights: FFNWeights, bits: int, *, nested: bool = True, round_matrix: RoundMatrix = rounded
+) -> QuantisedRows:
     """Round an FFN to rows of 4 or 8 bits; the weights are read once, a block of neurons at a time.
 
     Args:
         weights: what to round, matrices [I, H].
         bits: 4 or 8.
         nested: the high half of each code of gate and up lies apart, for token selectors.
+        round_matrix: gives codes and scales of matrices, as `row_format.rounded` does.
     """
     high = bits // 2 if nested else bits
     layout = RowFormat(weights.hidden, weights.gate is not None, high, bits - high)
@@ -136,8 +141,8 @@ def quantised_rows(weights: FFNWeights, bits: int, *, nested: bool = True) -> Qu
     for first in range(0, weights.neurons, step):
         block = slice(first, first + step)
         parts = [matrix[block] for matrix in (gate, up) if matrix is not None]
-        codes = [rounded(part, layout, bits) for part in parts]
-        rows = rounded(down[block], layout, bits)
+        codes = [round_matrix(part, layout, bits) for part in parts]
+        rows = round_matrix(down[block], layout, bits)
         heads = [pack_fields(code >> layout.low, high, layout) for code, _ in codes]
         lows = [pack_fields(code & ((1 << layout.low) - 1), layout.low, layout) for code, _ in codes if layout.low]
         _put(head[block], [*heads, *(scales for _, scales in codes)])

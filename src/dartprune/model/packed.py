@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dartprune.errors import UserError
 from dartprune.ffn.backend import outside_graphs
 from dartprune.ffn.quantised import QuantisedRows
-from dartprune.ffn.row_format import GROUP, RowFormat, rounded
+from dartprune.ffn.row_format import GROUP, RowFormat
 from dartprune.model.layer import Layer
 
 FEW = 8  # inputs of one call that the row kernels serve; more are multiplied with unpacked blocks
@@ -187,6 +187,8 @@ class PackedLinear(Packed):
 
 def _groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [O, K], scale and low float32 [O, K / 32] of a weight rounded as rows are."""
+    from dartprune.ffn.cpu.rounding import rounded
+
     layout = RowFormat(weight.shape[1], False, 4, 0)
     codes, scales = rounded(weight, layout, 4)
     groups = layout.groups

@@ -12,7 +12,7 @@ import torch
 
 from dartprune.errors import UserError, require
 from dartprune.ffn.quantised import BITS
-from dartprune.ffn.row_format import RowFormat, rounded, row_values
+from dartprune.ffn.row_format import RowFormat, row_values
 from dartprune.loading import GGUF, load
 from dartprune.model.families import describe
 from dartprune.model.weights import row_weights
@@ -86,6 +86,9 @@ def loaded(source: str | None, name: str, read: Load | None = None) -> Loaded:
 @torch.no_grad()
 def _round(model: Any, bits: int) -> list[tuple[int, int]]:
     """Round the FFN in place as rows would be, the nearest value for each; bits and number of weights of each layer."""
+    require("numba", "rounding weights", "cpu")
+    from dartprune.ffn.cpu.rounding import rounded
+
     sizes = []
     for layer in describe(model).layers:
         weights = row_weights(layer)
