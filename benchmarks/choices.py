@@ -22,7 +22,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from dartprune import Dart, Dense, DepthAware, Detector, Global, Griffin, Pruner, Static, Uniform
+from dartprune import Dart, Dense, DepthAware, Global, Griffin, Pruner, Static, Uniform
 from dartprune.evaluation.forced import forced_losses
 from dartprune.evaluation.texts import batch, pieces, read_texts, streams
 from dartprune.loading import load
@@ -61,7 +61,7 @@ def cases(sparsity: float) -> Iterator[Case]:
         if any(getattr(dart.refresh, name) != value for name, value in settings.items()):
             yield Case(f"Dart, replay {_words(settings)}", replace(dart, refresh=replace(dart.refresh, **settings)))
     for found in (*({"delta": delta} for delta in (0.5, 1.0, 1.5, 2.0, 3.0)), {"patience": 1}, {"min_drop": 0.1}):
-        yield Case(f"Dart, detector {_words(found)}", replace(dart, detector=Detector(**found)))
+        yield Case(f"Dart, detector {_words(found)}", replace(dart, detector=replace(dart.detector, **found)))
     for every in (16, 24, 40):
         clock = Periodic(every=every, dense=None, replay=dart.refresh.replay_tokens, memory=dart.refresh.replay_memory)
         yield Case(f"Dart, a replay every {every} tokens", replace(dart, refresh=clock))
