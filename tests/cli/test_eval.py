@@ -105,8 +105,15 @@ def test_tasks_and_lm_evals_own_command(run, tmp_path, monkeypatch):
         'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{query}}"\ndoc_to_choice: "{{choices}}"\n'
         "doc_to_target: gold\nmetric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
     )
-    code, out, _ = run("eval", "--tasks", "dogs", "--include-path", folder, "--method", "dense,dart")
+    options = ("--tasks", "dogs", "--include-path", folder, "--method", "dense,dart")
+    code, out, _ = run("eval", *options)
     assert code == 0 and "dogs" in out and "0.700" in out
+    assert "difference to dense on the same documents" in " ".join(out.split())
+    code, out, _ = run("eval", *options, "--json")
+    data = json.loads(out)
+    scores = {arm["arm"]: arm["scores"]["dogs"] for arm in data["arms"]}
+    (pruned,) = set(scores) - {"dense"}
+    assert data["differences"][pruned]["dogs"]["value"] == pytest.approx(scores[pruned] - scores["dense"])
     real = lm_tasks.TaskManager
     # lm_eval's own fourteen thousand take long to read
     monkeypatch.setattr(lm_tasks, "TaskManager", lambda **how: real(**how, include_defaults=False))

@@ -45,6 +45,10 @@ class RecipeResults:
             "dtype": self.dtype,
             "settings": self.recipe.settings(),
             "arms": [arm.to_dict() for arm in self.arms],
+            "differences": {
+                arm: {name: vars(found) for name, found in scores.items()}
+                for arm, scores in results.differences(self.arms).items()
+            },
             "notes": self.notes,
         }
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from dartprune.evaluation.stats import Interval, interval
 from dartprune.evaluation.tally import Tally
 from dartprune.pruner import Pruner
 from dartprune.reporting.journal import Journal
@@ -14,12 +17,16 @@ from dartprune.reporting.page import Sheet
 
 @dataclass
 class ArmScores:
-    """What one arm gave. scores, errors: by name, with standard errors.  details: of each unit of work."""
+    """What one arm gave. scores, errors: by name, with standard errors.  details: of each unit of work.
+
+    each: by name, what the score is the mean of, document by document; only of such scores.
+    """
 
     name: str
     pruner: Pruner
     scores: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    each: dict[str, list[float]] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -45,7 +52,7 @@ def collect(
     Args:
         arms: pruners by name.
         units: names of the pieces of work.
-        work: gives `scores`, `errors`, `did` (of a tally) and `details` as plain data.
+        work: gives `scores`, `errors`, `did` (of a tally) and `details` as plain data, and `each` where it can.
         journal: of what is done.
     """
     collected = {name: ArmScores(name, pruner) for name, pruner in arms.items()}
@@ -57,9 +64,26 @@ def collect(
             done, arm = journal[key], collected[name]
             arm.scores |= done["scores"]
             arm.errors |= done["errors"]
+            arm.each |= done.get("each", {})
             arm.details[unit] = done["details"]
             arm.tally.merge(Tally.from_dict(done["did"]))
     return list(collected.values())
+
+
+def differences(arms: Sequence[ArmScores]) -> dict[str, dict[str, Interval]]:
+    """What each arm that prunes scores more than the first that does not, by arm and score, paired over documents."""
+    plain = next((arm for arm in arms if not arm.pruner.prunes), None)
+    if plain is None:
+        return {}
+    pruning = [arm for arm in arms if arm.pruner.prunes]
+    return {
+        arm.name: {
+            name: interval(np.array(values) - plain.each[name])
+            for name, values in arm.each.items()
+            if len(plain.each.get(name, [])) == len(values)
+        }
+        for arm in pruning
+    }
 
 
 _DID: dict[str, Callable[[Tally], str]] = {
@@ -80,7 +104,22 @@ def tables(arms: Sequence[ArmScores], *, decimals: int = 3, mean: bool = False) 
         shown = plain + [arm for arm in arms if arm.pruner.prunes and arm.pruner.sparsity == sparsity]
         title = f"target sparsity {sparsity:g}" if sparsities else "not pruned"
         out.append(Sheet(title, ["", *(arm.name for arm in shown)], _rows(shown, decimals, mean)))
-    return out
+    return [*out, *_paired(arms, decimals)]
+
+
+def _paired(arms: Sequence[ArmScores], decimals: int) -> list[Sheet]:
+    found = {name: scores for name, scores in differences(arms).items() if scores}
+    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
+
+    def told(scores: Mapping[str, Interval], name: str) -> str:
+        if name not in scores:
+            return ""
+        value, low, high = (f"{x:+.{decimals}f}" for x in vars(scores[name]).values())
+        return f"{value} [{low}, {high}]"
+
+    rows = [[name, *(told(scores, name) for scores in found.values())] for name in names]
+    title = "difference to dense on the same documents, with 95 % intervals"
+    return [Sheet(title, ["", *found], rows)] if rows else []
 
 
 def _rows(shown: Sequence[ArmScores], decimals: int, mean: bool) -> list[list[str]]:

@@ -132,4 +132,6 @@ class _Work:
                 self._protocol(pruner), self.tokenizer, pairs,
                 most=recipe.input_tokens, written=written, chat=recipe.chat, progress=advance,
             )  # fmt: skip
-        return done | {key: {f"{Path(unit).stem} {n}": v for n, v in done[key].items()} for key in ("scores", "errors")}
+        return done | {
+            key: {f"{Path(unit).stem} {n}": v for n, v in done[key].items()} for key in ("scores", "errors", "each")
+        }

@@ -75,8 +75,8 @@ def summarise(
         progress: called with the number of documents done.
 
     Returns:
-        scores: means of ROUGE-1, -2 and -L.  errors: their standard errors.  did: what was pruned.  details: for each
-        document its text, scores, realised sparsity, tokens and events.
+        scores: means of ROUGE-1, -2 and -L.  errors: their standard errors.  each: of each document.  did: what was
+        pruned.  details: for each document its text, scores, realised sparsity, tokens and events.
 
     Raises:
         ValueError: the model takes too few tokens.
@@ -104,6 +104,7 @@ def summarise(
     return {
         "scores": means,
         "errors": {name: standard_error([score[name] for score in scores]) for name in means},
+        "each": {name: [score[name] for score in scores] for name in means},
         "did": protocol.tally.to_dict(),
         "details": {"documents": documents},
     }

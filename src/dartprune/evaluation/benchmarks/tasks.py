@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,9 @@ def run_task(
         silent: show no progress.
 
     Returns:
-        scores: accuracy, or a task's first metric, of each group or task.  errors: their standard errors.  did: what
-        was pruned.  details: all of lm_eval's metrics, the number of examples in the prompt, and what was pruned in
-        each task.
+        scores: accuracy, or a task's first metric, of each group or task.  errors: their standard errors.  each: of
+        each task that is no group the metric of each document, in their order.  did: what was pruned.  details: all of
+        lm_eval's metrics, the number of examples in the prompt, and what was pruned in each task.
     """
     from lm_eval.evaluator import evaluate
 
@@ -136,10 +136,10 @@ def run_task(
 
     _seed()
     lm = DartLM(model, tokenizer=tokenizer, pruner=pruner, batch_size=batch, backend=backend, silent=silent)
-    outcome = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
+    outcome = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=True)
     results = dict(outcome["results"])
     whole = loaded["groups"] and {n: results[n] for n in loaded["groups"] if _headline(results.get(n, {}))}
-    scores, errors = {}, {}
+    scores, errors, each = {}, {}, {}
     top = _outermost(loaded["group_map"], whole) if whole else results
     for name, metrics in top.items():
         key = _headline(metrics)
@@ -148,13 +148,26 @@ def run_task(
             error = metrics.get(key.replace(",", "_stderr,", 1))
             if isinstance(error, float):
                 errors[name] = error
+            values = _each(outcome["samples"].get(name, []), key)
+            if values is not None:
+                each[name] = values
     summary = lm.summary()
     tasks, rolling = summary["tasks"], summary.get("rolling")
     details = {"results": results, "shots": dict(outcome["n-shot"]), "tasks": tasks}
     if rolling is not None:
         details["rolling"] = rolling
     did = {key: value for key, value in summary.items() if key not in ("pruner", "rolling", "tasks")}
-    return {"scores": scores, "errors": errors, "did": did, "details": _plain(details)}
+    return {"scores": scores, "errors": errors, "each": each, "did": did, "details": _plain(details)}
+
+
+def _each(samples: Sequence[Mapping[str, Any]], key: str) -> list[float] | None:
+    """A metric of each document, in their order; None where a task has no such number for every document."""
+    metric, _, chosen = key.partition(",")
+    rows = sorted((row for row in samples if row["filter"] == chosen), key=lambda row: int(row["doc_id"]))
+    values = [row.get(metric) for row in rows]
+    if not values or not all(isinstance(value, (bool, int, float)) for value in values):
+        return None
+    return [float(value) for value in values if value is not None]
 
 
 def _headline(metrics: Mapping[str, Any]) -> str | None:
