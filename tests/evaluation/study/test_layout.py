@@ -141,7 +141,8 @@ def test_what_was_written():
     change = FREE.before - 1
     row = [ord("x")] * change + [ord("b")] * 5 + [ord("y")] * (FREE.steps - change - 5)
     parts = written(group, torch.tensor([row]).T, FREE, Letters())
-    assert parts == {"before": ["x" * change], "after": ["y" * (FREE.steps - change - 5)]}
+    after = FREE.steps - change - 5
+    assert parts == {"before": ["x" * change], "after": ["y" * after], "end": ["y" * min(after, FREE.horizon)]}
 
 
 def test_the_models_context():

@@ -191,7 +191,9 @@ def chooser(batch: Sequence[Text], settings: Settings, forbidden: int | None) ->
 
 
 def written(texts: Sequence[Text], tokens: Tensor, settings: Settings, tokenizer: Any) -> dict[str, list[str]]:
-    """What the model wrote of each text, by part: `before` the change, and `after` it without the given bridge.
+    """What the model wrote of each text, by part.
+
+    `before` the change, `after` it without the given bridge, and the `end`: the last `horizon` tokens of that.
 
     Args:
         texts: as they were decoded.
@@ -200,10 +202,11 @@ def written(texts: Sequence[Text], tokens: Tensor, settings: Settings, tokenizer
         tokenizer: turns tokens into text.
     """
     change = settings.before - 1
-    parts: dict[str, list[str]] = {"before": [], "after": []}
+    parts: dict[str, list[str]] = {"before": [], "after": [], "end": []}
     for number, text in enumerate(texts):
         row = tokens[:, number].tolist()
         bridge = sum(token != CHOOSE for token in text.script)
-        for part, ids in (("before", row[:change]), ("after", row[change + bridge :])):
+        after = row[change + bridge :]
+        for part, ids in (("before", row[:change]), ("after", after), ("end", after[-settings.horizon :])):
             parts[part].append(tokenizer.decode(ids, skip_special_tokens=True))
     return parts
