@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class StepMode:
         return x.numel() <= FEW * x.shape[-1] or (self.invariant and x.dim() == 3 and x.shape[1] == 1)
 
 
-class OwnModule(StandIn, Refuses):
+class OwnModule(StandIn, Refuses, ABC):
     """Base: the forward of one module while a run is attached, by kernels where they fit and else as before."""
 
     def __init__(self, module: Any, mode: StepMode) -> None:
@@ -42,9 +43,9 @@ class OwnModule(StandIn, Refuses):
         """Whether it stands in for the module's forward now."""
         return self.patch is not None
 
+    @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own forward gives."""
-        raise NotImplementedError
 
     def before(self, *args: Any, **kwargs: Any) -> Any:
         """What was there before; the class's own where somebody still calls this after it was taken away."""
