@@ -18,6 +18,7 @@ from dartprune.model.layer import Layer
 FEW = 8  # inputs of one call that the row kernels serve; more are multiplied with unpacked blocks
 WHOLE = 16  # torch's kernel of bytes ends the process where rows of bf16 weights are no multiple of this
 BLOCK = 1 << 22  # weights that are unpacked at a time
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what rows are unpacked to by a kernel
 
 
 class Packed(nn.Module):
@@ -33,6 +34,17 @@ class Packed(nn.Module):
             raise UserError("a quantised model computes on the CPU: move the original elsewhere and do not quantise it")
         moved: Any = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return moved
+
+
+class PackedRows(QuantisedRows):
+    """Rows of a quantised model: unpacked by a kernel where there is one."""
+
+    def unpacked(self, role: str, first: int = 0, last: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """See `QuantisedRows.unpacked`."""
+        dtype = dtype or self.original
+        if not has_kernels() or dtype not in KERNEL_DTYPES:
+            return super().unpacked(role, first, last, dtype)
+        return _unpacked(self, role, first, last, dtype)
 
 
 def _wants_gradient(x: Tensor) -> bool:
@@ -58,9 +70,9 @@ class RowProjection(Packed):
         self.in_features, self.out_features = (wide, rows.hidden) if role == "down" else (rows.hidden, wide)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
-    def rows(self) -> QuantisedRows:
+    def rows(self) -> PackedRows:
         """The rows, without biases."""
-        return QuantisedRows(self.head, self.tail, self.layout, (None, None, None), "other", F.silu, self.dtype)
+        return PackedRows(self.head, self.tail, self.layout, (None, None, None), "other", F.silu, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The projection of x [..., in_features]."""
@@ -119,17 +131,15 @@ def _many(x: Tensor, rows: QuantisedRows, role: str) -> Tensor:
     step = max(1, BLOCK // rows.layout.width)
     blocks = [(first, min(rows.neurons, first + step)) for first in range(0, rows.neurons, step)]
     if role != "down":
-        return torch.cat([F.linear(x, _unpacked(rows, role, *block, x.dtype)) for block in blocks], dim=-1)
+        return torch.cat([F.linear(x, rows.unpacked(role, *block, x.dtype)) for block in blocks], dim=-1)
     out = x.new_zeros(x.shape[0], rows.hidden, dtype=torch.float32)
     for first, last in blocks:
-        out = out + x[:, first:last] @ _unpacked(rows, role, first, last, x.dtype)
+        out = out + x[:, first:last] @ rows.unpacked(role, first, last, x.dtype)
     return out.to(x.dtype)
 
 
 @outside_graphs
-def _unpacked(rows: QuantisedRows, role: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
-    if not has_kernels():
-        return rows.unpacked(role, first, last, dtype)
+def _unpacked(rows: QuantisedRows, role: str, first: int, last: int | None, dtype: torch.dtype) -> Tensor:
     from dartprune.ffn.cpu import quantised
 
     return quantised.unpacked(rows, role, first, last, dtype)
@@ -278,7 +288,7 @@ def packed_rows(layer: Layer) -> QuantisedRows | None:
     if layer.fused and up_bias is not None:
         gate_bias, up_bias = up_bias.chunk(2)
     biases = gate_bias, up_bias, _detached(down.bias)
-    return QuantisedRows(up.head, up.tail, up.layout, biases, layer.activation, layer.act, up.dtype)
+    return PackedRows(up.head, up.tail, up.layout, biases, layer.activation, layer.act, up.dtype)
 
 
 def _detached(bias: Tensor | None) -> Tensor | None:

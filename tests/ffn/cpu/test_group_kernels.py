@@ -90,8 +90,9 @@ def test_whole_projections_and_unpacked_rows(block):
         near(cpu.down_product(a, rows), a @ rows.down)
         first = draw.randint(0, rows.neurons - 1)
         for role in ("gate", "up", "down") if rows.layout.gated else ("up", "down"):
-            got = cpu.unpacked(rows, role, first, rows.neurons, torch.float32)
-            torch.testing.assert_close(got, rows.unpacked(role, first), rtol=1e-6, atol=1e-7)
+            for dtype in DTYPES:
+                got = cpu.unpacked(rows, role, first, rows.neurons, dtype)
+                assert torch.equal(got, rows.unpacked(role, first, dtype=dtype))
 
 
 @pytest.mark.parametrize("block", range(6))

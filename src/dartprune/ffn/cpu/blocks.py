@@ -277,11 +277,13 @@ def float_of(context: Any, word: Any) -> Any:
 
 @intrinsic
 def word_of(context: Any, value: Any, like: Any) -> Any:
-    """The word nearest to a float32, ties to even, of the kind of `like`."""
-    if value != types.float32 or like not in (types.uint16, types.int16):
+    """The word nearest to a float32, ties to even, of the kind of `like`; itself if that is a float32."""
+    if value != types.float32 or like not in (types.uint16, types.int16, types.float32):
         return None
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if like == types.float32:
+            return args[0]
         number, short = ir.IntType(32), ir.IntType(16)
         if like == types.int16:
             return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), short)

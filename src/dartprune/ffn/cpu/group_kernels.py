@@ -14,12 +14,9 @@ from dartprune.ffn.cpu.activations import ACTIVATIONS as ACTIVATIONS
 from dartprune.ffn.cpu.activations import activate
 from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.cut import choose_part
-from dartprune.ffn.cpu.group_blocks import fetch_bytes, float_at
+from dartprune.ffn.cpu.group_blocks import fetch_bytes
 from dartprune.ffn.cpu.group_parts import (
     BOTH,
-    LARGEST,
-    SECOND,
-    THIRD,
     add,
     fetch,
     gather,
@@ -29,7 +26,7 @@ from dartprune.ffn.cpu.group_parts import (
     product,
 )
 from dartprune.ffn.cpu.sketch import expected_block
-from dartprune.ffn.row_format import GROUP, LANES, QUAD, STEPS
+from dartprune.ffn.row_format import GROUP, QUAD
 
 BLOCK = 256  # neurons that pass through the second cache at a time
 SCORED = 64  # neurons that are scored at a time
@@ -302,51 +299,3 @@ def down_rows(a, tail, offsets, threads, out):
             i += many
     for n in range(rows):
         gather(partial, n, out[n])
-
-
-@njit(nogil=True)
-def _unpack_row(head, tail, offsets, of_up, codes):
-    """The codes of a gate's or up's row, to uint8 [groups * 32] in the order of the weights."""
-    groups, high, low = offsets[0], offsets[1], offsets[2]
-    at, rest = (offsets[5], offsets[9]) if of_up else (offsets[4], offsets[8])
-    first = 0
-    while first < groups:
-        left = groups - first
-        lanes = LARGEST if left >= LARGEST else (SECOND if left >= SECOND else THIRD)
-        size = QUAD * lanes
-        for step in range(STEPS):
-            above, below = at + first * QUAD * high + step % high * size, 0
-            if low:
-                below = rest + first * QUAD * low + step % low * size
-            for k in range(size):
-                code = (head[above + k] >> (step // high * high)) & ((1 << high) - 1)
-                if low:
-                    code = code << low | ((tail[below + k] >> (step // low * low)) & ((1 << low) - 1))
-                codes[(first + k // QUAD) * GROUP + step * QUAD + k % QUAD] = code
-        first += lanes
-
-
-@kernel(parallel=True)
-def unpack_rows(head, tail, offsets, role, threads, out):
-    """Rows of gate (role 0), up (1) or down (2) in float32 [I, H], as `quantised.unpack` gives them."""
-    groups, bits = offsets[0], offsets[1] + offsets[2]
-    for t in prange(threads):
-        codes = np.empty(groups * GROUP, np.uint8)
-        for i in range(out.shape[0] * t // threads, out.shape[0] * (t + 1) // threads):
-            if role == 2:
-                row, at, scales = tail[i], offsets[10], offsets[11]
-                each = 32 // bits
-                for j in range(groups * GROUP):
-                    chunk, place = j // (each * LANES), j % (each * LANES)
-                    k, lane = place // LANES, place % LANES
-                    byte = row[at + (chunk * LANES + lane) * 4 + k * bits // 8]
-                    codes[j] = (byte >> (k * bits % 8)) & ((1 << bits) - 1)
-            else:
-                row, scales = head[i], offsets[7] if role == 1 else offsets[6]
-                _unpack_row(row, tail[i], offsets, role == 1, codes)
-            unit, low_unit = float_at(row, scales + 2 * groups), float_at(row, scales + 2 * groups + 4)
-            lows = row[scales + groups : scales + 2 * groups].view(np.int8)
-            for g in range(groups):
-                step, start = np.float32(row[scales + g]) * unit, np.float32(lows[g]) * low_unit
-                for j in range(g * GROUP, min((g + 1) * GROUP, out.shape[1])):
-                    out[i, j] = np.float32(codes[j]) * step + start

@@ -149,11 +149,12 @@ def down_product(a: Tensor, rows: QuantisedRows) -> Tensor:
     return out.to(a.dtype)
 
 
-def unpacked(rows: QuantisedRows, role: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
+def unpacked(rows: QuantisedRows, role: str, first: int, last: int | None, dtype: torch.dtype) -> Tensor:
     """Rows `first` to `last` of a matrix, [rows, H]: see `QuantisedRows.unpacked`."""
-    from dartprune.ffn.cpu import group_kernels as kernels
+    from dartprune.ffn.cpu.arrays import words
+    from dartprune.ffn.cpu.unpacking import unpack_rows
 
     head, tail = rows.head[first:last].numpy(), rows.tail[first:last].numpy()
-    out = torch.empty(head.shape[0], rows.hidden, dtype=torch.float32, device="cpu")
-    kernels.unpack_rows(head, tail, rows.layout.offsets, _ROLES[role], use_threads(), out.numpy())
-    return out.to(dtype)
+    out = torch.empty(head.shape[0], rows.hidden, dtype=dtype, device="cpu")
+    unpack_rows(head, tail, rows.layout.offsets, _ROLES[role], use_threads(), words(role, out))
+    return out
