@@ -129,16 +129,18 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="auto is that of the checkpoint")
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--streams", type=int, default=36)
+    parser.add_argument("--split", default="train", help="texts: train, to choose on; valid, to report on")
+    parser.add_argument("--only", default="", help="settings whose name has this in it, and Dart's own")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     model, tokenizer = load(args.model, dtype=args.dtype)
-    texts = {name: parts[:200] for name, parts in read_texts([args.texts], split="train").items()}
+    texts = {name: parts[:200] for name, parts in read_texts([args.texts], split=args.split).items()}
     tokens = pieces(texts, tokenizer, FIRST + SECOND)
     separator = tokenizer.bos_token_id
     two = batch(streams(tokens, (FIRST, SECOND), args.streams, seed=2, separator=separator))
     one = batch(streams(tokens, (FIRST + SECOND,), args.streams, seed=3, separator=separator))
     name = Path(args.model).name if args.model else "demo"
-    settings = {"sparsity": args.sparsity, "streams": args.streams, "model": name, "dtype": args.dtype}
+    settings = {"sparsity": args.sparsity, "streams": args.streams, "model": name, "dtype": args.dtype, "split": args.split}
     data = {"date": str(date.today()), "machine": platform.processor(), "settings": settings, "rows": {}}
     if args.out.is_file():
         data = json.loads(args.out.read_text())
@@ -146,7 +148,7 @@ def main() -> None:
             parser.error(f"{args.out} holds results of other settings {data['settings']}; give another --out")
     dense = [forced_losses(model, Dense(), streams_, PROMPT, block=None)[0] for streams_ in (two, one)]
     for case in cases(args.sparsity):
-        if case.name in data["rows"]:
+        if case.name in data["rows"] or not (args.only in case.name or case.name == "Dart"):
             continue
         data["rows"][case.name] = {
             "changing": measure(model, case.pruner, two, dense[0], FIRST),
