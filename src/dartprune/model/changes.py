@@ -32,11 +32,13 @@ class Changes:
         self._links = [*_links(core, layers)]
         self._weights = [*_weights(rows)]
         self._version = self._versions()
+        shells = _shells(core)
         self._skipped = [
             (f"layer {layer.index}'s {role}", module)
             for layer in rows
             for role, part in layer.skipped().items()
-            for module in _with_shells(core, part)
+            if isinstance(part, nn.Module)
+            for module in (part, *shells.get(part, ()))
         ]
 
     def found(self) -> str | None:
@@ -117,8 +119,11 @@ def _weights(layers: Sequence[Layer]) -> Iterator[tuple[Mapping[str, Any], str, 
                     yield module._parameters, name, weight, weight.data_ptr(), f"layer {layer.index}'s {role}"
 
 
-def _with_shells(core: nn.Module, part: Any) -> list[nn.Module]:
-    """A module and the shells of torch.compile around it, whose hooks are called too; nothing for a function."""
-    if not isinstance(part, nn.Module):
-        return []
-    return [part, *(module for module in core.modules() if module is not part and bare(module) is part)]
+def _shells(core: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """The shells of torch.compile around modules, whose hooks are called too."""
+    out: dict[nn.Module, list[nn.Module]] = {}
+    for module in core.modules():
+        inner = bare(module)
+        if inner is not module:
+            out.setdefault(inner, []).append(module)
+    return out
