@@ -140,7 +140,13 @@ def main() -> None:
     two = batch(streams(tokens, (FIRST, SECOND), args.streams, seed=2, separator=separator))
     one = batch(streams(tokens, (FIRST + SECOND,), args.streams, seed=3, separator=separator))
     name = Path(args.model).name if args.model else "demo"
-    settings = {"sparsity": args.sparsity, "streams": args.streams, "model": name, "dtype": args.dtype, "split": args.split}
+    settings = {
+        "sparsity": args.sparsity,
+        "streams": args.streams,
+        "model": name,
+        "dtype": args.dtype,
+        "split": args.split,
+    }
     data = {"date": str(date.today()), "machine": platform.processor(), "settings": settings, "rows": {}}
     if args.out.is_file():
         data = json.loads(args.out.read_text())

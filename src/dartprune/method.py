@@ -39,7 +39,7 @@ class Detector:
     """Settings of the drift detector; `build` gives its live form for one sequence (DART section 3.4).
 
     The defaults were chosen by measurement, see docs/choices.md. opening: tokens that the reference of a short prompt
-    takes in from decoding before anything is judged; `Dart` has 64.
+    takes in from decoding before anything is judged. `Dart` has an opening of 64 and a delta of 1.0.
     """
 
     window: int = 8

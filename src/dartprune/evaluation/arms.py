@@ -102,7 +102,10 @@ register_arm("dart-frozen", "DART up to its first event, and the prompt's masks 
     lambda sparsity, number, calibration: Dart(sparsity=sparsity, refresh=Never())
 )
 register_arm("dart-relearn", "DART with the paper's refresh: N dense tokens at an event", number=50)(
-    lambda sparsity, number, calibration: Dart(sparsity=sparsity, refresh=Relearn(tokens=number))
+    # each alarm costs N dense tokens: the later detector
+    lambda sparsity, number, calibration: Dart(
+        sparsity=sparsity, refresh=Relearn(tokens=number), detector=Detector(opening=64)
+    )
 )
 register_arm("dart-release", "DART's first masks, dropped for good at decoded token N", number=0)(
     lambda sparsity, number, calibration: Dart(sparsity=sparsity, refresh=Release(at=number))
