@@ -60,7 +60,8 @@ def cases(sparsity: float) -> Iterator[Case]:
     ):
         if any(getattr(dart.refresh, name) != value for name, value in settings.items()):
             yield Case(f"Dart, replay {_words(settings)}", replace(dart, refresh=replace(dart.refresh, **settings)))
-    for found in (*({"delta": delta} for delta in (0.5, 1.0, 1.5, 2.0, 3.0)), {"patience": 1}, {"min_drop": 0.1}):
+    deltas = [delta for delta in (0.5, 1.0, 1.5, 2.0, 2.5, 3.0) if delta != dart.detector.delta]
+    for found in (*({"delta": delta} for delta in deltas), {"patience": 1}, {"min_drop": 0.1}):
         yield Case(f"Dart, detector {_words(found)}", replace(dart, detector=replace(dart.detector, **found)))
     for every in (16, 24, 40):
         clock = Periodic(every=every, dense=None, replay=dart.refresh.replay_tokens, memory=dart.refresh.replay_memory)
@@ -139,13 +140,10 @@ def main() -> None:
     separator = tokenizer.bos_token_id
     two = batch(streams(tokens, (FIRST, SECOND), args.streams, seed=2, separator=separator))
     one = batch(streams(tokens, (FIRST + SECOND,), args.streams, seed=3, separator=separator))
-    name = Path(args.model).name if args.model else "demo"
-    settings = {
-        "sparsity": args.sparsity,
-        "streams": args.streams,
-        "model": name,
-        "dtype": args.dtype,
-        "split": args.split,
+    settings = {name: getattr(args, name) for name in ("sparsity", "streams", "dtype", "split")}
+    settings |= {
+        "model": Path(args.model).name if args.model else "demo",
+        "delta": Dart(sparsity=args.sparsity).detector.delta,  # of every row that does not name another
     }
     data = {"date": str(date.today()), "machine": platform.processor(), "settings": settings, "rows": {}}
     if args.out.is_file():
