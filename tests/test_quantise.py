@@ -10,16 +10,17 @@ import torch
 from torch import nn
 
 import dartprune
-from dartprune.ffn.quantised import QuantisedRows
+from dartprune.ffn.quantised import QuantisedRows, rounded_inputs
 from dartprune.loading import load
 from dartprune.model.caches import handed
 from dartprune.model.families import describe
-from dartprune.model.packed import ByteEmbedding, ByteLinear, PackedLinear, RowProjection, bytes_of
+from dartprune.model.packed import FEW, ByteEmbedding, ByteLinear, PackedLinear, RowProjection, bytes_of
 from dartprune.model.weights import row_weights
 from tiny import FAMILIES
 
 pytest.importorskip("numba")
-IDS = torch.tensor([[5, 9, 77, 3, 64, 21, 12, 90, 45, 33, 2, 8]])
+# more than the row kernels take at a time
+IDS = torch.tensor([[5, 9, 77, 3, 64, 21, 12, 90, 45, 33, 2, 8, 41, 7, 19, 88, 60, 14, 71, 27]])
 
 
 def quantised(family="llama", bits=4, **options):
@@ -43,6 +44,23 @@ def unpacked_twin(model, family):
                     given = matrices[role]
                     module.weight.copy_(given.t() if type(module).__name__ == "Conv1D" else given)
     return twin
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_many_inputs_are_multiplied_with_unpacked_rows_and_few_by_rows(dtype):
+    layer = describe(quantised()[0]).layers[0]
+    rows = row_weights(layer)
+    for role in ("gate", "up", "down"):
+        module, matrix = getattr(layer, role), getattr(rows, role).double()
+        weight = matrix.t() if role == "down" else matrix
+        x = torch.randn(FEW + 1, module.in_features, dtype=dtype)
+        tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(dtype, 1e-5)
+        many = module(x)
+        assert many.dtype == dtype
+        torch.testing.assert_close(many.double(), x.double() @ weight.t(), rtol=tolerance, atol=tolerance)
+        given = x.double() if role == "down" else rounded_inputs(x).double()
+        few = max(tolerance, 1e-3)  # down's multipliers are rounded to 16 bits
+        torch.testing.assert_close(module(x[:FEW]).double(), (given @ weight.t())[:FEW], rtol=few, atol=few)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

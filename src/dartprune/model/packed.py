@@ -15,7 +15,8 @@ from dartprune.ffn.quantised import QuantisedRows
 from dartprune.ffn.row_format import GROUP, RowFormat
 from dartprune.model.layer import Layer
 
-FEW = 8  # inputs of one call that the row kernels serve; more are multiplied with unpacked blocks
+FEW = 16  # inputs of one call that the row kernels serve; more are multiplied with unpacked blocks
+FEW_BYTES = 8  # the same for layers of bytes; more are torch's kernel's
 WHOLE = 16  # torch's kernel of bytes ends the process where rows of bf16 weights are no multiple of this
 BLOCK = 1 << 22  # weights that are unpacked at a time
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what rows are unpacked to by a kernel
@@ -225,7 +226,7 @@ class ByteLinear(Packed):
         """The layer's output of x [..., in_features]."""
         flat, scale = x.reshape(-1, self.in_features), self.scale
         with_gradient = _wants_gradient(x)
-        if has_kernels() and flat.shape[0] <= FEW and not with_gradient:
+        if has_kernels() and flat.shape[0] <= FEW_BYTES and not with_gradient:
             return _shaped(_few_bytes(flat, self.weight8, scale), self.bias, x)
         given = flat.to(scale.dtype)
         if with_gradient or self.in_features % WHOLE:
