@@ -19,7 +19,6 @@ FEW = 16  # inputs of one call that the row kernels serve; more are multiplied w
 FEW_BYTES = 8  # the same for layers of bytes; more are torch's kernel's
 WHOLE = 16  # torch's kernel of bytes ends the process where rows of bf16 weights are no multiple of this
 BLOCK = 1 << 22  # weights that are unpacked at a time
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what rows are unpacked to by a kernel
 
 
 class Packed(nn.Module):
@@ -42,10 +41,7 @@ class PackedRows(QuantisedRows):
 
     def unpacked(self, role: str, first: int = 0, last: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """See `QuantisedRows.unpacked`."""
-        dtype = dtype or self.original
-        if not has_kernels() or dtype not in KERNEL_DTYPES:
-            return super().unpacked(role, first, last, dtype)
-        return _unpacked(self, role, first, last, dtype)
+        return _unpacked(self, role, first, last, dtype or self.original)
 
 
 def _wants_gradient(x: Tensor) -> bool:
@@ -140,10 +136,14 @@ def _many(x: Tensor, rows: QuantisedRows, role: str) -> Tensor:
 
 
 @outside_graphs
-def _unpacked(rows: QuantisedRows, role: str, first: int, last: int | None, dtype: torch.dtype) -> Tensor:
-    from dartprune.ffn.cpu import quantised
+def _unpacked(rows: PackedRows, role: str, first: int, last: int | None, dtype: torch.dtype) -> Tensor:
+    if has_kernels():
+        from dartprune.ffn.cpu import quantised
+        from dartprune.ffn.cpu.arrays import WORDS
 
-    return quantised.unpacked(rows, role, first, last, dtype)
+        if dtype in WORDS:
+            return quantised.unpacked(rows, role, first, last, dtype)
+    return QuantisedRows.unpacked(rows, role, first, last, dtype)
 
 
 _int4, _int8 = torch.ops.aten._weight_int4pack_mm_for_cpu, torch.ops.aten._weight_int8pack_mm

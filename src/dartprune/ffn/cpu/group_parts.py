@@ -19,6 +19,12 @@ BOTH = 4  # neurons whose down rows are added at a time
 
 
 @njit(nogil=True)
+def lanes_of(left):
+    """How many of the groups that are left the kernels take next: see `row_format.segments`."""
+    return LARGEST if left >= LARGEST else (SECOND if left >= SECOND else THIRD)
+
+
+@njit(nogil=True)
 def group_inputs(x, codes, scale, sums):
     """Round x float32 [H] to 8 bits in groups.
 
@@ -30,8 +36,7 @@ def group_inputs(x, codes, scale, sums):
     padded[: x.shape[0]] = x
     first = 0
     while first < groups:
-        left = groups - first
-        lanes = LARGEST if left >= LARGEST else (SECOND if left >= SECOND else THIRD)
+        lanes = lanes_of(groups - first)
         for lane in range(lanes):
             part = padded[(first + lane) * GROUP : (first + lane + 1) * GROUP]
             largest = ZERO

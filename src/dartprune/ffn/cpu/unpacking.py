@@ -8,9 +8,9 @@ from numba import njit, prange
 from dartprune.ffn.cpu.blocks import word_of
 from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.group_blocks import float_at
-from dartprune.ffn.row_format import GROUP, LANES, QUAD, SEGMENTS, STEPS
+from dartprune.ffn.cpu.group_parts import lanes_of
+from dartprune.ffn.row_format import GROUP, LANES, QUAD, STEPS
 
-LARGEST, SECOND, THIRD = SEGMENTS
 WORD = 32  # bits
 
 
@@ -41,7 +41,7 @@ def _fields(head, tail, offsets, of_up, fields):
     at, rest = (offsets[5], offsets[9]) if of_up else (offsets[4], offsets[8])
     first = 0
     while first < groups:
-        lanes = _lanes(groups - first)
+        lanes = lanes_of(groups - first)
         size, begin = QUAD * lanes, first * GROUP
         above, below = at + first * QUAD * high, rest + first * QUAD * low
         for step in range(STEPS):
@@ -73,16 +73,11 @@ def _in_order(fields, groups, codes):
     """Words of four codes, step by step of a segment, to the order of the weights."""
     first = 0
     while first < groups:
-        lanes = _lanes(groups - first)
+        lanes = lanes_of(groups - first)
         for lane in range(lanes):
             for step in range(STEPS):
                 codes[(first + lane) * STEPS + step] = fields[first * STEPS + step * lanes + lane]
         first += lanes
-
-
-@njit(nogil=True)
-def _lanes(left):
-    return LARGEST if left >= LARGEST else (SECOND if left >= SECOND else THIRD)
 
 
 @njit(nogil=True)
