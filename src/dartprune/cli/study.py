@@ -76,7 +76,7 @@ def study(
     recovered: Annotated[float, typer.Option(help="Share of the loss that a recovery must regain.")] = 0.8,
     temperature: Annotated[float, typer.Option(help="Free: 0 decodes greedily.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the texts, of sampling and of the intervals.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Forced: texts decoded at once.")] = 30,
+    batch: Annotated[int, typer.Option(min=1, help="Texts decoded at once.")] = 30,
     separator: Annotated[bool, typer.Option(help="Forced: begin each stretch with the begin-of-text token.")] = True,
     similarity: Annotated[
         Path | None,

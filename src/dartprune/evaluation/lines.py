@@ -20,14 +20,23 @@ class Lines:
     A line that is over leaves the batch instead of being fed padding, so that the run counts no token that is none.
     """
 
-    def __init__(self, model: nn.Module, run: Run | None, contexts: Sequence[Sequence[int]], padding: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Run | None,
+        contexts: Sequence[Sequence[int]],
+        padding: int = 0,
+        *,
+        hold: bool | None = None,
+    ) -> None:
         """Prefill all but the last token of each context, which is held back to be decoded with the masks in force.
 
         Args:
             model: the model that `run` is attached to.
-            run: the run, to which the sequences are new; None: the plain model, nothing is held back.
-            contexts: tokens of each line, at least two; one for the plain model.
-            padding: a token that fills up shorter lines on the left.
+            run: the run, to which the sequences are new; None: the plain model, or one whose run is paused.
+            contexts: tokens of each line, at least two; one where none is held back.
+            padding: a token that fills up shorter lines on the left; any will do.
+            hold: whether the last token is held back; None: not on the plain model.
         """
         self.opened = len(contexts)  # sequences that the run has opened for it
         self.forwards = 0  # decode forwards so far
@@ -36,7 +45,7 @@ class Lines:
         self._device = next(model.parameters()).device
         self._held: Tensor | None = None
         texts = [list(context) for context in contexts]
-        if run is not None:
+        if run is not None if hold is None else hold:
             self._held = torch.tensor([line[-1] for line in texts], device=self._device)
             texts = [line[:-1] for line in texts]
         width = max(map(len, texts))
@@ -45,10 +54,11 @@ class Lines:
         # without padding the model needs no mask, and works faster without one
         self._mask = None if all(len(line) == width for line in texts) else counts
         self._lengths = counts.sum(1)
+        self.prefilled = counts.bool()  # which of the prefilled tokens are no padding, [B, T]
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
         with self._phase("prefill"):
             out = self._forward(torch.tensor(rows, device=self._device), (counts.cumsum(1) - 1).clamp_min(0), None)
-        self._cache: Any = cache_of(out)
+        self.cache: Any = cache_of(out)
         self._logits: Tensor = out.logits[:, -1]
 
     def __len__(self) -> int:
@@ -59,7 +69,7 @@ class Lines:
         if times == 1:
             return
         self.opened += len(self) * (times - 1)
-        self._cache.batch_repeat_interleave(times)
+        self.cache.batch_repeat_interleave(times)
         self._lengths = self._lengths.repeat_interleave(times)
         self._logits = self._logits.repeat_interleave(times, 0)
         if self._held is not None:
@@ -80,7 +90,7 @@ class Lines:
         if self._mask is not None:
             self._mask = torch.cat((self._mask, self._mask.new_ones(len(self), 1)), dim=1)
         with self._phase("decode"):
-            out = self._forward(tokens.to(self._device)[:, None], self._lengths[:, None], self._cache)
+            out = self._forward(tokens.to(self._device)[:, None], self._lengths[:, None], self.cache)
         self._lengths = self._lengths + 1
         logits: Tensor = out.logits[:, -1]
         return logits
@@ -90,7 +100,7 @@ class Lines:
         if list(lines) == list(range(len(self))):
             return
         index = torch.tensor(lines, dtype=torch.int64, device=self._device)
-        self._cache.batch_select_indices(index)
+        self.cache.batch_select_indices(index)
         self._lengths = self._lengths[index]
         if self._mask is not None:
             self._mask = self._mask[index]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from dartprune import Dense
 from dartprune.drift import AttentionDrift
 from dartprune.evaluation.forced import forced_losses
 from dartprune.evaluation.study.detector import first_events
-from dartprune.evaluation.study.layout import chooser
+from dartprune.evaluation.study.layout import CHOOSE, chooser
 from dartprune.evaluation.study.lockstep import run_unit
 from dartprune.evaluation.study.neurons import own_neurons
 from dartprune.evaluation.study.observe import points_of
@@ -22,11 +24,11 @@ POINTS = (("first", "last"), ("attention", "residual"))
 
 
 def unit(tiny, arm, group, settings=SETTINGS, **options):
-    prompt = torch.tensor([text.prompt for text in group])
+    prompts = [text.prompt for text in group]
     choose = chooser(group, settings, Tokenizer.eos_token_id)
-    other = torch.tensor([text.script[settings.before :] for text in group])
-    own = [own_neurons(tiny, prompt, 0.5), own_neurons(tiny, other, 0.5)]
-    return run_unit(tiny, arm, prompt, choose, settings, points_of(tiny, *POINTS), own, **options)
+    other = [[abs(token) for token in text.script[settings.before :]] for text in group]
+    own = [own_neurons(tiny, prompts, 0.5), own_neurons(tiny, other, 0.5)]
+    return run_unit(tiny, arm, prompts, choose, settings, points_of(tiny, *POINTS), own, **options)
 
 
 @pytest.mark.parametrize("arm", arms(), ids=lambda arm: arm.name)
@@ -87,6 +89,26 @@ def test_the_first_event_is_the_one_the_replay_of_thresholds_tells():
     real = [next((e["decoded"] for e in text if e["similarity"] is not None), None) for text in dart.events]
     assert isinstance(dart_detector, AttentionDrift)
     assert found == real and any(at is not None for at in real)
+
+
+@pytest.mark.parametrize("arm", arms(), ids=lambda arm: arm.name)
+def test_texts_of_several_lengths_are_each_what_they_are_alone(arm):
+    tiny, group = model(), texts(3)["change"]
+    # prompts of 16, 11 and 6 tokens; the model writes all but a bridge of four
+    script = [CHOOSE] * SETTINGS.steps
+    script[SETTINGS.before - 1 : SETTINGS.before + 3] = [70, 80, 90, 100]
+    group = [replace(text, prompt=text.prompt[5 * n :], script=tuple(script)) for n, text in enumerate(group)]
+    together = unit(tiny, arm, group)
+    alone = [unit(tiny, arm, [text]) for text in group]
+    assert together.arrays["text"].shape[1] == 3
+    for name in ("text", "loss", "dense_loss", "windows", "judged", "overlap"):
+        single = np.concatenate([part.arrays[name] for part in alone], axis=-1)
+        assert np.allclose(together.arrays[name], single, atol=1e-4, equal_nan=True), name
+    assert together.realised_sparsity == [part.realised_sparsity[0] for part in alone]
+    assert [[(e["kind"], e["decoded"]) for e in text] for text in together.events] == [
+        [(e["kind"], e["decoded"]) for e in part.events[0]] for part in alone
+    ]
+    assert arm.name != "dart" or any(together.events)
 
 
 def test_what_is_held_does_not_grow_with_the_text():

@@ -36,7 +36,10 @@ def test_a_trajectory_against_all_vectors_at_once():
     own = torch.randn(points, lines, STEPS, H) + 0.5
     dense = own + 0.3 * torch.randn(points, lines, STEPS, H)
     path = Trajectory(WINDOW, BEFORE, TOP)
-    path.begin(prompt)
+    padding = torch.full((points, lines, 2, H), torch.nan)
+    real = torch.ones(lines, PROMPT + 2, dtype=torch.bool)
+    real[:, :2] = False
+    path.begin(torch.cat((padding, prompt), dim=2), real)
     tokens, windows = [], []
     for t in range(STEPS):
         token, window = path.step(own[:, :, t], dense[:, :, t])
@@ -67,7 +70,7 @@ def test_a_trajectory_against_all_vectors_at_once():
 
 def test_the_state_does_not_grow():
     path = Trajectory(WINDOW, BEFORE, TOP)
-    path.begin(torch.randn(1, 2, PROMPT, H))
+    path.begin(torch.randn(1, 2, PROMPT, H), torch.ones(2, PROMPT, dtype=torch.bool))
     held = []
     for _ in range(10 * WINDOW):
         path.step(torch.randn(1, 2, H), torch.randn(1, 2, H))

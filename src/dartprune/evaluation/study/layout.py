@@ -155,9 +155,7 @@ def fingerprint(texts: Mapping[str, Sequence[Text]]) -> int:
 
 
 def batches(texts: Sequence[Text], size: int) -> list[list[Text]]:
-    """Texts cut into batches of at most `size` whose prompts have one length; where the model writes, one by one."""
-    if any(CHOOSE in text.script for text in texts):
-        size = 1
+    """Texts cut into batches of at most `size`."""
     return [list(texts[i : i + size]) for i in range(0, len(texts), size)]
 
 

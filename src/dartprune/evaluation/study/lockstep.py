@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from dartprune.drift import AttentionDrift
 from dartprune.evaluation.arms import ArmAt
 from dartprune.evaluation.forced import token_losses
+from dartprune.evaluation.lines import Lines
 from dartprune.evaluation.stats import Array
 from dartprune.evaluation.study.measures import Trajectory, top_dimensions
 from dartprune.evaluation.study.neurons import NeuronLog
 from dartprune.evaluation.study.observe import Observer, Point
 from dartprune.evaluation.study.settings import Settings
-from dartprune.model.caches import cache_of, handed
 from dartprune.model.families import describe
 from dartprune.reporting.progress import Advance
 
@@ -66,10 +66,10 @@ class StudyDetectors:
         self._count = 0
         self.rows: list[Tensor] = []
 
-    def begin(self, prompt: Tensor) -> None:
-        """Take the prompt's vectors, [lines, tokens, H]."""
-        for drift, vectors in zip(self._drifts, prompt, strict=True):
-            drift.reference(vectors)
+    def begin(self, prompt: Tensor, real: Tensor) -> None:
+        """Take the prompt's vectors, [lines, tokens, H]; real bool [lines, tokens], which of them are no padding."""
+        for drift, vectors, counted in zip(self._drifts, prompt, real, strict=True):
+            drift.reference(vectors[counted])
 
     def step(self, vectors: Tensor) -> None:
         """Take one decoded token of each text, [lines, H]."""
@@ -78,13 +78,16 @@ class StudyDetectors:
         if self._count < self._drifts[0].window:
             return
         means, self._sum, self._count = self._sum / self._count, None, 0
-        if self._drifts[0].ready:
-            self.rows.append(torch.stack([d.compare(m) for d, m in zip(self._drifts, means, strict=True)], dim=1).cpu())
-            return
+        self.rows.append(torch.stack([self._judged(*pair) for pair in zip(self._drifts, means, strict=True)], 1).cpu())
+
+    @staticmethod
+    def _judged(drift: AttentionDrift, mean: Tensor) -> Tensor:
+        """Cosine, mu and sigma of a window's mean."""
+        if drift.ready:
+            return drift.compare(mean)
         # as in the run: the first decoded windows complete a reference that is too short
-        for drift, mean in zip(self._drifts, means, strict=True):
-            drift.absorb(mean)
-        self.rows.append(torch.full((3, len(self._drifts)), torch.nan))
+        drift.absorb(mean)
+        return mean.new_full((3,), torch.nan)
 
     def bytes_held(self) -> int:
         """Bytes of the references and of the window under way."""
@@ -95,7 +98,7 @@ class StudyDetectors:
 def run_unit(
     model: nn.Module,
     arm: ArmAt,
-    prompt: Tensor,
+    prompts: Sequence[Sequence[int]],
     choose: Choose,
     settings: Settings,
     points: Sequence[Point],
@@ -109,7 +112,8 @@ def run_unit(
     Args:
         model: a decoder in evaluation mode, not attached.
         arm: how to decode.
-        prompt: int64 [B, P]; all but its last token are prefilled, the last is the first decoded token.
+        prompts: tokens of each text, of any lengths; all but the last are prefilled, the last is the first that is
+            decoded.
         choose: gives the tokens [B] that step d predicts from d and the arm's logits [B, V].
         settings: of the study.
         points: where to look.
@@ -118,10 +122,9 @@ def run_unit(
         progress: called with 1 after each step.
     """
     decoder = describe(model)
-    lines, lead = int(prompt.shape[0]), [Point(len(decoder.layers) - 1, "attention")]
-    prompt = prompt.to(next(model.parameters()).device)
+    count, lead = len(prompts), [Point(len(decoder.layers) - 1, "attention")]
     path = Trajectory(settings.window, settings.before, top_dimensions(decoder.hidden, settings.top))
-    detectors = StudyDetectors(arm, lines)
+    detectors = StudyDetectors(arm, count)
     tape = _Tape()
     losses: list[Tensor] = []
     texts: list[Tensor] = []
@@ -131,30 +134,28 @@ def run_unit(
     with Observer(model, [*lead, *(p for p in points if p not in lead)]) as observer, torch.no_grad():
         order = [observer.points.index(point) for point in points]
         with arm.pruner(model, backend=backend) as run:
-            cache = run.prefill(prompt[:, :-1])
-            seen = observer.take(lines)
-            path.begin(seen[order])
-            detectors.begin(seen[0])
-            shadow: Any = None
+            lines = Lines(model, run, prompts)
+            seen = observer.take(count)
+            path.begin(seen[order], lines.prefilled)
+            detectors.begin(seen[0], lines.prefilled)
+            shadow: Lines | None = None
             if arm.pruner.prunes:
                 with run.dense():
-                    shadow = cache_of(model(input_ids=prompt[:, :-1], use_cache=True, logits_to_keep=1))
-                observer.take(lines)
-            log = NeuronLog(run, run.slots_of(cache), [layer.neurons for layer in decoder.layers], own)
-            token = prompt[:, -1]
+                    shadow = Lines(model, None, prompts, hold=True)
+                observer.take(count)
+            log = NeuronLog(run, run.slots_of(lines.cache), [layer.neurons for layer in decoder.layers], own)
+            token: Tensor | None = None
             for step in range(1, settings.steps + 1):
-                with run.phase("decode"):
-                    logits = model(input_ids=token[:, None], **handed(cache), use_cache=True).logits
-                mine = observer.take(lines)[:, :, 0]
-                reference, dense_logits = mine, logits
+                logits = dense_logits = _next(lines, token)
+                mine = reference = observer.take(count)[:, :, 0]
                 if shadow is not None:
                     with run.dense():
-                        dense_logits = model(input_ids=token[:, None], **handed(shadow), use_cache=True).logits
-                    reference = observer.take(lines)[:, :, 0]
+                        dense_logits = _next(shadow, token)
+                    reference = observer.take(count)[:, :, 0]
                 log.step(step)
                 detectors.step(mine[0])
-                token = choose(step, logits[:, -1]).to(token.device)
-                pair = [token_losses(x, token[:, None])[:, 0] for x in (logits, dense_logits)]
+                token = choose(step, logits).to(logits.device)
+                pair = [token_losses(x[:, None], token[:, None])[:, 0] for x in (logits, dense_logits)]
                 losses.append(torch.stack(pair).cpu())
                 texts.append(token.cpu())
                 if tape.add(*path.step(mine[order], reference[order])):
@@ -170,7 +171,7 @@ def run_unit(
         "loss": both[:, 0],
         "dense_loss": both[:, 1],
         "text": torch.stack(texts),
-        "judged": torch.stack(detectors.rows) if detectors.rows else torch.zeros(0, 3, lines),
+        "judged": torch.stack(detectors.rows) if detectors.rows else torch.zeros(0, 3, count),
         "overlap": torch.stack(overlaps),
     }
     return Unit(
@@ -182,6 +183,11 @@ def run_unit(
         backend=report.backend,
         held=held,
     )
+
+
+def _next(lines: Lines, token: Tensor | None) -> Tensor:
+    """Logits [B, V] after one more token of each line; None: the last of its prompt."""
+    return lines.first() if token is None else lines.step(token)
 
 
 class _Tape:

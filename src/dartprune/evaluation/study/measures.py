@@ -53,17 +53,23 @@ class Trajectory:
         self.before = before
         self.top = top
         self._step = 0
-        self._count = 0
         self._sum: Tensor | None = None
+        self._count: Tensor | None = None  # of tokens in it, float32 [lines, 1]
         self._base: Tensor | None = None  # centroid when the window under way began
         self._own: Tensor | None = None
         self._dense: Tensor | None = None
         self._last: Tensor | None = None
 
-    def begin(self, prompt: Tensor) -> None:
-        """Take the prompt's vectors, [points, lines, tokens, H], more than one token."""
-        counted = prompt[:, :, SKIP:]
-        self._sum, self._count = counted.sum(2), counted.shape[2]
+    def begin(self, prompt: Tensor, real: Tensor) -> None:
+        """Take the prompt's vectors.
+
+        Args:
+            prompt: [points, lines, tokens, H].
+            real: bool [lines, tokens], which are no padding; more than one of each line.
+        """
+        counted = (real & (real.cumsum(1) > SKIP)).to(prompt.device)
+        self._sum = prompt.masked_fill(~counted[..., None], 0.0).sum(2)
+        self._count = counted.sum(1, keepdim=True).float()
 
     def step(self, own: Tensor, dense: Tensor) -> tuple[Tensor, Tensor | None]:
         """Take one decoded token.
@@ -76,7 +82,7 @@ class Trajectory:
             float32 [points, lines, 8] of this token, and [points, lines, 9] where it ends a window: the same of the
             window's mean, and its cosine with the mean of the window before (NaN for the first).
         """
-        assert self._sum is not None, "begin() comes first"
+        assert self._sum is not None and self._count is not None, "begin() comes first"
         centroid = self._sum / self._count
         if self._step % self.window == 0:
             self._base = centroid

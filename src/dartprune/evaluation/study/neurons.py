@@ -16,9 +16,16 @@ from dartprune.run import Run
 OWN_TOKENS = 256  # of a stretch that is read for a topic's own best neurons
 
 
-def own_neurons(model: nn.Module, text: Tensor, sparsity: float) -> list[Tensor]:
-    """What DART's mask would keep if this text alone, int64 [B, T], were the prompt: bool [B, I] of each layer."""
-    return prompt_masks(model, Static(sparsity=sparsity), text[:, : OWN_TOKENS + 1], backend="masked")
+def own_neurons(model: nn.Module, texts: Sequence[Sequence[int]], sparsity: float) -> list[Tensor]:
+    """What DART's mask would keep if each text alone were the prompt: bool [B, I] of each layer."""
+    cut = [tuple(text[: OWN_TOKENS + 1]) for text in texts]
+    masks: dict[int, list[Tensor]] = {}  # of each text
+    for length in sorted({len(text) for text in cut}):
+        alike = [number for number, text in enumerate(cut) if len(text) == length]
+        tokens = torch.tensor([cut[number] for number in alike])
+        kept = prompt_masks(model, Static(sparsity=sparsity), tokens, backend="masked")
+        masks |= {number: [layer[row] for layer in kept] for row, number in enumerate(alike)}
+    return [torch.stack(layer) for layer in zip(*(masks[number] for number in range(len(cut))), strict=True)]
 
 
 class NeuronLog:

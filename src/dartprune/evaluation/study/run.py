@@ -48,7 +48,7 @@ def run_study(
         arms: see `parse_arms`. On one-topic texts the release arms are left out: there is nothing to rescue.
         settings: of the study.
         folder: where finished units are kept; the same call goes on there. None: in memory only.
-        batch: texts decoded at once in forced mode. Part of what a unit is: another size starts anew.
+        batch: texts decoded at once. Part of what a unit is: another size starts anew.
         backend: how the pruned FFN is computed.
         name: of the model, to tell studies apart.
         watcher: told of the decoded steps of each unit that is not there yet.
@@ -153,26 +153,26 @@ class _Units:
         watcher: Watcher | None,
     ) -> Unit:
         progress = None if watcher is None else partial(watcher.step, label)
-        prompt = torch.tensor([text.prompt for text in group])
+        prompts = [text.prompt for text in group]
         choose = chooser(group, self._settings, self._tokenizer.eos_token_id)
         return run_unit(
-            self._model, arm, prompt, choose, self._settings, self._points, own, backend=backend, progress=progress
+            self._model, arm, prompts, choose, self._settings, self._points, own, backend=backend, progress=progress
         )
 
     def _own_neurons(self, kind: str, number: int, group: Sequence[Text]) -> list[list[Tensor]]:
         """Each topic's own best neurons. What the model must write itself is taken from the dense arm."""
-        script = torch.tensor([text.script for text in group])
         dense = self.label("dense", kind, number)
-        written = bool((script == CHOOSE).any())
+        written = any(CHOOSE in text.script for text in group)
         if written and dense not in self._journal:
             # the dense arm goes first and keeps every neuron, so its own overlaps need no topic
             return [[torch.ones(len(group), n.neurons, dtype=torch.bool) for n in describe(self._model).layers]] * 2
         if self._own is None or self._own[0] != (kind, number, written):
+            scripts = [text.script for text in group]
             if written:
-                script = torch.from_numpy(self.arrays(dense)["text"]).T
+                scripts = [tuple(row) for row in self.arrays(dense)["text"].T.tolist()]
             change = self._settings.before - 1  # the step that predicts the second topic's first token
-            first = torch.cat((torch.tensor([text.prompt for text in group]), script[:, :change]), dim=1)
-            parts = (first, script[:, change:])
+            first = [text.prompt + script[:change] for text, script in zip(group, scripts, strict=True)]
+            parts = (first, [script[change:] for script in scripts])
             own = [own_neurons(self._model, part, self._settings.sparsity) for part in parts]
             self._own = (kind, number, written), own
         return self._own[1]
