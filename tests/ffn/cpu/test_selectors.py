@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ pytest.importorskip("numba")
 from dartprune.ffn import selector_ops
 from dartprune.ffn import sketch as sketch_oracle
 from dartprune.ffn.cpu import selectors as cpu_selectors
+from dartprune.ffn.cpu.sketch_bytes import integers_by_bytes
 from dartprune.ffn.sketch import build_planes, build_sketch
 from ffn_cases import DTYPES, lists, make
 from selector_cases import assert_agree, case, check_choice, errors_of, gate_scores, same
@@ -62,6 +64,28 @@ def test_rounded_inputs_and_integers(seed):
     assert integers[0].sum(dim=1).tolist() == got.total.tolist()
     sketch = build_planes(torch.randn(21, hidden), rng.choice([1, 2, 3, 4]))
     assert torch.equal(cpu_selectors.sketch_integers(got, sketch), sketch_oracle.sketch_integers(got, sketch))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_many_rows_have_the_estimates_that_each_has_alone(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    hidden, neurons, rows = rng.choice([1, 7, 64, 130, 576, 900]), rng.randint(1, 150), rng.choice([4, 5, 8, 19, 33])
+    sketch = build_planes(torch.randn(neurons, hidden), rng.choice([1, 2, 3, 4]))
+    options = rng.choice([2, 3, 4, 4, 5, 8]), min(hidden, rng.choice([0, 1, 3, 4, 7]))
+    x = torch.randn(rows, hidden) * torch.rand(rows, 1)
+    got = cpu_selectors.estimates(x, sketch, *options)
+    alone = torch.cat([cpu_selectors.estimates(row[None], sketch, *options) for row in x])
+    assert torch.equal(got, alone)
+    rounded = cpu_selectors.quantise_input(x, *options)
+    torch.testing.assert_close(got, sketch_oracle.sketch_dots(rounded, sketch), rtol=1e-4, atol=1e-4)
+    # and the integers themselves, by bytes and by bits
+    by_bytes = np.empty((rows, neurons), np.int32)
+    codes = np.empty((neurons, rounded.planes.shape[2] * 64), np.uint8)
+    inputs = np.zeros((rows, codes.shape[1]), np.int8)
+    inputs[:, :hidden] = sketch_oracle._unpack(rounded.planes, hidden, signed=True).numpy()
+    integers_by_bytes(0, neurons, sketch.planes.numpy(), inputs, rounded.total.numpy(), codes, by_bytes)
+    assert by_bytes.tolist() == cpu_selectors.sketch_integers(rounded, sketch).tolist()
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -45,7 +45,7 @@ def _all(kind: Any, lanes: int, value: Any) -> Any:
     return ir.Constant(_vector(kind, lanes), [value] * lanes)
 
 
-def _load(builder: Any, base: Any, at: Any, kind: Any) -> Any:
+def load_at(builder: Any, base: Any, at: Any, kind: Any) -> Any:
     """The value of a kind that begins `at` bytes behind a byte pointer."""
     return builder.load(builder.bitcast(builder.gep(base, [at]), kind.as_pointer()), align=1)
 
@@ -54,12 +54,12 @@ def _fetch(builder: Any, base: Any, at: Any) -> None:
     _function(builder, "llvm.prefetch.p0", ir.VoidType(), builder.gep(base, [at]), _INT(0), _INT(LEVEL), _INT(1))
 
 
-def _data(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+def data_of(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     """The memory of an array as a byte pointer."""
     return builder.bitcast(context.make_array(kind)(context, builder, value).data, _BYTE.as_pointer())
 
 
-def _byte_products(builder: Any, total: Any, codes: Any, x: Any, lanes: int) -> Any:
+def byte_products(builder: Any, total: Any, codes: Any, x: Any, lanes: int) -> Any:
     """Total int32 [lanes] plus, in each lane, the products of four unsigned codes with four signed inputs."""
     if native(lanes):
         words = _vector(_INT, lanes)
@@ -150,7 +150,7 @@ def row_parts(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         inputs, factors, totals_of, scales_of, bytes_ = (
-            _data(context, builder, signature.args[i], args[i]) for i in (0, 1, 2, 3, 5)
+            data_of(context, builder, signature.args[i], args[i]) for i in (0, 1, 2, 3, 5)
         )
         scales_at, at, count = args[4], args[6], args[7]
         lows_at = builder.add(scales_at, count)
@@ -175,25 +175,25 @@ def row_parts(
             whole = _vector(_BYTE, QUAD * lanes)
             products = [_all(_INT, lanes, 0)] * 2
             for v in range(bits):
-                packed = _load(builder, bytes_, builder.add(begin, _SIZE(v * QUAD * lanes)), whole)
+                packed = load_at(builder, bytes_, builder.add(begin, _SIZE(v * QUAD * lanes)), whole)
                 for j, field in enumerate(_fields(builder, packed, bits, lanes)):
                     step = v + bits * j
-                    values = _load(builder, inputs, builder.add(start, _SIZE(step * QUAD * lanes)), whole)
-                    products[step % 2] = _byte_products(builder, products[step % 2], field, values, lanes)
+                    values = load_at(builder, inputs, builder.add(start, _SIZE(step * QUAD * lanes)), whole)
+                    products[step % 2] = byte_products(builder, products[step % 2], field, values, lanes)
             floats, words = _vector(_FLOAT, lanes), _vector(_INT, lanes)
             place = builder.mul(first, _SIZE(4))
-            own = _load(builder, scales_of, builder.add(scales_at, first), _vector(_BYTE, lanes))
+            own = load_at(builder, scales_of, builder.add(scales_at, first), _vector(_BYTE, lanes))
             own = builder.sitofp(builder.zext(own, words), floats)
             dots = builder.sitofp(builder.add(*products), floats)
-            add(sums[0], dots, builder.fmul(own, _load(builder, factors, place, floats)), lanes)
+            add(sums[0], dots, builder.fmul(own, load_at(builder, factors, place, floats)), lanes)
             if lows_too:
-                theirs = _load(builder, totals_of, place, floats)
-                low = _load(builder, scales_of, builder.add(lows_at, first), _vector(_BYTE, lanes))
+                theirs = load_at(builder, totals_of, place, floats)
+                low = load_at(builder, scales_of, builder.add(lows_at, first), _vector(_BYTE, lanes))
                 add(sums[1], builder.sitofp(builder.sext(low, words), floats), theirs, lanes)
                 add(sums[2], own, theirs, lanes)
 
         _each_segment(builder, count, segment)
-        unit, low_unit = (_load(builder, scales_of, builder.add(floats_at, _SIZE(k)), _FLOAT) for k in (0, 4))
+        unit, low_unit = (load_at(builder, scales_of, builder.add(floats_at, _SIZE(k)), _FLOAT) for k in (0, 4))
         results = [builder.fmul(_folded(builder, sums[0]), unit)]
         if lows_too:
             results += [
@@ -235,11 +235,12 @@ def add_codes(context: Any, out: Any, factor: Any, shares: Any, rows: Any, codes
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         y, many = (
-            _data(context, builder, signature.args[0], args[0]),
-            _data(context, builder, signature.args[2], args[2]),
+            data_of(context, builder, signature.args[0], args[0]),
+            data_of(context, builder, signature.args[2], args[2]),
         )
         given = [
-            _data(context, builder, kind, builder.extract_value(args[3], r)) for r, kind in enumerate(signature.args[3])
+            data_of(context, builder, kind, builder.extract_value(args[3], r))
+            for r, kind in enumerate(signature.args[3])
         ]
         pairs = [given[r : r + 2] for r in range(0, len(given), 2)]
         at, count = args[4], args[5]
@@ -250,15 +251,15 @@ def add_codes(context: Any, out: Any, factor: Any, shares: Any, rows: Any, codes
             start = builder.add(at, builder.mul(first, _SIZE(GROUP * bits // 8)))
             totals = [_all(_INT, lanes, 0)] * (32 // bits)
             for p, pair in enumerate(pairs):
-                both = [_load(builder, pointer, start, words) for pointer in pair]
+                both = [load_at(builder, pointer, start, words) for pointer in pair]
                 for k, fields in enumerate(_pairs_of_fields(builder, both, bits)):
                     group = builder.add(first, _SIZE(k * lanes // GROUP))
                     place = builder.mul(builder.add(builder.mul(_SIZE(p), count), group), _SIZE(4))
-                    share = _spread(builder, _load(builder, many, place, _INT), words)
+                    share = _spread(builder, load_at(builder, many, place, _INT), words)
                     totals[k] = _word_products(builder, totals[k], fields, share)
             for k, total in enumerate(totals):
                 place = builder.add(builder.mul(first, _SIZE(4 * GROUP)), _SIZE(4 * lanes * k))
-                value = _multiply_add(builder, builder.sitofp(total, floats), times, _load(builder, y, place, floats))
+                value = _multiply_add(builder, builder.sitofp(total, floats), times, load_at(builder, y, place, floats))
                 builder.store(value, builder.bitcast(builder.gep(y, [place]), floats.as_pointer()), align=4)
         return context.get_dummy_value()
 
@@ -301,7 +302,7 @@ def float_at(context: Any, row: Any, at: Any):
     """The float32 whose four bytes begin at row[at]."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _load(builder, _data(context, builder, signature.args[0], args[0]), args[1], _FLOAT)
+        return load_at(builder, data_of(context, builder, signature.args[0], args[0]), args[1], _FLOAT)
 
     return types.float32(row, types.int64), generate
 
@@ -311,7 +312,7 @@ def fetch_bytes(context: Any, row: Any, at: Any, count: Any):
     """Ask for the bytes row[at : at + count], without waiting for them."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _data(context, builder, signature.args[0], args[0])
+        pointer = data_of(context, builder, signature.args[0], args[0])
         with cgutils.for_range_slice(builder, _SIZE(0), args[2], _SIZE(LINE)) as (line, _):
             _fetch(builder, pointer, builder.add(args[1], line))
         return context.get_dummy_value()

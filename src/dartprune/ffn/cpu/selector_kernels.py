@@ -19,6 +19,7 @@ from dartprune.ffn.cpu.cut import choose_part
 from dartprune.ffn.cpu.kernels import MOST_ROWS as MOST_ROWS
 from dartprune.ffn.cpu.kernels import union_of
 from dartprune.ffn.cpu.sketch import BLOCK, estimates_part, integers_of, round_row, score_part
+from dartprune.ffn.cpu.sketch_bytes import input_bytes
 
 AHEAD = 4  # neurons between the one that is computed and the one that is fetched
 
@@ -135,6 +136,13 @@ def round_rows(x, bits, gaussian_step, outliers):
     return planes, step, total, place, exact
 
 
+@njit(nogil=True)
+def _rounded(x, rounding):
+    """The rounded rows, and their bytes."""
+    planes, step, total, place, exact = round_rows(x, *rounding)
+    return planes, step, total, place, exact, input_bytes(planes)
+
+
 @kernel()
 def integers(planes, x, total, out):
     """`sketch.sketch_integers` into out int32 [N, I]."""
@@ -145,7 +153,7 @@ def integers(planes, x, total, out):
 @kernel(parallel=True)
 def estimates(x, rounding, sketch, threads, out):
     """`sketch.sketch_dots` of rows x float32 [N, H] into out [N, I]; sketch (planes, scale)."""
-    rounded = round_rows(x, *rounding)
+    rounded = _rounded(x, rounding)
     for t in prange(threads):
         first, last = _share(out.shape[1], t, threads, BLOCK)
         estimates_part(first, last, rounded, sketch, out)
@@ -225,7 +233,7 @@ def sketch_rows_alone(
     `gate_rows_alone`.
     """
     neurons = key.shape[1]
-    rounded = round_rows(x, *rounding)
+    rounded = _rounded(x, rounding)
     score_part(0, neurons, rounded, weights, sketches, slots, importance, errors, kind, key)
     choose_part(0, x.shape[0], key.view(np.uint32), slots, *choice, index, count, cut)
     member, union = union_of(neurons, x.shape[0], index, count, np.arange(x.shape[0]))
@@ -239,7 +247,7 @@ def sketch_rows(
 ):
     """The same with several threads."""
     rows, hidden, neurons = x.shape[0], x.shape[1], key.shape[1]
-    rounded = round_rows(x, *rounding)
+    rounded = _rounded(x, rounding)
     for t in prange(threads):
         first, last = _share(neurons, t, threads, BLOCK)
         score_part(first, last, rounded, weights, sketches, slots, importance, errors, kind, key)

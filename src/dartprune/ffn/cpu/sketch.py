@@ -7,6 +7,7 @@ from numba import njit
 
 from dartprune.ffn.cpu.activations import ZERO, activate_all
 from dartprune.ffn.cpu.blocks import common_ones
+from dartprune.ffn.cpu.sketch_bytes import LANES, add_looked_up, integers_by_bytes
 
 BLOCK = 64  # neurons that pass through the nearer caches at a time
 
@@ -90,10 +91,11 @@ def integers_of(first, last, planes, x, total, out):
 
 
 @njit(nogil=True)
-def _add_outliers(first, planes, place, exact, products):
+def _add_outliers(first, planes, codes, place, exact, products):
     """Add what up to four exact entries of x give to products [B] of the neurons from `first` on.
 
-    Their bits, side by side, are the place in a table of the 16 sums that can come of it.
+    Their bits, side by side, are the place in a table of the 16 sums that can come of it. codes: the neurons' planes as
+    bytes, or no columns.
     """
     bits, outliers = planes.shape[1], place.shape[0]
     table, word, shift = np.zeros(16, np.float32), np.zeros(4, np.int64), np.zeros(4, np.int64)
@@ -105,6 +107,12 @@ def _add_outliers(first, planes, place, exact, products):
     w0, w1, w2, w3 = word[0], word[1], word[2], word[3]
     j0, j1, j2, j3 = shift[0], shift[1], shift[2], shift[3]
     base = table[15] * np.float32(2**bits - 1)
+    if codes.shape[1]:
+        # of places that are not there any will do: they are in no entry of the table
+        four = word[0] << 6 | shift[0], word[1] << 6 | shift[1], word[2] << 6 | shift[2], word[3] << 6 | shift[3]
+        for i in range(0, products.shape[0], LANES):
+            add_looked_up(codes, i, four, bits, -base, table, products)
+        return
     for i in range(products.shape[0]):
         total = -base
         for k in range(bits):
@@ -116,13 +124,32 @@ def _add_outliers(first, planes, place, exact, products):
 
 
 @njit(nogil=True)
-def _estimate(first, last, planes, scale, x, step, total, place, exact, bias, exactly, products):
-    """Estimated products float32 [last - first] of the neurons first:last with one rounded row, to products."""
-    integers_of(first, last, planes, x, total, exactly)
+def _integers(first, last, planes, x, total, inputs, codes, out):
+    """`sketch.sketch_integers` of the neurons first:last and all rows, to out [N, B]; by bytes where there are any."""
+    if inputs.shape[0]:
+        integers_by_bytes(first, last, planes, inputs, total, codes, out)
+    else:
+        for n in range(x.shape[0]):
+            integers_of(first, last, planes, x[n], total[n], out[n])
+
+
+@njit(nogil=True)
+def _room(rounded):
+    """Room for a block of neurons: their integers [N, B] and their codes in bytes [B + 1, words * 64]."""
+    planes, _, _, _, _, inputs = rounded
+    return np.empty((planes.shape[0], BLOCK), np.int32), np.empty((BLOCK + 1, inputs.shape[1]), np.uint8)
+
+
+@njit(nogil=True)
+def _estimate(first, last, planes, scale, step, place, exact, bias, exactly, codes, products):
+    """Estimated products float32 [last - first] of the neurons first:last with one rounded row, to products.
+
+    exactly int32 [B], codes: of these neurons and this row, see `_room`.
+    """
     for i in range(last - first):
         products[i] = np.float32(exactly[i]) * step
     for o in range(0, place.shape[0], 4):
-        _add_outliers(first, planes, place[o : o + 4], exact[o : o + 4], products[: last - first])
+        _add_outliers(first, planes, codes, place[o : o + 4], exact[o : o + 4], products[: last - first])
     for i in range(first, last):
         products[i - first] *= scale[i]
     if bias.shape[0]:
@@ -132,15 +159,20 @@ def _estimate(first, last, planes, scale, x, step, total, place, exact, bias, ex
 
 @njit(nogil=True)
 def estimates_part(first, last, rounded, sketch, out):
-    """Estimated products of the neurons first:last with every row, without biases, to out [N, I]."""
+    """Estimated products of the neurons first:last with every row, without biases, to out [N, I].
+
+    rounded: as `selector_kernels.round_rows` gives them, and `input_bytes` of them.
+    """
     matrix, scale = sketch
-    planes, step, total, place, exact = rounded
-    exactly, none = np.empty(BLOCK, np.int32), np.empty(0, np.float32)
+    planes, step, total, place, exact, inputs = rounded
+    none = np.empty(0, np.float32)
+    exactly, codes = _room(rounded)
     for start in range(first, last, BLOCK):
         end = min(start + BLOCK, last)
+        _integers(start, end, matrix, planes, total, inputs, codes, exactly)
         for n in range(planes.shape[0]):
-            row = (planes[n], step[n], total[n], place[n], exact[n])
-            _estimate(start, end, matrix, scale, *row, none, exactly, out[n, start:end])
+            row = step[n], place[n], exact[n]
+            _estimate(start, end, matrix, scale, *row, none, exactly[n], codes, out[n, start:end])
 
 
 @njit(nogil=True)
@@ -191,16 +223,21 @@ def score_part(first, last, rounded, weights, sketches, slots, importance, error
     """Scores of the neurons first:last for every row, to key [N, I]: see `sketch.sketch_scores`."""
     gated, _, _, _, gate_bias, up_bias, _ = weights
     gate, gate_scale, up, up_scale = sketches
-    planes, step, total, place, exact = rounded
-    g, u, exactly = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int32)
+    planes, step, total, place, exact, inputs = rounded
+    g, u = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     low, high = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    of_gate, gate_codes = _room(rounded)
+    of_up, up_codes = _room(rounded)
     for start in range(first, last, BLOCK):
         end = min(start + BLOCK, last)
+        _integers(start, end, up, planes, total, inputs, up_codes, of_up)
+        if gated:
+            _integers(start, end, gate, planes, total, inputs, gate_codes, of_gate)
         for n in range(planes.shape[0]):
-            row = (planes[n], step[n], total[n], place[n], exact[n])
-            _estimate(start, end, up, up_scale, *row, up_bias, exactly, u)
+            row = step[n], place[n], exact[n]
+            _estimate(start, end, up, up_scale, *row, up_bias, of_up[n], up_codes, u)
             if gated:
-                _estimate(start, end, gate, gate_scale, *row, gate_bias, exactly, g)
+                _estimate(start, end, gate, gate_scale, *row, gate_bias, of_gate[n], gate_codes, g)
             size = end - start
             known = errors[slots[n], :, start:end] if errors.shape[0] else errors[:0, 0, 0:0]
             expected_block(kind, gated, g[:size], u[:size], known, low[:size], high[:size])

@@ -1,0 +1,183 @@
+"""The sketch for many rows at once: bit planes spread into bytes, and products of bytes in place of bits in common.
+
+Spreading costs about what a few rows do, so one row alone goes by its bits. The integers are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from dartprune.ffn.cpu.group_blocks import byte_products, data_of, load_at, native
+
+WORD = 64  # bits of a word of a plane, which become as many bytes
+TILE = 4  # neurons, and rows, whose products are made side by side
+FEWEST = 4 if native(16) else 1 << 30  # rows from which on bytes are the faster way
+LANES = 16  # numbers of 32 bits in a vector
+_BYTE, _INT, _SIZE = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_BYTES, _SUMS = ir.VectorType(_BYTE, WORD), ir.VectorType(_INT, LANES)
+
+
+@intrinsic
+def add_bits(context: Any, plane: Any, weight: Any, out: Any) -> Any:
+    """Add `weight` to each byte of out [words * 64] whose bit is set in plane int64 [words]."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits, words = data_of(context, builder, signature.args[0], args[0]), context.make_array(signature.args[0])
+        to = data_of(context, builder, signature.args[2], args[2])
+        count = builder.extract_value(words(context, builder, args[0]).shape, 0)
+        lane = builder.insert_element(
+            ir.Constant(_BYTES, ir.Undefined), builder.trunc(args[1], _BYTE), ir.IntType(32)(0)
+        )
+        every = builder.shuffle_vector(lane, lane, ir.Constant(ir.VectorType(_INT, WORD), [0] * WORD))
+        with cgutils.for_range(builder, count) as loop:
+            word = load_at(builder, bits, builder.mul(loop.index, _SIZE(WORD // 8)), _SIZE)
+            is_set = builder.bitcast(word, ir.VectorType(ir.IntType(1), WORD))
+            place = builder.bitcast(builder.gep(to, [builder.mul(loop.index, _SIZE(WORD))]), _BYTES.as_pointer())
+            more = builder.select(is_set, every, ir.Constant(_BYTES, [0] * WORD))
+            builder.store(builder.add(builder.load(place, align=1), more), place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(plane, weight, out), generate
+
+
+@intrinsic
+def byte_dots(context: Any, codes: Any, inputs: Any) -> Any:
+    """Products of each of the codes with each of the inputs: a tuple of int32, the inputs of the first codes first.
+
+    Tuples of contiguous arrays of bytes [words * 64]: codes unsigned, inputs signed.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        left, right = (
+            [data_of(context, builder, kind, builder.extract_value(arg, n)) for n, kind in enumerate(kinds)]
+            for kinds, arg in zip(signature.args, args, strict=True)
+        )
+        shape = context.make_array(signature.args[0][0])(context, builder, builder.extract_value(args[0], 0)).shape
+        length = builder.extract_value(shape, 0)
+        zero = ir.Constant(_SUMS, [0] * LANES)
+        sums = [[cgutils.alloca_once_value(builder, zero) for _ in right] for _ in left]
+        with cgutils.for_range_slice(builder, _SIZE(0), length, _SIZE(WORD)) as (at, _):
+            values = [load_at(builder, pointer, at, _BYTES) for pointer in right]
+            for row, pointer in zip(sums, left, strict=True):
+                code = load_at(builder, pointer, at, _BYTES)
+                for total, value in zip(row, values, strict=True):
+                    builder.store(byte_products(builder, builder.load(total), code, value, LANES), total)
+        kind = ir.FunctionType(_INT, [_SUMS])
+        reduce = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.add.v16i32")
+        results = [builder.call(reduce, [builder.load(total)]) for row in sums for total in row]
+        return context.make_tuple(builder, signature.return_type, results)
+
+    return types.UniTuple(types.int32, len(codes) * len(inputs))(codes, inputs), generate
+
+
+@intrinsic
+def add_looked_up(
+    context: Any, codes: Any, first: Any, places: Any, bits: Any, start: Any, table: Any, out: Any
+) -> Any:
+    """Add sums of table entries to out float32 [B], for 16 neurons from `first` on or as many as are left.
+
+    codes uint8 [B, words * 64] with three bytes behind the last row; places: four columns, whose k-th bits side by side
+    tell an entry of table float32 [16]; `start` plus 2^(k + 1) times that for each k, in turn.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        rows, to = data_of(context, builder, signature.args[0], args[0]), signature.args[6]
+        entries = data_of(context, builder, signature.args[5], args[5])
+        count = builder.extract_value(context.make_array(to)(context, builder, args[6]).shape, 0)
+        stride = builder.extract_value(array.strides, 0)
+        sizes, floats = ir.VectorType(_SIZE, LANES), ir.VectorType(ir.FloatType(), LANES)
+        masks = ir.VectorType(ir.IntType(1), LANES)
+
+        def every(value: Any, kind: Any) -> Any:
+            one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _INT(0))
+            return builder.shuffle_vector(one, one, ir.Constant(_SUMS, [0] * LANES))
+
+        def gather(base: Any, offsets: Any, kind: Any, name: str) -> Any:
+            starts = every(builder.ptrtoint(base, _SIZE), sizes)
+            pointers = ir.VectorType(kind.element.as_pointer(), LANES)
+            places = builder.inttoptr(builder.add(starts, offsets), pointers)
+            zeros = ir.Constant(kind, [0] * LANES)
+            function = ir.FunctionType(kind, [pointers, _INT, masks, kind])
+            call = cgutils.get_or_insert_function(builder.module, function, f"llvm.masked.gather.{name}.v16p0")
+            return builder.call(call, [places, _INT(1), there, zeros])
+
+        lanes = ir.Constant(sizes, list(range(LANES)))
+        neurons = builder.add(every(args[1], sizes), lanes)
+        there = builder.icmp_signed("<", neurons, every(count, sizes))
+        at = builder.mul(neurons, every(stride, sizes))
+        found = [
+            gather(rows, builder.add(at, every(builder.extract_value(args[2], o), sizes)), _SUMS, "v16i32")
+            for o in range(4)
+        ]
+        total = cgutils.alloca_once_value(builder, every(args[4], floats))
+        with cgutils.for_range(builder, args[3]) as loop:
+            shift = every(builder.trunc(loop.index, _INT), _SUMS)
+            entry = ir.Constant(_SUMS, [0] * LANES)
+            for o, code in enumerate(found):
+                bit = builder.and_(builder.lshr(code, shift), ir.Constant(_SUMS, [1] * LANES))
+                entry = builder.or_(entry, builder.shl(bit, ir.Constant(_SUMS, [o] * LANES)))
+            value = gather(
+                entries, builder.shl(builder.zext(entry, sizes), ir.Constant(sizes, [2] * LANES)), floats, "v16f32"
+            )
+            factor = builder.uitofp(builder.shl(ir.Constant(_SUMS, [2] * LANES), shift), floats)
+            builder.store(builder.fadd(builder.load(total), builder.fmul(factor, value)), total)
+        base = data_of(context, builder, to, args[6])
+        place = builder.bitcast(builder.gep(base, [builder.mul(args[1], _SIZE(4))]), floats.as_pointer())
+        kind = ir.FunctionType(floats, [place.type, _INT, masks, floats])
+        load = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.load.v16f32.p0")
+        before = builder.call(load, [place, _INT(4), there, ir.Constant(floats, [0.0] * LANES)])
+        kind = ir.FunctionType(ir.VoidType(), [floats, place.type, _INT, masks])
+        store = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.store.v16f32.p0")
+        builder.call(store, [builder.fadd(before, builder.load(total)), place, _INT(4), there])
+        return context.get_dummy_value()
+
+    return types.void(codes, types.int64, places, types.int64, types.float32, table, out), generate
+
+
+@njit(nogil=True)
+def input_bytes(planes):
+    """Rows of planes int64 [N, A, words] as int8 [N, words * 64]; none where so few rows go by their bits."""
+    rows, bits, words = planes.shape
+    if rows < FEWEST:
+        return np.empty((0, 0), np.int8)
+    out = np.zeros((rows, words * WORD), np.int8)
+    for n in range(rows):
+        for p in range(bits):
+            add_bits(planes[n, p], -(1 << p) if p == bits - 1 else 1 << p, out[n])
+    return out
+
+
+@njit(nogil=True)
+def integers_by_bytes(first, last, planes, x, total, codes, out):
+    """`sketch.sketch_integers` of the neurons first:last and all rows, to out int32 [N, last - first or more].
+
+    planes int64 [I, b, words]; x int8 [N, words * 64]; total int32 [N]; codes uint8 [last - first or more, words * 64]:
+    room, in which the neurons' codes are left.
+    """
+    bits, size, rows = planes.shape[1], last - first, x.shape[0]
+    top = 2**bits - 1
+    for i in range(size):
+        codes[i] = 0
+        for k in range(bits):
+            add_bits(planes[first + i, k], 1 << k, codes[i])
+    for i in range(0, size, TILE):
+        i1, i2, i3 = min(i + 1, size - 1), min(i + 2, size - 1), min(i + 3, size - 1)
+        four = codes[i], codes[i1], codes[i2], codes[i3]
+        for n in range(0, rows, TILE):
+            n1, n2, n3 = min(n + 1, rows - 1), min(n + 2, rows - 1), min(n + 3, rows - 1)
+            d = byte_dots(four, (x[n], x[n1], x[n2], x[n3]))
+            # what is beyond the end is the last one once more
+            out[n, i], out[n1, i], out[n2, i], out[n3, i] = d[0], d[1], d[2], d[3]
+            out[n, i1], out[n1, i1], out[n2, i1], out[n3, i1] = d[4], d[5], d[6], d[7]
+            out[n, i2], out[n1, i2], out[n2, i2], out[n3, i2] = d[8], d[9], d[10], d[11]
+            out[n, i3], out[n1, i3], out[n2, i3], out[n3, i3] = d[12], d[13], d[14], d[15]
+    for n in range(rows):
+        for i in range(size):
+            out[n, i] = 2 * out[n, i] - top * total[n]
