@@ -101,6 +101,37 @@ def test_what_a_prompt_teaches(family):
             assert float(run.layers[1].selector.known[slot]) == PRIOR_TOKENS + 21  # of 39 traced ones: 16, 4 and 1
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+@torch.no_grad()
+def test_the_forward_itself_tells_the_exact_products(family, monkeypatch):
+    model = FAMILIES[family]()
+    ids = tokens(model, lines=2, length=40)
+    with PRUNER(model) as run:
+        # were they computed again, it would be here
+        monkeypatch.setattr(type(run.layers[0].parts), "products", None)
+        cache = run.prefill(ids)
+        known = [float(run.layers[1].selector.known[slot]) for slot in run.slots_of(cache)]
+    assert known == [PRIOR_TOKENS + 21] * 2
+
+
+@torch.no_grad()
+def test_overheard_products_are_the_layers_own():
+    for family in ("llama", "llama-bias", "phi3", "gpt_neox"):
+        model = FAMILIES[family]()
+        layer = describe(model).layers[0]
+        x = torch.randn(2, 5, layer.hidden)
+        out, heard = layer.overheard(lambda layer=layer, x=x: layer.entry(x))
+        assert torch.equal(out, layer.entry(x)) and heard is not None
+        for mine, theirs in zip(heard, layer.products(x), strict=True):
+            assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+        # a forward that goes another way tells nothing, and a failed one leaves nothing behind
+        assert layer.overheard(lambda x=x: x) == (x, None)
+        assert layer.overheard(lambda layer=layer, x=x: (layer.up(x), layer.up(x))[0])[1] is None
+        with pytest.raises(ZeroDivisionError):
+            layer.overheard(lambda: 1 / 0)
+        assert not any(module._forward_hooks for module in model.modules())
+
+
 @torch.no_grad()
 def test_a_prompt_in_parts_and_in_a_padded_batch_teaches_the_same():
     model = FAMILIES["llama"]()

@@ -87,6 +87,27 @@ class Layer:
             return gate, up
         return None if self.gate is None else quietly(self.gate, x), up
 
+    def overheard(self, call: Callable[[], Tensor]) -> tuple[Tensor, tuple[Tensor | None, Tensor] | None]:
+        """What `call`, which computes this FFN, returns, and its `products` as the model's own modules gave them.
+
+        None in place of them where gate and up were not called once each.
+        """
+        heard: list[tuple[nn.Module, Tensor]] = []
+        modules = [self.up] if self.gate is None else [self.gate, self.up]
+        hooks = [m.register_forward_hook(lambda m, args, out: heard.append((m, out.detach()))) for m in modules]
+        try:
+            out = call()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(heard) != len(modules) or len(named := dict(heard)) != len(modules):
+            return out, None
+        up = named[self.up]
+        if self.fused:
+            gate, up = up.chunk(2, dim=-1)
+            return out, (gate, up)
+        return out, (None if self.gate is None else named[self.gate], up)
+
     def activations(self, x: Tensor) -> Tensor:
         """The input of the down projection, [..., I], for FFN inputs [..., H]; runs the modules, whatever they are.
 

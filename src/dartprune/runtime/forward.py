@@ -86,6 +86,8 @@ class Forwards:
         self._planner.plain()
         self._planner.forget()
         self.rows = None
+        for layer in self.layers:
+            layer.sampled = layer.lesson = None
 
     def _gathers(self, rows: Rows, slots: list[Slot]) -> bool:
         # where some lines are dense all weights are read anyway: masks cost nothing more
@@ -158,14 +160,20 @@ class Forwards:
         on: dict[torch.device, tuple[Tensor, Tensor]] = {}
         for layer in self.layers:
             x, layer.sampled = layer.sampled, None
-            if layer.selector is None or x is None:
+            lesson, layer.lesson = layer.lesson, None
+            if layer.selector is None or (x is None and lesson is None):
                 continue
-            if x.device not in on:
-                weight = taught.weight.to(x.device)
+            device = layer.trace.device
+            if device not in on:
+                weight = taught.weight.to(device)
                 if ended is not None:
-                    weight = weight * (~ended.to(x.device)).float()[:, None]
-                on[x.device] = taught.slots.to(x.device), weight
-            layer.selector.learn(x.view(*taught.rows.shape, -1), *on[x.device])
+                    weight = weight * (~ended.to(device)).float()[:, None]
+                on[device] = taught.slots.to(device), weight
+            slots, weight = on[device]
+            if lesson is None:
+                assert x is not None
+                lesson = layer.selector.lesson(x.view(*taught.rows.shape, -1), weight)
+            layer.selector.learn(lesson, slots, weight)
         self.layers[-1].state.tracing_seconds += perf_counter() - began
 
     def _decoded(

@@ -14,8 +14,9 @@ from dartprune.ffn import Backend, FFNWeights
 from dartprune.ffn.masked import apply_mask
 from dartprune.model.families import Layer
 from dartprune.runtime.ring import LayerRing
+from dartprune.runtime.sample import Sample
 from dartprune.runtime.selection import LayerSelection
-from dartprune.runtime.selectors.layer_selector import LayerSelector
+from dartprune.runtime.selectors.layer_selector import LayerSelector, Lesson
 from dartprune.runtime.step import DeviceState, Step
 from dartprune.runtime.trace import LayerTrace, impact_terms
 
@@ -72,7 +73,8 @@ class LiveLayer:
         self.selector = selector
         self.staged: Tensor | None = None
         self.staged_impact: Tensor | None = None
-        self.sampled: Tensor | None = None
+        self.sampled: Tensor | None = None  # inputs of the rows that teach the selector
+        self.lesson: Lesson | None = None  # what they teach, where the forward itself told their products
         self._y: Tensor | None = None
         self._x: Tensor | None = None
         self._raw: Tensor | None = None
@@ -100,7 +102,12 @@ class LiveLayer:
         if step is None:
             return original()
         self._take(x, step)
-        out = self._gathered(x, step) if step.gathering else original()
+        if step.gathering:
+            out = self._gathered(x, step)
+        elif step.sample is not None and self._teaches(x, step):
+            out = self._overheard(original, step.sample)
+        else:
+            out = original()
         self._made(out, step, self.parts.entry)
         return out
 
@@ -167,11 +174,31 @@ class LiveLayer:
         if step.staging:
             self.staged = x.reshape(step.slots.shape[0], -1, x.shape[-1])
         if step.sample is not None:
-            self.sampled = x.reshape(-1, x.shape[-1]).index_select(0, step.sample)
+            self.sampled, self.lesson = x.reshape(-1, x.shape[-1]).index_select(0, step.sample.rows.flatten()), None
         if step.masking and self.selector is not None:
             self._x = x
         if step.ring is not None and self.ring is not None:
             self.ring.write(x.reshape(-1, x.shape[-1]), *step.ring)
+
+    def _teaches(self, x: Tensor, step: Step) -> bool:
+        """Whether a selector learns from this forward at once: from a prompt, and not while it is compiled."""
+        several = x.numel() > step.slots.shape[0] * x.shape[-1]
+        return self.selector is not None and several and not torch.compiler.is_compiling()
+
+    def _overheard(self, original: Callable[[], Tensor], sample: Sample) -> Tensor:
+        """The model's own FFN, whose products of the sampled rows teach the selector: they need not be made again."""
+        out, products = self.parts.overheard(original)
+        if products is None:
+            return out
+        assert self.selector is not None and self.sampled is not None
+        began = time.perf_counter()
+        rows = sample.rows.flatten()
+        gate, up = (None if part is None else part.flatten(0, -2).index_select(0, rows) for part in products)
+        assert up is not None
+        x, self.sampled = self.sampled.view(*sample.rows.shape, -1), None
+        self.lesson = self.selector.lesson(x, sample.weight, (gate, up))
+        self.state.tracing_seconds += time.perf_counter() - began
+        return out
 
     def _gathered(self, x: Tensor, step: Step) -> Tensor:
         assert not isinstance(self.weights, str)

@@ -83,7 +83,7 @@ class Masks:
             rows, where, counted = on[layer.ring.device]
             x, memory = layer.ring.read(rows, where), self.method.refresh.replay_memory
             if layer.selector is not None and layer.selector.learns:
-                layer.selector.learn(x, rows, counted, memory)
+                layer.selector.learn(layer.selector.lesson(x, counted), rows, counted, memory)
             if layer.trace.statistics:
                 layer.trace.blend(layer.parts.activations(x), rows, counted, memory)
             self.flops += 2 * (layer.parts.matrices - 1) * layer.neurons * layer.parts.hidden * length * len(slots)

@@ -29,6 +29,10 @@ class Sample:
     weight: Tensor
     slots: Tensor
 
+    def to(self, device: torch.device) -> Sample:
+        """The same on a device."""
+        return Sample(*(part.to(device, non_blocking=True) for part in (self.rows, self.weight, self.slots)))
+
 
 def is_sampled(numbers: Tensor) -> Tensor:
     """Whether the tokens of these numbers (0 for the first that counts; int64) teach, bool."""

@@ -22,8 +22,8 @@ class Step:
     slots: int64 [B].  row_slots: int64 [B * T].  weight, impact_weight: float32 [B, T] of 0 and 1, or None: not traced.
     ring: rows, slots and places for `LayerRing.write`, or None.  gathering: the backend computes the FFN from index
     lists.  masking: neurons are zeroed inside the model's own FFN.  staging: inputs are kept until it is known which
-    tokens survive.  padded: some tokens are padding, whose values mean nothing.  sample: int64 [n], rows whose
-    inputs are put aside to teach a selector, or None.
+    tokens survive.  padded: some tokens are padding, whose values mean nothing.  sample: rows that teach a selector,
+    or None.
     """
 
     slots: Tensor
@@ -35,7 +35,7 @@ class Step:
     masking: bool = False
     staging: bool = False
     padded: bool = False
-    sample: Tensor | None = None
+    sample: Sample | None = None
 
 
 class DeviceState:
@@ -108,17 +108,17 @@ class Planner:
             fresh = torch.tensor(learning, dtype=torch.float32, device="cpu")[:, None].expand(-1, rows.tokens)
             sampled = self._sampled(rows, slots, fresh)
             for device, step in steps.items():
-                step.sample = None if sampled is None else sampled.to(device, non_blocking=True)
+                step.sample = None if sampled is None else sampled.to(device)
                 counted = self._once(learning, device)
                 if ended is not None:
                     counted = counted & ~ended.to(device)
                 step.weight = step.impact_weight = counted.float()[:, None].expand(-1, rows.tokens)
         self._tell(steps)
 
-    def _sampled(self, rows: Rows, slots: Sequence[Slot], counted: Tensor) -> Tensor | None:
-        """The rows that teach a selector; which they are stays in `sample` until the forward is over."""
+    def _sampled(self, rows: Rows, slots: Sequence[Slot], counted: Tensor) -> Sample | None:
+        """The rows that teach a selector, which stay in `sample` until the forward is over."""
         self.sample = sample(rows, slots, counted) if self._learns else None
-        return None if self.sample is None else self.sample.rows.flatten()
+        return self.sample
 
     def advance(self) -> None:
         """A decoding step has run: in the one that is kept, the ring's places move on by one token."""
@@ -152,6 +152,8 @@ class Planner:
         def on(value: Any, device: torch.device) -> Any:
             if isinstance(value, Tensor):
                 return value.to(device, non_blocking=True)
+            if isinstance(value, Sample):
+                return value.to(device)
             if isinstance(value, tuple):
                 return tuple(on(part, device) for part in value)
             return value

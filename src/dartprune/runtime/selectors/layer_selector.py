@@ -39,6 +39,20 @@ class LayerFacts:
     sketch: AnySketch | None = None
 
 
+Products = tuple[Tensor | None, Tensor]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What some tokens teach.
+
+    sums: over the tokens of each line, float32 [B, ...].  size: mean square of each line's inputs, float32 [B].
+    """
+
+    sums: Tensor
+    size: Tensor
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What a selector may look at before its layers are made: the model, the method's sparsity, facts of a layer."""
@@ -137,13 +151,23 @@ class LayerSelector(SlotTensors, ABC):
             return self._gathered.get(rows, (None, None))
         return masked, None
 
-    def learn(self, x: Tensor, slots: Tensor, weight: Tensor, memory: float | None = None) -> None:
-        """Take in tokens of the context.
+    def lesson(self, x: Tensor, weight: Tensor, products: Products | None = None) -> Lesson:
+        """What tokens of the context teach.
 
         Args:
             x: their inputs of the FFN, [B, m, H].
-            slots: int64 [B], no slot twice.
             weight: float32 [B, m] of 0 and 1; of tokens that weigh 0 the inputs may be anything.
+            products: their exact products with gate and up, [B * m, I] each; None: computed here.
+        """
+        raise RuntimeError(f"{type(self).__name__} does not learn from the context")
+
+    def learn(self, lesson: Lesson, slots: Tensor, weight: Tensor, memory: float | None = None) -> None:
+        """Take a lesson in.
+
+        Args:
+            lesson: of B lines.
+            slots: int64 [B], no slot twice.
+            weight: float32 [B, m] of 0 and 1, of the tokens that it was made from.
             memory: None counts them beside all former ones; else the share that is kept of what was known.
         """
         raise RuntimeError(f"{type(self).__name__} does not learn from the context")

@@ -16,7 +16,7 @@ from dartprune.ffn.sketch import AnySketch, estimated_sizes
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.layer import Layer
 from dartprune.model.packed import packed_rows
-from dartprune.runtime.selectors.layer_selector import LayerFacts, LayerSelector, ModelFacts, Place
+from dartprune.runtime.selectors.layer_selector import LayerFacts, LayerSelector, Lesson, ModelFacts, Place, Products
 from dartprune.selectors.settings import Sketch, register_selector
 from dartprune.selectors.sketches import Matrices, Sketcher, matrices_of
 
@@ -130,36 +130,33 @@ class SketchLayer(LayerSelector):
         return gate, up if self.up_bias is None else up + self.up_bias
 
     @torch.no_grad()
-    def learn(self, x: Tensor, slots: Tensor, weight: Tensor, memory: float | None = None) -> None:
+    def lesson(self, x: Tensor, weight: Tensor, products: Products | None = None) -> Lesson:
+        """See `LayerSelector.lesson`: sums of the sketch's errors and their squares, of gate and up, [B, 4 or 2, I]."""
+        rows, shape = x.reshape(-1, x.shape[-1]), (*weight.shape, -1)
+        exact = self.layer.products(rows) if products is None else products
+        sums = [
+            error_moments(of_matrix.view(shape), estimate.view(shape), weight)
+            for of_matrix, estimate in zip(exact, self._estimates(rows), strict=True)
+            if of_matrix is not None and estimate is not None
+        ]
+        # of a norm's outputs all tokens have about the same size, so the first one tells it
+        return Lesson(torch.cat(sums, dim=1), x[:, 0].float().square().mean(-1))
+
+    @torch.no_grad()
+    def learn(self, lesson: Lesson, slots: Tensor, weight: Tensor, memory: float | None = None) -> None:
         """See `LayerSelector.learn`: the moments of the sketch's errors, first of all those of the rounding alone."""
         assert self._rounding is not None
-        moments = self._moments(x, weight)
         n_new, n_old = weight.sum(1), self.known.index_select(0, slots)
         old = self.errors.index_select(0, slots)
-        # of a norm's outputs all tokens have about the same size, so the first one tells it
-        size = x[:, 0].float().square().mean(-1)
         # nothing may be known, and nothing new: then nothing begins
         first = (n_old == 0) & (n_new > 0)
-        old = torch.where(first[:, None, None], self._rounding * size[:, None, None], old)
+        old = torch.where(first[:, None, None], self._rounding * lesson.size[:, None, None], old)
         n_old = torch.where(first, PRIOR_TOKENS, n_old)
         share = n_old / (n_old + n_new) if memory is None else torch.full_like(n_old, memory)
         share = torch.where(n_new > 0, share, 1.0)
-        mean = moments / n_new.clamp_min(1)[:, None, None]
+        mean = lesson.sums / n_new.clamp_min(1)[:, None, None]
         self.errors.index_copy_(0, slots, torch.lerp(mean, old, share[:, None, None]))
         self.known.index_copy_(0, slots, n_old + n_new)
-
-    def _moments(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Sums over tokens of the errors and their squares, of gate and then of up, float32 [B, 4 or 2, I]."""
-        rows, shape = x.reshape(-1, x.shape[-1]), (*weight.shape, -1)
-        pairs = zip(self.layer.products(rows), self._estimates(rows), strict=True)
-        return torch.cat(
-            [
-                error_moments(exact.view(shape), estimate.view(shape), weight)
-                for exact, estimate in pairs
-                if exact is not None and estimate is not None
-            ],
-            dim=1,
-        )
 
     @torch.no_grad()
     def _rounding_errors(self, place: Place) -> Tensor:
@@ -171,7 +168,7 @@ class SketchLayer(LayerSelector):
         generator = torch.Generator("cpu").manual_seed(0)
         x = torch.randn(1, _PROBES, self.layer.hidden, generator=generator, dtype=torch.float32, device="cpu")
         ones = torch.ones(1, _PROBES, dtype=torch.float32, device=device)
-        moments = self._moments(x.to(device, dtype), ones)[0] / _PROBES
+        moments = self.lesson(x.to(device, dtype), ones).sums[0] / _PROBES
         moments[::2] = 0.0
         return moments
 
