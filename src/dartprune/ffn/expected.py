@@ -56,5 +56,6 @@ def error_moments(exact: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
         estimate: the same, estimated.
         weight: float32 [B, m]; what weighs 0 may hold anything.
     """
-    error = torch.where(weight[..., None] > 0, exact.float() - estimate, 0.0)
-    return torch.stack(((error * weight[..., None]).sum(1), (error.square() * weight[..., None]).sum(1)), dim=1)
+    counted = weight[:, None]
+    error = (exact.float() - estimate).masked_fill_(weight[..., None] == 0, 0.0)
+    return torch.cat((counted @ error, counted @ error.square()), dim=1)

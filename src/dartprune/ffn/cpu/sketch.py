@@ -7,7 +7,7 @@ from numba import njit
 
 from dartprune.ffn.cpu.activations import ZERO, activate_all
 from dartprune.ffn.cpu.blocks import common_ones
-from dartprune.ffn.cpu.sketch_bytes import LANES, add_looked_up, integers_by_bytes
+from dartprune.ffn.cpu.sketch_bytes import LANES, WORD, add_looked_up, bits_of, integers_by_bytes
 
 BLOCK = 64  # neurons that pass through the nearer caches at a time
 
@@ -46,15 +46,14 @@ def round_row(x, bits, gaussian_step, planes, place, exact):
     _take_outliers(x, np.empty(planes.shape[1], np.uint32), place, exact)
     step = min(np.abs(x).max() / top, _root_mean_square(x) * gaussian_step)
     inverse = np.float32(1.0) / step if step > ZERO else ZERO
-    total = 0
+    rounded, total = np.zeros(planes.shape[1] * WORD, np.int8), np.int32(0)
+    for j in range(x.shape[0]):
+        rounded[j] = np.int8(min(max(np.rint(x[j] * inverse), -top), top))
+    for j in range(x.shape[0]):
+        total += np.int32(rounded[j])
     for w in range(planes.shape[1]):
-        part = x[w * 64 : w * 64 + 64]
-        planes[:, w] = 0
-        for j in range(part.shape[0]):
-            v = np.int64(min(max(np.rint(part[j] * inverse), -top), top))
-            total += v
-            for p in range(bits):
-                planes[p, w] |= ((v >> p) & 1) << j
+        for p in range(bits):
+            planes[p, w] = bits_of(rounded, w, p)
     return step, total
 
 

@@ -5,6 +5,7 @@ Spreading costs about what a few rows do, so one row alone goes by its bits. The
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,12 @@ _BYTE, _INT, _SIZE = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _BYTES, _SUMS = ir.VectorType(_BYTE, WORD), ir.VectorType(_INT, LANES)
 
 
+def _every(builder: Any, value: Any, kind: Any) -> Any:
+    """A vector of one value."""
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _INT(0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_INT, kind.count), [0] * kind.count))
+
+
 @intrinsic
 def add_bits(context: Any, plane: Any, weight: Any, out: Any) -> Any:
     """Add `weight` to each byte of out [words * 64] whose bit is set in plane int64 [words]."""
@@ -31,10 +38,7 @@ def add_bits(context: Any, plane: Any, weight: Any, out: Any) -> Any:
         bits, words = data_of(context, builder, signature.args[0], args[0]), context.make_array(signature.args[0])
         to = data_of(context, builder, signature.args[2], args[2])
         count = builder.extract_value(words(context, builder, args[0]).shape, 0)
-        lane = builder.insert_element(
-            ir.Constant(_BYTES, ir.Undefined), builder.trunc(args[1], _BYTE), ir.IntType(32)(0)
-        )
-        every = builder.shuffle_vector(lane, lane, ir.Constant(ir.VectorType(_INT, WORD), [0] * WORD))
+        every = _every(builder, builder.trunc(args[1], _BYTE), _BYTES)
         with cgutils.for_range(builder, count) as loop:
             word = load_at(builder, bits, builder.mul(loop.index, _SIZE(WORD // 8)), _SIZE)
             is_set = builder.bitcast(word, ir.VectorType(ir.IntType(1), WORD))
@@ -44,6 +48,20 @@ def add_bits(context: Any, plane: Any, weight: Any, out: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(plane, weight, out), generate
+
+
+@intrinsic
+def bits_of(context: Any, row: Any, word: Any, bit: Any) -> Any:
+    """The bits of one place in the 64 bytes that belong to a word of a plane, int64; row [words * 64]."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = builder.mul(args[1], _SIZE(WORD))
+        values = load_at(builder, data_of(context, builder, signature.args[0], args[0]), at, _BYTES)
+        mask = _every(builder, builder.shl(_BYTE(1), builder.trunc(args[2], _BYTE)), _BYTES)
+        is_set = builder.icmp_unsigned("!=", builder.and_(values, mask), ir.Constant(_BYTES, [0] * WORD))
+        return builder.bitcast(is_set, _SIZE)
+
+    return types.int64(row, types.int64, types.int64), generate
 
 
 @intrinsic
@@ -95,9 +113,7 @@ def add_looked_up(
         sizes, floats = ir.VectorType(_SIZE, LANES), ir.VectorType(ir.FloatType(), LANES)
         masks = ir.VectorType(ir.IntType(1), LANES)
 
-        def every(value: Any, kind: Any) -> Any:
-            one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _INT(0))
-            return builder.shuffle_vector(one, one, ir.Constant(_SUMS, [0] * LANES))
+        every = partial(_every, builder)
 
         def gather(base: Any, offsets: Any, kind: Any, name: str) -> Any:
             starts = every(builder.ptrtoint(base, _SIZE), sizes)
