@@ -45,7 +45,7 @@ class Lines:
         self._device = next(model.parameters()).device
         self._held: Tensor | None = None
         texts = [list(context) for context in contexts]
-        if run is not None if hold is None else hold:
+        if hold or (hold is None and run is not None):
             self._held = torch.tensor([line[-1] for line in texts], device=self._device)
             texts = [line[:-1] for line in texts]
         width = max(map(len, texts))
