@@ -92,6 +92,7 @@ def test_free(run, tmp_path):
     assert code == 0 and "dart-release@30" in out and "report: f/report.html" in out
     data = json.loads((tmp_path / "f" / "report.json").read_text())
     assert data["text_quality"]["dense"]["after"]["rouge1"] == 1
+    assert [row["release"] for row in data["escapes"]] == [30] and "4-grams that return" in out
     assert 0 <= data["text_quality"]["dense"]["after"]["names_second"] <= 1
     assert 0 <= data["text_quality"]["dart-frozen"]["after"]["rougeL"] <= 1
     wrote = json.loads((tmp_path / "f" / "written.json").read_text())

@@ -12,6 +12,7 @@ from dartprune.errors import UserError
 
 if TYPE_CHECKING:
     from dartprune.evaluation.arms import ArmAt
+    from dartprune.evaluation.study.escapes import Escape
     from dartprune.evaluation.study.findings import Findings
     from dartprune.evaluation.study.layout import Text
     from dartprune.evaluation.study.results import Results
@@ -238,9 +239,11 @@ def _conclude(
     settings = results.settings
     quality: dict[str, dict[str, dict[str, float]]] = {}
     notes: list[str] = []
+    escaped: list[Escape] = []
     if settings.mode == "free":
         import torch
 
+        from dartprune.evaluation.study.escapes import escapes
         from dartprune.evaluation.study.layout import written
         from dartprune.evaluation.study.quality import naming, text_quality
         from dartprune.evaluation.study.similarity import similarity
@@ -258,6 +261,7 @@ def _conclude(
             if encoder is not None:
                 for part, said in parts.items():
                     quality[arm][part] |= similarity(encoder, said, wrote["dense"][part])
+        escaped = escapes(results, tokenizer)
         (out / "written.json").write_text(json.dumps(wrote, indent=1) + "\n")
         notes.append(
             "Loss over dense is the dense model's loss on what the arm wrote, minus that on what the dense arm wrote: "
@@ -275,7 +279,7 @@ def _conclude(
         )
         if begin is not None:
             notes.append(f"Each stretch of a text begins with token {begin}.")
-    found = find(results, quality, notes)
+    found = find(results, quality, notes, escaped)
     return found, write(
         results, found, out, f"Knowledge drift: {name} at sparsity {settings.sparsity:g}, {settings.mode}"
     )
@@ -307,5 +311,9 @@ def _show(found: Findings, paths: list[Path]) -> None:
             for row in found.recovery
         ]
         show(grid(heads, releases, title="releases of the prompt's mask", words=("verdict",)))
+    if found.escapes:
+        heads = ("released at", "dense", "frozen", "released", "fewer")
+        shares = [(str(r.release), str(r.dense), str(r.frozen), str(r.released), str(r.fewer)) for r in found.escapes]
+        show(grid(heads, shares, title="4-grams that return in what is written after a release"))
     say(*(f"{claim.answer}: {claim.claim}: {claim.figures}" for claim in found.claims), found.verdict)
     typer.echo(f"report: {paths[0]}")

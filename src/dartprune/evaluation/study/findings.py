@@ -12,6 +12,7 @@ import numpy as np
 from dartprune.evaluation.stats import Interval
 from dartprune.evaluation.study.claims import Claim, claims
 from dartprune.evaluation.study.detector import CurvePoint, curve
+from dartprune.evaluation.study.escapes import Escape
 from dartprune.evaluation.study.recovery import Recovery, recoveries, verdict
 from dartprune.evaluation.study.results import Record, Results
 
@@ -55,10 +56,16 @@ class Findings:
     neurons: list[dict[str, Any]]
     quality: Quality
     notes: list[str]
+    escapes: list[Escape]
 
 
-def find(results: Results, quality: Quality | None = None, notes: Sequence[str] = ()) -> Findings:
-    """Draw the conclusions; `quality` of written texts comes from `quality.py`."""
+def find(
+    results: Results,
+    quality: Quality | None = None,
+    notes: Sequence[str] = (),
+    escapes: Sequence[Escape] = (),
+) -> Findings:
+    """Draw the conclusions; `quality` and `escapes` of written texts come from the modules of these names."""
     rows = recoveries(results)
     return Findings(
         arms=[_arm_row(results, record) for record in results.records.values()],
@@ -69,6 +76,7 @@ def find(results: Results, quality: Quality | None = None, notes: Sequence[str] 
         neurons=[row for record in results.records.values() for row in _neuron_rows(results, record)],
         quality=quality or {},
         notes=list(notes),
+        escapes=list(escapes),
     )
 
 
@@ -142,6 +150,7 @@ def to_data(results: Results, findings: Findings) -> dict[str, Any]:
             "detector_curve": findings.curve,
             "neurons": findings.neurons,
             "text_quality": findings.quality,
+            "escapes": findings.escapes,
             "statistics_bytes": max(record.held for record in results.records.values()),
             "notes": findings.notes,
         }

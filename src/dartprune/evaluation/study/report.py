@@ -9,7 +9,7 @@ from dartprune.evaluation.stats import Interval
 from dartprune.evaluation.study import pictures
 from dartprune.evaluation.study.findings import Findings, to_data
 from dartprune.evaluation.study.results import Results
-from dartprune.evaluation.study.tables import arm_table, recovery_table, write_tables
+from dartprune.evaluation.study.tables import arm_table, escape_table, recovery_table, write_tables
 from dartprune.reporting.frame import Frame
 
 
@@ -36,6 +36,9 @@ def write(results: Results, findings: Findings, folder: Path, title: str) -> lis
         cells = [(arm, part, *map(_short, figures.values())) for arm, part, figures in rows]
         caption = "Beside the text that the dense arm wrote."
         frame.page.table(("arm", "part", *rows[0][2]), cells, caption=caption)
+    if findings.escapes:
+        caption = "Share of 4-grams of words that return in the first tokens after a release, with 95 % intervals."
+        frame.page.table(*escape_table(findings), caption=caption)
     arms = {arm.name: arm.pruner.to_dict() for arm in results.arms}
     return frame.close({"settings": results.settings.to_dict(), "arms": arms})
 

@@ -65,10 +65,21 @@ def recovery_table(findings: Findings) -> TextTable:
     return columns, rows
 
 
+def escape_table(findings: Findings) -> TextTable:
+    """The table of repetition after releases."""
+    columns = ["released at", "tokens judged", "4-grams that return: dense", "frozen", "released", "fewer"]
+    return columns, [
+        [*map(str, (row.release, row.tokens, row.dense, row.frozen, row.released, row.fewer))]
+        for row in findings.escapes
+    ]
+
+
 def write_tables(results: Results, findings: Findings, frame: Frame) -> None:
     """Write every table of a study as CSV, and `series.json`."""
     frame.csv("arms", _flat(findings.arms))
     frame.csv("recovery", _flat(findings.recovery))
+    if findings.escapes:
+        frame.csv("escapes", _flat(findings.escapes))
     frame.csv("claims", _flat(findings.claims))
     frame.csv("detector", _flat(findings.curve))
     frame.csv("neurons", findings.neurons)
