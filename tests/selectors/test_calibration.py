@@ -120,15 +120,21 @@ def test_overheard_products_are_the_layers_own():
         model = FAMILIES[family]()
         layer = describe(model).layers[0]
         x = torch.randn(2, 5, layer.hidden)
-        out, heard = layer.overheard(lambda layer=layer, x=x: layer.entry(x))
+        rows = torch.tensor([7, 0, 7])
+        some = x.flatten(0, 1)[rows]
+        out, heard = layer.overheard(lambda layer=layer, x=x: layer.entry(x), rows)
         assert torch.equal(out, layer.entry(x)) and heard is not None
-        for mine, theirs in zip(heard, layer.products(x), strict=True):
-            assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+        for mine, theirs in zip(heard, layer.products(some), strict=True):
+            assert (mine is None and theirs is None) or torch.allclose(mine, theirs, atol=1e-6)
+        # what the FFN goes on to do in place changes nothing
+        calls = [module for module in (layer.gate, layer.up) if module is not None]
+        _, kept = layer.overheard(lambda calls=calls, x=x: [module(x).zero_() for module in calls][-1], rows)
+        assert kept is not None and torch.equal(kept[1], heard[1])
         # a forward that goes another way tells nothing, and a failed one leaves nothing behind
-        assert layer.overheard(lambda x=x: x) == (x, None)
-        assert layer.overheard(lambda layer=layer, x=x: (layer.up(x), layer.up(x))[0])[1] is None
+        assert layer.overheard(lambda x=x: x, rows) == (x, None)
+        assert layer.overheard(lambda layer=layer, x=x: (layer.up(x), layer.up(x))[0], rows)[1] is None
         with pytest.raises(ZeroDivisionError):
-            layer.overheard(lambda: 1 / 0)
+            layer.overheard(lambda: 1 / 0, rows)
         assert not any(module._forward_hooks for module in model.modules())
 
 

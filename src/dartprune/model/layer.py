@@ -87,14 +87,20 @@ class Layer:
             return gate, up
         return None if self.gate is None else quietly(self.gate, x), up
 
-    def overheard(self, call: Callable[[], Tensor]) -> tuple[Tensor, tuple[Tensor | None, Tensor] | None]:
-        """What `call`, which computes this FFN, returns, and its `products` as the model's own modules gave them.
+    def overheard(self, call: Callable[[], Tensor], rows: Tensor) -> tuple[Tensor, tuple[Tensor | None, Tensor] | None]:
+        """What `call`, which computes this FFN, returns, and `products` of some rows as the model's modules gave them.
 
-        None in place of them where gate and up were not called once each.
+        rows: int64 [n], of the flattened inputs. None in place of [n, I] each where gate and up were not called once
+        each. Copied as they come: what follows may work in place.
         """
-        heard: list[tuple[nn.Module, Tensor]] = []
         modules = [self.up] if self.gate is None else [self.gate, self.up]
-        hooks = [m.register_forward_hook(lambda m, args, out: heard.append((m, out.detach()))) for m in modules]
+        heard: list[tuple[nn.Module, Tensor]] = []
+
+        def hear(module: nn.Module, args: Any, out: Any) -> None:
+            if isinstance(out, Tensor):
+                heard.append((module, out.detach().flatten(0, -2).index_select(0, rows)))
+
+        hooks = [module.register_forward_hook(hear) for module in modules]
         try:
             out = call()
         finally:

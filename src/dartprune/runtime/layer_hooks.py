@@ -187,16 +187,13 @@ class LiveLayer:
 
     def _overheard(self, original: Callable[[], Tensor], sample: Sample) -> Tensor:
         """The model's own FFN, whose products of the sampled rows teach the selector: they need not be made again."""
-        out, products = self.parts.overheard(original)
+        out, products = self.parts.overheard(original, sample.rows.flatten())
         if products is None:
             return out
         assert self.selector is not None and self.sampled is not None
         began = time.perf_counter()
-        rows = sample.rows.flatten()
-        gate, up = (None if part is None else part.flatten(0, -2).index_select(0, rows) for part in products)
-        assert up is not None
         x, self.sampled = self.sampled.view(*sample.rows.shape, -1), None
-        self.lesson = self.selector.lesson(x, sample.weight, (gate, up))
+        self.lesson = self.selector.lesson(x, sample.weight, products)
         self.state.tracing_seconds += time.perf_counter() - began
         return out
 

@@ -108,7 +108,7 @@ def _add_outliers(first, planes, codes, place, exact, products):
     base = table[15] * np.float32(2**bits - 1)
     if codes.shape[1]:
         # of places that are not there any will do: they are in no entry of the table
-        four = word[0] << 6 | shift[0], word[1] << 6 | shift[1], word[2] << 6 | shift[2], word[3] << 6 | shift[3]
+        four = w0 << 6 | j0, w1 << 6 | j1, w2 << 6 | j2, w3 << 6 | j3
         for i in range(0, products.shape[0], LANES):
             add_looked_up(codes, i, four, bits, -base, table, products)
         return
