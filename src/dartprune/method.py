@@ -146,9 +146,14 @@ class Method:
         return names if self.token is None else (*names, *self.token.statistics)
 
     @property
+    def uses_context(self) -> bool:
+        """Whether masks follow from what neurons and layers did in the context; a selector may learn besides."""
+        return self.token is None or self.token.context or self.budget.context
+
+    @property
     def least_traced(self) -> int:
         """Tokens that must have been traced before the first masks: `min_traced`, or what a selector makes do with."""
-        if self.token is None or self.token.context or self.budget.context:
+        if self.token is None or self.uses_context:
             return self.min_traced
         return 1 if self.token.learns else 0
 

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from dartprune.errors import UserError
 from dartprune.method import Method
 from dartprune.model.apart import apart
+from dartprune.model.attached import claim, claimed, release
 from dartprune.model.caches import cache_of
 from dartprune.model.changes import Changes
 from dartprune.model.families import Decoder, describe
-from dartprune.model.layer_site import Refuses, claim, claimed, release, sites_of
+from dartprune.model.layer_site import sites_of
 from dartprune.model.lookup import core_of
 from dartprune.model.model_site import model_site
+from dartprune.model.patch import Refuses
 from dartprune.model.rows import Phase
 from dartprune.model.step import own_step
 from dartprune.report import Event, Report, SequenceReport
@@ -341,7 +343,13 @@ class Run(Refuses):
         ]
 
     def impact(self, slot: int) -> list[tuple[float, float]]:
-        """Mean impact terms of each layer's FFN on a slot's traced tokens: `1 - cos(y, z)` and `|z - y| / |y|`."""
+        """Mean impact terms of each layer's FFN on a slot's traced tokens: `1 - cos(y, z)` and `|z - y| / |y|`.
+
+        Raises:
+            ValueError: a method whose masks do not follow from the context: it does not measure them.
+        """
+        if not self.method.uses_context:
+            raise UserError(f"{self.method.name}: its budget needs no impact of the layers, so none is measured")
         means = [MeanImpact.of(layer.trace.impact[slot]) for layer in self._parts.layers]
         return [(float(mean.angle), float(mean.change)) for mean in means]
 

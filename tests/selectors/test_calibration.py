@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dartprune import Detector, Replay, Sketch, SketchDart
+from dartprune import DepthAware, Detector, Replay, Sketch, SketchDart
 from dartprune.ffn.expected import expected_sizes
 from dartprune.model.caches import handed
 from dartprune.model.families import describe
+from dartprune.runtime import layer_hooks
 from dartprune.runtime.sample import is_sampled
 from dartprune.runtime.selectors.sketch_layer import PRIOR_TOKENS
 from oracle import sketch_products
@@ -198,6 +199,24 @@ def test_a_sketch_without_calibration_needs_no_context_at_all():
         model.generate(tokens(model, lines=1, length=1), max_new_tokens=6, min_new_tokens=6, do_sample=False)
         assert run.report().dense_tokens == 0
         assert "errors" not in run.layers[0].selector.tensors()
+
+
+@torch.no_grad()
+def test_what_no_mask_needs_is_not_measured(monkeypatch):
+    model = FAMILIES["llama"]()
+    ids = tokens(model, lines=1, length=12)
+    counted = []
+    monkeypatch.setattr(layer_hooks, "impact_terms", lambda *args, **kwargs: counted.append(args))
+    with SketchDart(sparsity=0.4)(model) as run:
+        cache = run.prefill(ids)
+        model.generate(ids, past_key_values=cache, max_new_tokens=4, prompt_lookup_num_tokens=2)
+        with pytest.raises(ValueError, match="SketchDart: its budget needs no impact"):
+            run.impact(0)
+    assert not counted
+    monkeypatch.undo()
+    with SketchDart(sparsity=0.4, budget=DepthAware())(model) as run:
+        slot = run.slots_of(run.prefill(ids))[0]
+        assert all(angle > 0 and change > 0 for angle, change in run.impact(slot))
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from transformers import StoppingCriteriaList
 
 from dartprune.errors import UserError
 from dartprune.model.apart import apart
-from dartprune.model.layer_site import Forward, Patch, Refuses
+from dartprune.model.candidates import joined, split_inputs
+from dartprune.model.patch import Forward, Patch, Refuses
 
 
 class ModelHooks(Protocol):
@@ -235,7 +236,7 @@ class ModelSite(Refuses):
 
     def _in_two(self, hooks: ModelHooks, original: Forward, kwargs: dict[str, Any]) -> Any:
         """Run the prompt, then the candidates behind it, and hand over one output."""
-        head, tail = _split_inputs(kwargs, hooks.split)
+        head, tail = split_inputs(kwargs, hooks.split)
         hooks.split = 0
         first = original(**head)
         with apart():
@@ -244,12 +245,7 @@ class ModelSite(Refuses):
         second = original(**tail)
         with apart():
             hooks.finish(second)
-        second.logits = torch.cat((first.logits, second.logits), dim=1)
-        if second.get("hidden_states") is not None:
-            second.hidden_states = tuple(
-                torch.cat(pair, dim=1) for pair in zip(first.hidden_states, second.hidden_states, strict=True)
-            )
-        return second
+        return joined(first, second)
 
     def _make_generate(self) -> Callable[..., Any]:
         def generate(*args: Any, **kwargs: Any) -> Any:
@@ -325,23 +321,6 @@ def _headless(model: Any) -> nn.Module | None:
 def _named(wrapper: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call by name."""
     return {**inspect.signature(wrapper).bind_partial(*args).arguments, **kwargs} if args else kwargs
-
-
-def _split_inputs(inputs: dict[str, Any], split: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inputs of the first `split` tokens and of the rest."""
-    if inputs.get("output_attentions"):
-        raise UserError("output_attentions cannot be given together with candidates while a pruner is attached")
-    head, tail = dict(inputs), dict(inputs)
-    candidates = int(inputs["input_ids"].shape[1]) - split
-    for name in ("input_ids", "position_ids", "token_type_ids"):
-        if isinstance(inputs.get(name), Tensor):
-            head[name], tail[name] = inputs[name][..., :split], inputs[name][..., split:]
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor):
-        head["attention_mask"] = mask[:, : mask.shape[1] - candidates]
-    if "logits_to_keep" in inputs:
-        head["logits_to_keep"], tail["logits_to_keep"] = 1, candidates
-    return head, tail
 
 
 def _with_signature(wrapper: Callable[..., Any], original: Callable[..., Any] | None) -> Callable[..., Any]:

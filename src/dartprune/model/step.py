@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from dartprune.model.calls import replaced
-from dartprune.model.layer_site import Patch
 from dartprune.model.packed import ByteLinear, has_kernels
+from dartprune.model.patch import Patch
 from dartprune.model.step_attention import ForwardInputs, OwnAttention
 from dartprune.model.step_parts import HALVES, OwnLinear, OwnModule, OwnNorm, StepMode
 

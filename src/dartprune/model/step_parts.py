@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dartprune.model.calls import GLOBAL_HOOKS, StandIn
-from dartprune.model.layer_site import Patch, Refuses
+from dartprune.model.patch import Patch, Refuses
 
 FEW = 4  # tokens of one call that the row kernel serves; torch's products are as quick for more
 SMALL = 1 << 17  # weight bytes under which a second thread costs more than it saves

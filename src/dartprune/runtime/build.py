@@ -121,6 +121,7 @@ class _Builder:
             weights,
             (device, dtype),
             residual=method.impact == "residual",
+            weighs_impact=method.uses_context,
             selector=self._selectors.of(layer, weights, backend, self._progress),
         )
 

@@ -58,6 +58,7 @@ class LiveLayer:
         place: tuple[torch.device, torch.dtype],
         *,
         residual: bool,
+        weighs_impact: bool = True,
         selector: LayerSelector | None = None,
     ) -> None:
         self.parts = layer
@@ -70,6 +71,7 @@ class LiveLayer:
         self.weights = weights
         self.place = place
         self.residual = residual
+        self.weighs_impact = weighs_impact
         self.selector = selector
         self.staged: Tensor | None = None
         self.staged_impact: Tensor | None = None
@@ -162,10 +164,9 @@ class LiveLayer:
         elif self._transformed and self._weighs(step):
             self._raw = out.detach()
 
-    @staticmethod
-    def _weighs(step: Step) -> bool:
+    def _weighs(self, step: Step) -> bool:
         """Whether the impact of this forward's tokens is wanted."""
-        return step.impact_weight is not None or step.staging
+        return self.weighs_impact and (step.impact_weight is not None or step.staging)
 
     def _take(self, x: Tensor, step: Step) -> None:
         x = x.detach()  # what is kept must not keep the graph of gradients alive

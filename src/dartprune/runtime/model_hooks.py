@@ -15,12 +15,11 @@ from dartprune.errors import UserError
 from dartprune.method import Method
 from dartprune.model.caches import cache_in, cache_of, is_static
 from dartprune.model.changes import Changes
-from dartprune.model.context import context_length, depth
-from dartprune.model.layer import place
-from dartprune.model.layer_site import Refuses
+from dartprune.model.context import depth
+from dartprune.model.patch import Refuses
 from dartprune.model.rows import Phase, Rows
-from dartprune.model.weights import row_weights
 from dartprune.runtime.account import Account
+from dartprune.runtime.checks import Checks
 from dartprune.runtime.forward import Forwards
 from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.masks import Masks
@@ -30,7 +29,6 @@ from dartprune.runtime.slots import Slot, SlotPool
 from dartprune.runtime.weight_facts import WeightFacts
 from dartprune.scoring import NOISE
 
-NO_CACHE = "use_cache=False would rerun the whole text at every step: pruned decoding needs a cache"
 WHAT_PHASE = (
     "this forward needs a phase: wrap it in `with run.phase('prefill'):` for given text or "
     "`with run.phase('decode'):` for new tokens, or use model.generate()"
@@ -69,9 +67,7 @@ class LiveModel(Refuses):
         self.state = threading.RLock()
         self.armed = self.inside = False
         self.split = 0
-        self._method = method
         self._core = core
-        self._layers = layers
         self._pool = pool
         self._forwards = forwards
         self._account = account
@@ -79,7 +75,7 @@ class LiveModel(Refuses):
         self._noisy = NOISE in masks.scorer.inputs
         self._depth = depth(core)
         self._changes = changes
-        self._facts = facts
+        self._checks = Checks(core, layers, changes, facts, sketched=method.token is not None)
         self._cache: Any = None  # of the forward under way
         self._length = 0  # tokens that it held before
         self._began: float | None = None  # when the decode forward under way began
@@ -95,7 +91,7 @@ class LiveModel(Refuses):
             self.armed = True
             return
         cache = cache_in(inputs)
-        self._check_usable(inputs.get("use_cache") is not False)
+        self._checks.usable(cached=inputs.get("use_cache") is not False)
         tokens = inputs.get("input_ids")
         # transformers before 5.23 does not announce the later chunks of a prompt
         first = bool(call.get("is_first_iteration")) or self._is_prompt(cache, tokens)
@@ -143,7 +139,7 @@ class LiveModel(Refuses):
                 raise UserError(WHAT_PHASE)
             explicit = (Phase.DECODE, None)
         asked = call.get("use_cache")
-        self._check_usable(getattr(self._core.config, "use_cache", True) if asked is None else asked)
+        self._checks.usable(cached=getattr(self._core.config, "use_cache", True) if asked is None else asked)
         tokens = call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
         if tokens is None:
             raise UserError("the forward got neither input_ids nor inputs_embeds")
@@ -220,7 +216,7 @@ class LiveModel(Refuses):
             self.settle()
             self._pool.sweep()
             if first or explicit is not None:
-                self._check_unchanged()
+                self._checks.unchanged()
             self._forwards.heard = self._changes.heard()
             if self._forwards.heard is not None:
                 self._account.note(
@@ -241,7 +237,7 @@ class LiveModel(Refuses):
             rows = Rows(phase, ids, length, real_tokens(mask, lines, length, past) if checked else None)
             if phase is Phase.PREFILL:
                 self._generation.begun, self._generation.ended = True, None
-                self._note_length(slots, past + length)
+                self._checks.note_length(slots, past + length)
             if self._noisy:
                 _seed(rows, slots, tokens)
             ended = self._generation.ended
@@ -280,12 +276,6 @@ class LiveModel(Refuses):
             self._pool.bind(cache, ids)
         return ids
 
-    def _note_length(self, slots: Sequence[Slot], tokens: int) -> None:
-        most = context_length(self._core)
-        if most is not None and tokens > most:
-            for slot in slots:
-                slot.note(f"a text of {tokens} tokens is longer than the model's context of {most}")
-
     def _end_forward(self) -> None:
         tie = None if self._cache is None else self._pool.tie(self._cache)
         if tie is not None and self._forwards.rows is not None:
@@ -311,34 +301,6 @@ class LiveModel(Refuses):
             tie = self._pool.tie(cache)
             if tie is not None:
                 tie.length = max(0, tie.length - tokens)
-
-    def _check_usable(self, cached: bool) -> None:
-        if self._core.training:
-            raise UserError("the model is in training mode: call model.eval() before decoding")
-        if not cached:
-            raise UserError(NO_CACHE)
-
-    def _check_unchanged(self) -> None:
-        for layer in self._layers:
-            if place(layer.parts) != layer.place:
-                device, dtype = place(layer.parts)
-                raise UserError(
-                    f"the model was moved to {device}, {str(dtype).removeprefix('torch.')} while attached: "
-                    "call run.detach(), move it, and attach again"
-                )
-        change = self._changes.found()
-        if change is not None:
-            raise UserError(f"{change} while attached: call run.detach(), change the model, and attach again")
-        if self._changes.written():
-            if self._method.token is not None:
-                raise UserError(
-                    "weights of the FFN were written to while attached, so that the token selector knows others: "
-                    "call run.detach() and attach again"
-                )
-            for layer in self._layers:
-                if not layer.backend.gathers:
-                    layer.weights = row_weights(layer.parts)
-            self._facts.forget()
 
 
 def _seed(rows: Rows, slots: Sequence[Slot], tokens: Tensor) -> None:

@@ -163,6 +163,8 @@ class LayerTrace(SlotTensors):
         padded: whether tokens of weight 0 may hold anything, NaN included, so that multiplying by 0 is not enough.
         """
         lines, length, neurons = a.shape
+        if not self.statistics:
+            return {}
         step = max(1, CHUNK // max(1, lines * neurons))
         parts: dict[str, Tensor] = {}
         for first in range(0, length, step):
