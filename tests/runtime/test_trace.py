@@ -103,6 +103,14 @@ def test_impact_terms():
     assert trace.impact[0, 2] == 3 and trace.impact[0, 4] == 2
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_impact_terms_in_blocks_are_those_of_the_whole(residual, monkeypatch):
+    y, z, raw = (torch.randn(2, 9, 8).bfloat16() for _ in range(3))
+    whole = impact_terms(y, z, residual=residual, raw=raw)
+    monkeypatch.setattr(trace_module, "IMPACT_CHUNK", 3 * 8)
+    assert torch.equal(impact_terms(y, z, residual=residual, raw=raw), whole)
+
+
 def test_selection_writes_in_place():
     for masks in (True, False):
         selection = LayerSelection(6, 4, CPU, masks=masks)

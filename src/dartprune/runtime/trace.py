@@ -15,6 +15,7 @@ from torch import Tensor
 from dartprune.runtime.slot_tensors import SlotTensors
 
 CHUNK = 1 << 19  # float32 elements of one temporary: larger ones fall out of the cache
+IMPACT_CHUNK = 1 << 17  # the same where an impact has several
 
 
 def _energy(a: Tensor, weight: Tensor, decay: float) -> Tensor:
@@ -106,6 +107,16 @@ def impact_terms(y: Tensor, z: Tensor, *, residual: bool, raw: Tensor | None = N
         float32 [..., 3]: `1 - cos(y, z)`, `|z - y| / |y|` and `log(|y|^2 |raw|^2 / |z|^2)`: the size of the stream as
         the down projection's output must be compared with it.
     """
+    parts = [part.reshape(-1, y.shape[-1]) for part in (y, z, raw) if part is not None]
+    if y.device.type != "cpu" or torch.compiler.is_compiling():
+        return _terms(*parts, residual=residual).view(*y.shape[:-1], 3)
+    size = max(1, IMPACT_CHUNK // y.shape[-1])
+    blocks = zip(*(part.split(size) for part in parts), strict=True)
+    return torch.cat([_terms(*block, residual=residual) for block in blocks]).view(*y.shape[:-1], 3)
+
+
+def _terms(y: Tensor, z: Tensor, raw: Tensor | None = None, *, residual: bool) -> Tensor:
+    """`impact_terms` of [n, H], float32 [n, 3]."""
     y32, z32 = y.float(), z.float()
     tiny = torch.finfo(torch.float32).tiny
     norm_y = torch.linalg.vector_norm(y32, dim=-1).clamp_min(tiny)
@@ -116,7 +127,8 @@ def impact_terms(y: Tensor, z: Tensor, *, residual: bool, raw: Tensor | None = N
     if residual:
         z32 = y32 + z32
     norm_z = torch.linalg.vector_norm(z32, dim=-1).clamp_min(tiny)
-    cosine = ((y32 / norm_y[..., None]) * (z32 / norm_z[..., None])).sum(-1)
+    # one after the other: the product of two tiny norms is 0
+    cosine = (y32 * z32).sum(-1) / norm_y / norm_z
     change = torch.linalg.vector_norm(z32 - y32, dim=-1) / norm_y
     return torch.stack((1 - cosine, change, stream), dim=-1)
 
