@@ -25,7 +25,7 @@ from dartprune.model.model_site import model_site
 from dartprune.model.patch import Refuses
 from dartprune.model.rows import Phase
 from dartprune.model.step import own_step
-from dartprune.report import Event, Report, SequenceReport
+from dartprune.report import Event, Report
 from dartprune.runtime.account import Account
 from dartprune.runtime.build import LiveParts, build
 from dartprune.runtime.events import Events
@@ -34,7 +34,9 @@ from dartprune.runtime.invariance import make_invariant
 from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.masks import Masks
 from dartprune.runtime.model_hooks import LiveModel
-from dartprune.runtime.slots import Detection, LoggedEvent, Slot, SlotPool, State
+from dartprune.runtime.sequences import Sequences
+from dartprune.runtime.slot_pool import SlotPool
+from dartprune.runtime.slots import Detection, LoggedEvent, Slot, State
 from dartprune.runtime.tokens import Tokens
 from dartprune.runtime.trace import MeanImpact
 from dartprune.runtime.windows import Detectors
@@ -44,7 +46,10 @@ UNKNOWN_TRANSFORMERS = (5, 25)  # the first release that is not supported
 
 
 class Run(Refuses):
-    """A pruner at work on one model. Made by `Pruner.attach` or by a `with` block; ended by `detach`."""
+    """A pruner at work on one model. Made by `Pruner.attach` or by a `with` block; ended by `detach`.
+
+    sequences: what a loop needs that moves lines between caches itself.
+    """
 
     def __init__(
         self, method: Method, model: nn.Module, *, backend: str = "auto", progress: Progress | None = None
@@ -104,6 +109,7 @@ class Run(Refuses):
             changes,
             parts.facts,
         )
+        self.sequences = Sequences(method, self._pool, self._masks, self._events, self._account, self._live.state)
 
     def _install(self) -> None:
         try:
@@ -176,7 +182,7 @@ class Run(Refuses):
         Args:
             phase: `prefill` for given text (dense and traced), `decode` for new tokens that are known to stay (pruned
                 with the masks made from what came before the call; events act after it).
-            slots: for a cache that the run has not seen grow: slots of its lines, from `slots_of`.
+            slots: for a cache that the run has not seen grow: slots of its lines, from `slots_of` or `sequences`.
 
         Raises:
             ValueError: unknown phase.
@@ -186,92 +192,19 @@ class Run(Refuses):
         with self._live.phases.say((Phase(phase), tuple(slots) if slots is not None else None)):
             yield
 
-    def open(self, lines: int = 1, sparsity: float | None = None) -> tuple[int, ...]:
-        """Open sequences that belong to no cache, for a loop that moves lines between caches itself.
-
-        Their forwards are direct calls inside `phase(..., slots=...)`, and they last until `close`.
-
-        Args:
-            lines: how many.
-            sparsity: of these sequences, at least the method's, which room is held for; 0 leaves them dense. None: the
-                method's.
-
-        Returns:
-            their slots.
-
-        Raises:
-            ValueError: a sparsity that lies outside, or that leaves a token selector nothing to choose.
-        """
-        with self._live.state, apart():
-            self._check_sparsity(sparsity)
-            ids = self._pool.open(lines)
-            self._ask(ids, sparsity)
-            return ids
-
-    def ask_sparsity(self, slots: Sequence[int], sparsity: float | None) -> None:
-        """What `open` says of a sparsity, for sequences that have read text and have no masks yet.
-
-        Raises:
-            ValueError: a sparsity that lies outside, or a sequence that has masks.
-        """
-        with self._live.state, apart():
-            self._check_sparsity(sparsity)
-            for slot in slots:
-                if self._slot(slot).masks.keep is not None:
-                    raise UserError(f"slot {slot} has masks already: its sparsity stays as it is")
-            self._ask(slots, sparsity)
-
-    def _check_sparsity(self, sparsity: float | None) -> None:
-        lowest, highest = self.method.sparsity, 1 - self._masks.overhead
-        if sparsity is not None and sparsity != 0 and not lowest <= sparsity < highest:
-            raise UserError(f"sparsity {sparsity:g}: this run can take 0 or {lowest:g} to under {highest:.3f}")
-
-    def _ask(self, slots: Sequence[int], sparsity: float | None) -> None:
-        for i in slots:
-            slot = self._slot(i)
-            slot.sparsity = sparsity
-            if sparsity == 0 and self.method.prunes:
-                slot.state = State.RELEASED
-
-    def fork(self, slots: Sequence[int]) -> tuple[int, ...]:
-        """New sequences that go on as these stand, each with a trace, masks and detector of its own from here."""
-        with self._live.state, apart():
-            return self._pool.fan_out([self._slot(slot).id for slot in slots])
-
     def make_batch_invariant(self) -> str | None:
         """From now on a decoded token has the same bits alone and in a batch of any size; or why that cannot be.
 
         Meant for direct calls of one token a line inside `phase("decode", slots=...)`, in forwards that hold either
-        sequences that are pruned or others (`will_prune` tells), on a CPU, in bf16 or fp16, for models of Llama's kind
-        with the cpu backend. Prompts are as they are read: one by one they are the same too. Such steps are slower
-        from some five sequences on.
+        sequences that are pruned or others (`sequences.will_prune` tells), on a CPU, in bf16 or fp16, for models of
+        Llama's kind with the cpu backend. Prompts are as they are read: one by one they are the same too. Such steps
+        are slower from some five sequences on.
 
         Returns:
             None, or the reason why this model cannot be decoded so; nothing is changed then.
         """
         with self._live.state, apart():
             return make_invariant(self._core, self._step, self._parts.layers, self._forwards, self._events)
-
-    def will_prune(self, slot: int) -> bool:
-        """Whether the next decoded token of a live sequence is pruned."""
-        return self._events.will_prune(self._slot(slot))
-
-    def close(self, slots: Sequence[int]) -> list[SequenceReport]:
-        """End sequences and give what they did; `report()` tells no more of them (waits for the device)."""
-        with self._live.state, apart():
-            ended = [self._slot(slot) for slot in slots]
-            self._pool.close(slots)
-            return self._account.take(ended)
-
-    def sequence(self, slot: int) -> SequenceReport:
-        """What one live sequence did so far (waits for the device)."""
-        with self._live.state, apart():
-            return self._account.sequence(self._slot(slot))
-
-    def _slot(self, slot: int) -> Slot:
-        if slot not in self._pool.live:
-            raise UserError(f"slot {slot} is not open")
-        return self._pool.live[slot]
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Any:

@@ -79,18 +79,18 @@ def test_each_request_has_a_sparsity_of_its_own(small):
 def test_a_sparsity_that_has_no_room_is_refused(small):
     with engine_of(small, start=False) as engine:
         with pytest.raises(ValueError, match=r"can take 0 or 0\.4"):
-            engine.run.open(sparsity=0.2)
+            engine.run.sequences.open(sparsity=0.2)
         with pytest.raises(ValueError, match="slot 7 is not open"):
-            engine.run.close([7])
+            engine.run.sequences.close([7])
 
 
 def test_sequences_open_and_closed_leave_nothing_in_the_report(small):
     model, _ = small
     with METHOD(model) as run:
-        slots = run.open(2)
-        (copy,) = run.fork(slots[:1])
-        assert run.sequence(copy).pruned_tokens == 0
-        assert len(run.close([*slots, copy])) == 3
+        slots = run.sequences.open(2)
+        (copy,) = run.sequences.fork(slots[:1])
+        assert run.sequences.report(copy).pruned_tokens == 0
+        assert len(run.sequences.close([*slots, copy])) == 3
         assert run.report().sequences == []
 
 

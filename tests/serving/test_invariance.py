@@ -63,7 +63,7 @@ def test_steps_of_every_size_have_the_same_bits(family):
     ids = torch.randint(2, 128, (9, 12))
 
     def step(run, lines):
-        slots = run.open(len(lines))
+        slots = run.sequences.open(len(lines))
         joined = None
         caches = []
         for slot, line in zip(slots, lines, strict=True):
@@ -75,7 +75,7 @@ def test_steps_of_every_size_have_the_same_bits(family):
             joined.update(*(torch.cat([getattr(part, name) for part in layers]) for name in ("keys", "values")), number)
         with run.phase("decode", slots=slots):
             logits = model(input_ids=ids[lines, :1], **handed(joined), use_cache=True).logits
-        assert {report.pruned_tokens for report in run.close(slots)} == {1}
+        assert {report.pruned_tokens for report in run.sequences.close(slots)} == {1}
         return logits
 
     with Static(sparsity=0.5, min_traced=4)(model) as run:

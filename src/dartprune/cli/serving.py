@@ -113,7 +113,7 @@ def attached(
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     with pruner(loaded, backend=backend) as run:
         # more than the method can leave out is refused now, not when it is asked for
-        run.close(run.open(sparsity=offer.highest))
+        run.sequences.close(run.sequences.open(sparsity=offer.highest))
         yield loaded, tokenizer, run
 
 

@@ -9,36 +9,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from dartprune.model.calls import StandIn
 from dartprune.model.families import Decoder, Layer
+from dartprune.model.hooks import LayerHooks
 from dartprune.model.patch import Forward, Patch, Refuses
-
-
-class LayerHooks(Protocol):
-    """What the run does at each place of one decoder layer."""
-
-    def norm(self, y: Tensor) -> None:
-        """The residual stream before the FFN's norm."""
-
-    def ffn(self, x: Tensor, original: Callable[[], Tensor]) -> Tensor:
-        """The FFN of input x; `original` computes it the model's way."""
-
-    def first(self, x: Tensor, original: Callable[[], Tensor]) -> Tensor:
-        """The first projection of an FFN that is no module of its own."""
-
-    def down(self, a: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
-        """The down projection of input a."""
-
-    def contribution(self, z: Tensor) -> None:
-        """What the FFN adds to the residual stream, before the family's scale."""
-
-    def attention(self, out: Tensor) -> None:
-        """The last layer's attention output."""
 
 
 class Site(StandIn, Refuses):

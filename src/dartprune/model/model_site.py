@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,44 +14,8 @@ from transformers import StoppingCriteriaList
 from dartprune.errors import UserError
 from dartprune.model.apart import apart
 from dartprune.model.candidates import joined, split_inputs
+from dartprune.model.hooks import ModelHooks
 from dartprune.model.patch import Forward, Patch, Refuses
-
-
-class ModelHooks(Protocol):
-    """What the run does at the doors of the model."""
-
-    armed: bool
-    inside: bool
-    split: int
-    lock: Any  # a re-entrant lock
-
-    def prepared(self, inputs: dict[str, Any], call: dict[str, Any]) -> None:
-        """`generate()` is about to run this forward."""
-
-    def candidates(self, inputs: dict[str, Any]) -> None:
-        """The candidates that came with the prompt are about to be verified."""
-
-    def begin(self, call: dict[str, Any]) -> None:
-        """A forward that `generate()` did not announce is about to run."""
-
-    def concerns(self, call: dict[str, Any]) -> bool:
-        """Whether a direct call of the decoder without its head is one to be followed."""
-
-    def finish(self, output: Any) -> None:
-        """The forward has run."""
-
-    def abort(self) -> None:
-        """The forward has failed."""
-
-    def generating(self, prompt: Tensor | None) -> None:
-        """`generate()` begins."""
-
-    def generated(self) -> None:
-        """`generate()` is over, well or not."""
-
-    def stopped(self, done: Tensor) -> None:
-        """Which lines have ended, bool [B]."""
-
 
 # what transformers' own adapter interface changes the model with
 _ADAPTERS = ("load_adapter", "add_adapter", "set_adapter")

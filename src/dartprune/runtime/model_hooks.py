@@ -25,7 +25,8 @@ from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.masks import Masks
 from dartprune.runtime.padding import real_tokens
 from dartprune.runtime.phases import Explicit, Generation, Phases
-from dartprune.runtime.slots import Slot, SlotPool
+from dartprune.runtime.slot_pool import SlotPool
+from dartprune.runtime.slots import Slot
 from dartprune.runtime.weight_facts import WeightFacts
 from dartprune.scoring import NOISE
 

@@ -98,7 +98,7 @@ class Engine:
             return None, lambda line: None
         reason = self.run.make_batch_invariant()
         if reason is None:
-            return None, lambda line: self.run.will_prune(line.slot)
+            return None, lambda line: self.run.sequences.will_prune(line.slot)
         return f"for batch invariance {reason}", lambda line: line.slot
 
     # ---- from any thread
@@ -192,7 +192,7 @@ class Engine:
                 self._leave([line for line in self._batches.lines if line.ticket is ticket], answered=False)
                 for prompt in [prompt for prompt in self._prompts if prompt.ticket is ticket]:
                     self._prompts.remove(prompt)
-                    self.run.close([prompt.slot])
+                    self.run.sequences.close([prompt.slot])
                 self._fail(ticket)
 
     def _admit(self) -> None:
@@ -217,7 +217,7 @@ class Engine:
     def _begin(self, prompt: Prompt, logits: Tensor) -> None:
         """The prompt is read: its choices join the batch, each with its first token."""
         ask = prompt.ticket.ask
-        slots = (prompt.slot, *self.run.fork([prompt.slot] * (ask.choices - 1)))
+        slots = (prompt.slot, *self.run.sequences.fork([prompt.slot] * (ask.choices - 1)))
         self.listener.first_token(time.monotonic() - prompt.ticket.taken)
         lines = [
             Line(prompt.ticket, choice, slot, Words(self.tokenizer, ask.prompt, ask.stop), Drawer(ask.sampling, choice))
@@ -264,7 +264,7 @@ class Engine:
         return not (over or last or line.words.stopped)
 
     def _figures(self, line: Line) -> Figures:
-        report = self.run.sequence(line.slot)
+        report = self.run.sequences.report(line.slot)
         kept, neurons = report.keep, [layer.neurons for layer in self.run.layers]
         active = None if kept is None else tuple(count / of for count, of in zip(kept, neurons, strict=True))
         events = tuple(event.decoded for event in report.events)
@@ -277,7 +277,7 @@ class Engine:
         if not lines:
             return
         self._batches.drop(lines)
-        for line, report in zip(lines, self.run.close([line.slot for line in lines]), strict=True):
+        for line, report in zip(lines, self.run.sequences.close([line.slot for line in lines]), strict=True):
             if answered:
                 self._finish(line, report)
 
@@ -319,7 +319,7 @@ class Engine:
         self._live.clear()
         for slot in slots:
             with suppress(ValueError):  # it may be closed by now
-                self.run.close([slot])
+                self.run.sequences.close([slot])
         for ticket in tickets:
             self.listener.finished("internal", time.monotonic() - ticket.taken)
             self._tell(ticket, Failed("internal", "the server failed while it worked on this request"))

@@ -46,7 +46,7 @@ def _ratio(model: Any, run: Run, lines: int) -> float:
 
     generator = torch.Generator().manual_seed(0)
     high = int(model.config.get_text_config().vocab_size)
-    joined, slots = JoinedCache(), run.open(lines)
+    joined, slots = JoinedCache(), run.sequences.open(lines)
     try:
         for slot in slots:
             ids = torch.randint(0, high, (1, max(PROMPT, run.method.least_traced)), generator=generator)
@@ -66,5 +66,5 @@ def _ratio(model: Any, run: Run, lines: int) -> float:
                 seconds[dense].append(time.perf_counter() - began)
             joined.grew()
     finally:
-        run.close(slots)
+        run.sequences.close(slots)
     return statistics.median(seconds[False]) / statistics.median(seconds[True])

@@ -67,7 +67,7 @@ class Prefixes:
         cut = [
             (keys[:, :, end - self.chunk :].clone(), values[:, :, end - self.chunk :].clone()) for keys, values in parts
         ]
-        self._chunks[ids] = Chunk(cut, None if slot is None else self._run.fork([slot])[0], size)
+        self._chunks[ids] = Chunk(cut, None if slot is None else self._run.sequences.fork([slot])[0], size)
         self.bytes += size
         self._used(ids, end // self.chunk)
         while self.bytes > self.most_bytes:
@@ -97,4 +97,4 @@ class Prefixes:
         chunk = self._chunks.pop(ids)
         self.bytes -= chunk.bytes
         if chunk.slot is not None:
-            self._run.close([chunk.slot])
+            self._run.sequences.close([chunk.slot])

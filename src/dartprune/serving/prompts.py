@@ -50,13 +50,13 @@ class PromptReader:
         known = self.prefixes.find(ask.prompt, traced=traced)
         last = known[-1].slot if traced and known else None
         if last is None:
-            (slot,) = self._run.open(sparsity=sparsity)
+            (slot,) = self._run.sequences.open(sparsity=sparsity)
         else:
-            (slot,) = self._run.fork([last])
+            (slot,) = self._run.sequences.fork([last])
             try:
-                self._run.ask_sparsity([slot], sparsity)
+                self._run.sequences.ask_sparsity([slot], sparsity)
             except ValueError:
-                self._run.close([slot])
+                self._run.sequences.close([slot])
                 raise
         ticket.cached = len(known) * self.prefixes.chunk
         return Prompt(ticket, slot, self.prefixes.cache(known, self._model.config), dense, traced, ticket.cached)
