@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -175,6 +176,20 @@ def test_the_sketch_of_nested_rows_costs_what_the_report_says():
     # beside the weights: norms, and four numbers a neuron that the context taught
     read += rows.neurons * 20
     assert 1 - read / (rows.neurons * rows.row_bytes) == pytest.approx(report.realised_sparsity, abs=0.01)
+
+
+def test_what_was_packed_is_let_go_layer_by_layer():
+    model = FAMILIES["llama"]()
+    layers = model.model.layers
+    former = [weakref.ref(layer.mlp.up_proj.weight) for layer in layers]
+    attention, norm = weakref.ref(layers[0].self_attn.q_proj.weight), layers[0].input_layernorm.weight
+    place, value = norm.data_ptr(), norm.clone()
+    alive = []
+    dartprune.quantise(model, bits=8, progress=lambda done, count: alive.append([ref() is not None for ref in former]))
+    assert alive == [[number > done for number in range(len(former))] for done in range(len(former))]
+    assert attention() is None
+    # what is left is no view of what may be a mapped file
+    assert layers[0].input_layernorm.weight is norm and norm.data_ptr() != place and torch.equal(norm, value)
 
 
 def test_what_is_refused_changes_nothing():

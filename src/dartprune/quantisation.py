@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -65,14 +67,21 @@ def quantise(
     decoder = describe(model)
     _check(model, decoder)
     before = _size(model)
-    parents = {module: (parent, name) for parent in model.modules() for name, module in parent.named_children()}
-    for layer in decoder.layers:
-        _pack_ffn(layer, bits, nested, parents)
+    # by name, and the layers let go one by one: what is packed is freed before the next
+    paths = {id(module): path for path, module in model.named_modules()}
+    layers = list(reversed(decoder.layers))
+    del decoder
+    count = len(layers)
+    while layers:
+        _pack_ffn(model, layers.pop(), bits, nested, paths)
         if progress is not None:
-            progress(layer.index + 1, len(decoder.layers))
+            progress(count - len(layers), count)
     left = _pack_rest(model, bits) if whole else []
+    if whole:
+        _leave_the_file(model)
     # its packed weights are in no state dict, and transformers would make others up when it loads what it wrote
     model.save_pretrained = functools.partial(_refuse_to_save, bits)
+    _give_back()
     return Quantisation(bits, before, _size(model), tuple(left))
 
 
@@ -94,6 +103,23 @@ def _check(model: Any, decoder: Decoder) -> None:
             raise UserError(f"layer {layer.index} cannot be quantised: its activation has no canonical form")
 
 
+def _leave_the_file(model: nn.Module) -> None:
+    """Norms and biases may be views of a mapped checkpoint, which keeps all of it mapped: copied."""
+    for module in model.modules():
+        if not isinstance(module, Packed):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.clone()
+
+
+def _give_back() -> None:
+    """Hand freed memory back: glibc keeps what was freed layer by layer, in all as much as the weights were."""
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
+
+
 def _refuse_to_save(bits: int, *args: Any, **kwargs: Any) -> NoReturn:
     raise UserError(
         f"a model that was quantised in place is not saved: keep the original, and call dartprune.quantise(model, "
@@ -106,7 +132,7 @@ def _size(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _pack_ffn(layer: Layer, bits: int, nested: bool, parents: dict[nn.Module, tuple[nn.Module, str]]) -> None:
+def _pack_ffn(model: nn.Module, layer: Layer, bits: int, nested: bool, paths: dict[int, str]) -> None:
     weights = row_weights(layer)
     assert not isinstance(weights, str)
     from dartprune.ffn.cpu.rounding import rounded
@@ -116,8 +142,8 @@ def _pack_ffn(layer: Layer, bits: int, nested: bool, parents: dict[nn.Module, tu
     if layer.gate is not None:
         roles["gate"] = layer.gate
     for role, module in roles.items():
-        parent, name = parents[module]
-        setattr(parent, name, RowProjection(rows, role, module.bias))  # type: ignore[arg-type]
+        parent, _, name = paths[id(module)].rpartition(".")
+        setattr(model.get_submodule(parent), name, RowProjection(rows, role, module.bias))  # type: ignore[arg-type]
 
 
 def _pack_rest(model: Any, bits: int) -> list[str]:
