@@ -54,7 +54,7 @@ def at_the_top(tree: ast.Module) -> list[ast.stmt]:
 
 
 def test_no_circle_of_imports():
-    arrows = {module: imported(module, lazy=False) - {"dartprune"} for module in MODULES if module != "dartprune"}
+    arrows = {module: imported(module, lazy=True) - {"dartprune"} for module in MODULES if module != "dartprune"}
     done: set[str] = set()
 
     def follow(module: str, path: tuple[str, ...]) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dartprune.ffn.backend import activation, exactly, outside_graphs
-from dartprune.ffn.planes import estimates, estimates_of_rows
 from dartprune.ffn.quantised import NestedSketch, QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
 from dartprune.ffn.sketch import AnySketch, FFNSketch, SketchPlanes
@@ -51,7 +50,7 @@ def ffn_operator(name: str) -> Callable[[FFNCall], FFNCall]:
         def fake(x: Tensor, *given: Any) -> Tensor:
             return x.new_empty(x.shape)
 
-        operator = _operator(name, _FFN, flat, fake)
+        operator = register_operator(name, _FFN, flat, fake)
         packed = outside_graphs(exactly(work))
 
         def call(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor) -> Tensor:
@@ -78,7 +77,7 @@ def gated_operator(name: str, *, direct: bool = False) -> Callable[[TokenRowsCal
         def fake(x: Tensor, *given: Any) -> _Parts:
             return room_for_rows(x, given[_OF_WEIGHTS].shape[1])
 
-        operator = _operator(name, _GATED, flat, fake)
+        operator = register_operator(name, _GATED, flat, fake)
         packed = outside_graphs(exactly(work))
 
         def call(
@@ -114,7 +113,7 @@ def sketched_operator(name: str, *, direct: bool = False) -> Callable[[TokenRows
         def fake(x: Tensor, *given: Any) -> _Parts:
             return room_for_rows(x, given[-3])
 
-        operator = _operator(name, _SKETCHED, flat, fake)
+        operator = register_operator(name, _SKETCHED, flat, fake)
         packed = outside_graphs(exactly(work))
 
         def call(
@@ -144,12 +143,6 @@ def sketched_operator(name: str, *, direct: bool = False) -> Callable[[TokenRows
     return register
 
 
-def estimated(x: Tensor, planes: SketchPlanes, activation_bits: int, outliers: int) -> Tensor:
-    """Products of x [N, H] with a sketched matrix, float32 [N, I]; see `sketch.sketch_dots`."""
-    dots: Tensor = _estimated(x, planes.planes, planes.scale, activation_bits, outliers)
-    return dots
-
-
 def room_for_rows(x: Tensor, width: int | torch.SymInt) -> _Parts:
     """The tensors of a `TokenRows` for x [N, H], not filled."""
     rows = x.shape[0]
@@ -157,7 +150,7 @@ def room_for_rows(x: Tensor, width: int | torch.SymInt) -> _Parts:
     return x.new_empty(x.shape), index, count, x.new_empty(rows, dtype=torch.float32)
 
 
-def _operator(name: str, schema: str, work: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def register_operator(name: str, schema: str, work: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register an operator, and for torch.compile what its results look like."""
     operator = torch.library.custom_op(f"dartprune::{name}", exactly(work), mutates_args=(), schema=schema)
     operator.register_fake(fake)
@@ -178,21 +171,3 @@ def _sketch(x: Tensor, given: tuple[Any, ...]) -> FFNSketch:
 
 def _parts(rows: TokenRows) -> _Parts:
     return rows.out, rows.index, rows.count, rows.cut
-
-
-def _estimate(x: Tensor, planes: Tensor, scale: Tensor, activation_bits: int, outliers: int) -> Tensor:
-    return estimates(x, SketchPlanes(planes, scale, x.shape[1]), activation_bits, outliers)
-
-
-_estimated = _operator(
-    "estimated",
-    "(Tensor x, Tensor planes, Tensor scale, SymInt activation_bits, SymInt outliers) -> Tensor",
-    _estimate,
-    lambda x, planes, *_: x.new_empty(x.shape[0], planes.shape[0], dtype=torch.float32),
-)
-
-
-@outside_graphs
-def nested_estimated(x: Tensor, rows: QuantisedRows) -> tuple[Tensor | None, Tensor]:
-    """See `quantised.nested_estimates`; by the kernels where they can be used."""
-    return estimates_of_rows(x, rows)

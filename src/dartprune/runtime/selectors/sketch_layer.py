@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dartprune.errors import UserError
+from dartprune.ffn.estimates import estimated, nested_estimated
 from dartprune.ffn.expected import error_moments
-from dartprune.ffn.operators import estimated, nested_estimated
 from dartprune.ffn.quantised import NestedSketch, QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
 from dartprune.ffn.sketch import AnySketch, estimated_sizes
