@@ -19,6 +19,7 @@ from dartprune.ffn import sketch as sketch_oracle
 from dartprune.ffn.gpu import cut as gpu_cut
 from dartprune.ffn.gpu import gate as gpu_gate
 from dartprune.ffn.gpu import kernels as gpu_kernels
+from dartprune.ffn.gpu import rounding as gpu_rounding
 from dartprune.ffn.gpu import selectors as gpu_selectors
 from dartprune.ffn.gpu import sketch as gpu_sketch
 from dartprune.ffn.gpu import tuning as gpu_tuning
@@ -87,7 +88,7 @@ def rounded_rows(x, bits, outliers):
     x = moved(x)
     planes = gpu_selectors.room_for_planes(x, bits, outliers)
     tally = torch.full((x.shape[0], gpu_cut.TALLY), 7, dtype=torch.int32, device=DEVICE)
-    gpu_sketch.launch_round(x, planes, tally)
+    gpu_rounding.launch_round(x, planes, tally)
     assert not tally.any()
     return planes
 
@@ -270,7 +271,7 @@ def test_launches_are_few_and_depend_on_shapes_alone(monkeypatch):
     plain = replace(w, gate=None)
     sketch, importance = build_sketch(w, 1), torch.ones(1, 90, device=DEVICE)
     seen = []
-    for module in (gpu_kernels, gpu_cut, gpu_gate, gpu_sketch):
+    for module in (gpu_kernels, gpu_cut, gpu_gate, gpu_rounding, gpu_sketch):
         for name in list(vars(module)):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(name, seen))

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from dartprune.ffn.gpu import cut as gpu_cut
 from dartprune.ffn.gpu import gate as gpu_gate
+from dartprune.ffn.gpu import rounding as gpu_rounding
 from dartprune.ffn.gpu import sketch as gpu_sketch
 from dartprune.ffn.gpu.cut import TALLY
 
@@ -39,7 +40,7 @@ for capability, weight, gated, act, hidden, neurons, bits, words in (
     rounding = {"x": weight, "planes": "*i64", "tally": "*i32", "gaussian_step": "fp32", **ROUNDED}
     padded = triton.next_power_of_2(words)
     sizes = {"HIDDEN": hidden, "WORDS": words, "PADDED": padded, "BITS": 4, "OUTLIERS": 4, "COUNTS": TALLY}
-    build(gpu_sketch.round_kernel, rounding, sizes, capability, max(4, padded // 8), False)
+    build(gpu_rounding.round_kernel, rounding, sizes, capability, max(4, padded // 8), False)
 
     planes = {"x": "*i64", "gate": "*i64", "up": "*i64", "gate_scale": "*fp32", "up_scale": "*fp32"}
     biases = {"gate_bias": weight, "up_bias": weight}

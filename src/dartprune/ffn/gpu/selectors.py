@@ -166,6 +166,7 @@ def sketched_rows(
     """Sketch: see `selector_ops.sketched_rows`. The weights must be contiguous."""
     from dartprune.ffn.gpu import cut as gpu_cut
     from dartprune.ffn.gpu import kernels as gpu_kernels
+    from dartprune.ffn.gpu import rounding as gpu_rounding
     from dartprune.ffn.gpu import sketch as gpu_sketch
 
     gate, up, down, gate_bias, up_bias, down_bias = weights.tensors()
@@ -178,7 +179,7 @@ def sketched_rows(
             rounded = room_for_planes(group.x, sketch.activation_bits, sketch.outliers)
             key = torch.empty(group.x.shape[0], weights.neurons, dtype=torch.int32, device=x.device)
             tally = torch.empty(group.x.shape[0], gpu_cut.TALLY, dtype=torch.int32, device=x.device)
-            gpu_sketch.launch_round(group.x, rounded, tally)
+            gpu_rounding.launch_round(group.x, rounded, tally)
             gpu_sketch.launch_score(rounded, planes, *biases, weight, known, group.slots, key, tally, act)
             group.choose(key, tally, None)
             lists = group.index, group.count, group.owners
@@ -190,13 +191,14 @@ def sketched_rows(
 def estimates(x: Tensor, planes: SketchPlanes, activation_bits: int, outliers: int) -> Tensor:
     """Rows x [N, H] rounded, and their products as `sketch.sketch_dots` gives them, float32 [N, I]."""
     from dartprune.ffn.gpu import cut as gpu_cut
+    from dartprune.ffn.gpu import rounding as gpu_rounding
     from dartprune.ffn.gpu import sketch as gpu_sketch
 
     out = torch.empty(x.shape[0], planes.neurons, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         rounded = room_for_planes(x, activation_bits, outliers)
         tally = torch.empty(x.shape[0], gpu_cut.TALLY, dtype=torch.int32, device=x.device)
-        gpu_sketch.launch_round(x.detach().contiguous(), rounded, tally)
+        gpu_rounding.launch_round(x.detach().contiguous(), rounded, tally)
         gpu_sketch.launch_estimate(rounded, _contiguous(planes), out)
     return out
 
