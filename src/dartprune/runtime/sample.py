@@ -15,7 +15,7 @@ from torch import Tensor
 from dartprune.model.rows import Rows
 from dartprune.runtime.slots import Slot
 
-ALL_OF_THE_FIRST = 16  # then the 16th, 32nd, 64th, ...: one for each doubling
+ALL_OF_THE_FIRST = 16  # then every fourth one up to twice as many, every eighth one up to four times as many, ...
 
 
 @dataclass
@@ -36,7 +36,9 @@ class Sample:
 
 def is_sampled(numbers: Tensor) -> Tensor:
     """Whether the tokens of these numbers (0 for the first that counts; int64) teach, bool."""
-    taught: Tensor = (numbers < ALL_OF_THE_FIRST) | (numbers & (numbers - 1) == 0)
+    octave = (numbers.clamp_min(1).double() / ALL_OF_THE_FIRST).log2().floor().clamp_min(-2).long()
+    stride = torch.where(octave < 0, 1, 4 * 2 ** octave.clamp_min(0))
+    taught: Tensor = numbers % stride == 0
     return taught
 
 
