@@ -153,9 +153,9 @@ class Method:
     @property
     def least_traced(self) -> int:
         """Tokens that must have been traced before the first masks: `min_traced`, or what a selector makes do with."""
-        if self.token is None or self.uses_context:
-            return self.min_traced
-        return 1 if self.token.learns else 0
+        if self.token is not None and not self.uses_context:
+            return 1 if self.token.learns else 0
+        return self.min_traced
 
     @property
     def name(self) -> str:

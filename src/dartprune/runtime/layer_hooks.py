@@ -43,7 +43,8 @@ class LiveLayer:
     """One layer while attached: hears the calls of its `LayerSite`.
 
     index, neurons, size: number of the layer, of its neurons and of its FFN's weights.  place: device and dtype in
-    which it computes.  weights: as the backend wants them, or why their rows cannot be read.
+    which it computes.  weights: as the backend wants them, or why their rows cannot be read.  weighs_impact: whether
+    the method wants to know what the FFN does to the residual stream.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class LiveLayer:
         place: tuple[torch.device, torch.dtype],
         *,
         residual: bool,
-        weighs_impact: bool = True,
+        weighs_impact: bool,
         selector: LayerSelector | None = None,
     ) -> None:
         self.parts = layer
