@@ -43,6 +43,13 @@ def errors_of(w, slots=3):
     return torch.stack((mean, square), dim=2).flatten(1, 2)
 
 
+def others_of(w, slots=3):
+    """Means of what each slot drops, and what all of them give together: bf16 [S, I], float32 [S, H]."""
+    means = (torch.randn(slots, w.neurons) * 0.3).bfloat16()
+    means[:, ::4] = 0
+    return means, means.float() @ w.down.float()
+
+
 def by_row(slots, importance, errors):
     """Importance and errors of each row, from those of its slot."""
     return importance if importance.shape[0] == 1 else importance[slots], None if errors is None else errors[slots]
@@ -56,8 +63,11 @@ def gate_scores(x, w, slots, importance):
     return scores if importance is None else scores * (importance if importance.shape[0] == 1 else importance[slots])
 
 
-def assert_agree(got, want, scores, w, x):
-    """The same choice, up to scores that lie within rounding of the cut, and the exact output of the choice made."""
+def assert_agree(got, want, scores, w, x, means=None):
+    """The same choice, up to scores that lie within rounding of the cut, and the exact output of the choice made.
+
+    means: of each row, what stands in the place of what it drops, [N, I].
+    """
     tolerance = TOLERANCE[x.dtype]
     assert got.out.dtype is x.dtype and got.out.shape == x.shape
     assert got.index.shape == want.index.shape and got.index.dtype is torch.int32 and got.count.dtype is torch.int32
@@ -68,6 +78,8 @@ def assert_agree(got, want, scores, w, x):
         border = scores[n][here[n] ^ there[n]]
         assert float(border.max() - border.min()) <= 1e-4 * float(scores[n].max()) + 1e-6
     exact = naive(x, w, got.index, got.count, torch.arange(x.shape[0]))
+    if means is not None:
+        exact = exact + means.double().masked_fill(here, 0) @ w.down.double()
     scale = float(exact.abs().max()) + 1.0
     torch.testing.assert_close(got.out.double(), exact, rtol=tolerance, atol=tolerance * scale)
 

@@ -69,7 +69,7 @@ class Method:
     min_traced: tokens that must have been traced before a mask is made; a selector that needs no mask takes fewer.
     skip_first: tokens at the beginning of a text that do not count in the neuron statistics.
     impact: `ffn_output` or `residual`, see `dartprune.runtime.trace.impact_terms`.
-    compensate: None, or `mean`: add what the dropped neurons gave on average.
+    compensate: None, or `mean`: what dropped neurons gave on average stands in their place.
     token: None, or a selector that gives each token neurons of its own, see `dartprune.selectors`.
     """
 
@@ -128,9 +128,10 @@ class Method:
         kind = type(self.token).__name__
         if self.selection != "topk":
             raise UserError(f"{owner}: {kind} takes a number of neurons from the budget: selection must be 'topk'")
-        if self.compensate is not None:
+        if self.compensate is not None and not self.token.compensates:
             raise UserError(f"{owner}: {kind} drops other neurons for each token: compensate must be None")
-        if not self.token.context and not self.token.learns and self.refresh.replay_tokens:
+        taught = self.token.context or self.token.learns or self.compensate is not None
+        if not taught and self.refresh.replay_tokens:
             raise UserError(
                 f"{owner}: {kind} learns nothing from the context, so a replay would change nothing: "
                 "use refresh=Never()"
@@ -141,7 +142,7 @@ class Method:
         """What must be known of the context and the weights to make its masks, by the names of `dartprune.scoring`."""
         names = scorer(self.scorer).inputs if self.token is None or self.token.context else ()
         names += tuple(name for name in self.budget.inputs if name not in names)
-        if self.compensate == "mean":
+        if self.compensate == "mean" and self.token is None:
             names = (*names, "total")
         return names if self.token is None else (*names, *self.token.statistics)
 

@@ -215,6 +215,7 @@ class SketchDart(Pruner):
 
     budget: Budget = field(default_factory=Uniform)
     token: TokenSelector | None = field(default_factory=Sketch)
+    compensate: str | None = "mean"
 
 
 @register_preset("dense")

@@ -115,6 +115,8 @@ def memory_per_sequence(shape: Shape, method: Method, *, masks: bool = False) ->
         total += layers * neurons
     if method.compensate == "mean":
         total += layers * 4 * hidden
+        if method.token is not None:  # the means themselves, and of how many tokens they are
+            total += layers * (2 + 1) * neurons
     replay = method.refresh.replay_tokens
     if replay:
         total += layers * (replay + 1) * (hidden + 4)  # eight bits a value, a scale for each token

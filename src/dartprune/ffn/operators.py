@@ -35,7 +35,7 @@ _GATED = (
 )
 _SKETCHED = (
     f"({_WEIGHTS}, {_SKETCH}, Tensor slots, Tensor wanted, Tensor importance, SymInt width, Tensor? threshold, "
-    "Tensor? errors) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? errors, Tensor? means, Tensor? compensation) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _OF_WEIGHTS, _OF_SKETCH = 7, 6  # arguments
 
@@ -111,7 +111,7 @@ def sketched_operator(name: str, *, direct: bool = False) -> Callable[[TokenRows
             return _parts(work(x, _weights(given), _sketch(x, planes), *given[_OF_WEIGHTS + _OF_SKETCH :]))
 
         def fake(x: Tensor, *given: Any) -> _Parts:
-            return room_for_rows(x, given[-3])
+            return room_for_rows(x, given[-5])
 
         operator = register_operator(name, _SKETCHED, flat, fake)
         packed = outside_graphs(exactly(work))
@@ -126,8 +126,10 @@ def sketched_operator(name: str, *, direct: bool = False) -> Callable[[TokenRows
             width: int,
             threshold: Tensor | None = None,
             errors: Tensor | None = None,
+            means: Tensor | None = None,
+            compensation: Tensor | None = None,
         ) -> TokenRows:
-            choice = slots, wanted, importance, width, threshold, errors
+            choice = slots, wanted, importance, width, threshold, errors, means, compensation
             if isinstance(weights, QuantisedRows) or isinstance(sketch, NestedSketch):
                 return packed(x, weights, sketch, *choice)
             if direct and not torch.compiler.is_compiling():

@@ -32,16 +32,20 @@ class SelectorKernels:
     saves_time: bool
     reads_union: bool
 
-    def prepare(self, weights: FFNWeights, sketch: AnySketch | None, *, calibrated: bool = False) -> None:
+    def prepare(
+        self, weights: FFNWeights, sketch: AnySketch | None, *, calibrated: bool = False, compensated: bool = False
+    ) -> None:
         """Compile what must be compiled for these weights, so that no token waits for it."""
         if not self.saves_time:
             return
         with kept_threads():
             for rows in (1, 2):
                 x = torch.zeros(rows, weights.hidden, dtype=weights.dtype, device=weights.device)
-                self._call(x, weights, sketch, calibrated)
+                self._call(x, weights, sketch, calibrated, compensated)
 
-    def _call(self, x: Tensor, weights: FFNWeights, sketch: AnySketch | None, calibrated: bool) -> None:
+    def _call(
+        self, x: Tensor, weights: FFNWeights, sketch: AnySketch | None, calibrated: bool, compensated: bool
+    ) -> None:
         slots = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         one = torch.ones(1, dtype=torch.int32, device=x.device)
         importance = torch.ones(1, weights.neurons, dtype=torch.float32, device=x.device)
@@ -50,7 +54,10 @@ class SelectorKernels:
         else:
             moments = 2 * (weights.matrices - 1)
             errors = importance.new_zeros(1, moments, weights.neurons) if calibrated else None
-            self.sketched_rows(x, weights, sketch, slots, one, importance, weights.neurons, None, errors)
+            others: tuple[Tensor | None, Tensor | None] = None, None
+            if compensated:
+                others = importance.new_zeros(1, weights.neurons).bfloat16(), importance.new_zeros(1, weights.hidden)
+            self.sketched_rows(x, weights, sketch, slots, one, importance, weights.neurons, None, errors, *others)
 
 
 _REFERENCE = SelectorKernels(

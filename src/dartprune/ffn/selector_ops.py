@@ -86,6 +86,8 @@ def sketched_rows(
     width: int,
     threshold: Tensor | None = None,
     errors: Tensor | None = None,
+    means: Tensor | None = None,
+    compensation: Tensor | None = None,
 ) -> TokenRows:
     """Sketch: estimate every neuron from bit planes, compute the highest exactly (method section 4a).
 
@@ -100,13 +102,16 @@ def sketched_rows(
         threshold: float32 [S] or None, the least score that is chosen, in place of `wanted`.
         errors: float32 [S, 4, I] (a plain FFN: [S, 2, I]) or None, moments of each slot's errors of estimate, see
             `expected.expected_sizes`.
+        means: bf16 [S, I] or None: what stands in the place of a dropped neuron's activation, for each slot.
+        compensation: float32 [S, H], given with means: their product with the down matrix, without its bias. Kernels
+            begin with it and give every chosen neuron its activation less its mean; here it is not needed.
 
     Returns:
         `TokenRows`, its index ascending.
     """
     known = None if errors is None else errors[slots]
     score = sketch_scores(x, weights, sketch, _by_row(importance, slots), known)
-    return _finish(x, weights, score, wanted, slots, width, threshold)
+    return _finish(x, weights, score, wanted, slots, width, threshold, means)
 
 
 def chosen_rows(
@@ -171,19 +176,21 @@ def _finish(
     slots: Tensor,
     width: int,
     threshold: Tensor | None,
+    means: Tensor | None = None,
 ) -> TokenRows:
-    """Choose by scores float32 [N, I] and compute the chosen exactly."""
+    """Choose by scores float32 [N, I] and compute the chosen exactly; means [S, I] stand for the others."""
     index, count, cut = chosen_rows(score, wanted[slots], width, None if threshold is None else threshold[slots])
-    return TokenRows(_exact(x.float(), weights, index, count).to(x.dtype), index, count, cut)
+    others = 0.0 if means is None else means[slots].float()
+    return TokenRows(_exact(x.float(), weights, index, count, others).to(x.dtype), index, count, cut)
 
 
-def _exact(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor) -> Tensor:
-    """The FFN of x float32 [N, H] over each row's own neurons, in float32."""
+def _exact(x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, others: Tensor | float) -> Tensor:
+    """The FFN of x float32 [N, H] over each row's own neurons, in float32; `others` [N, I] stands for the rest."""
     a = _linear(x, weights.up, weights.up_bias)
     if weights.gate is None:
         a = activation(weights.activation, a)
     else:
         a = activation(weights.activation, _linear(x, weights.gate, weights.gate_bias)) * a
-    a = a.masked_fill(~chosen_mask(index, count, weights.neurons), 0)
+    a = torch.where(chosen_mask(index, count, weights.neurons), a, others)
     out = a @ weights.down.float()
     return out if weights.down_bias is None else out + weights.down_bias.float()

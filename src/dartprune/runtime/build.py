@@ -94,7 +94,7 @@ class _Builder:
         self._owners = storage_owners(core)
         self._places = {layer.index: place(layer) for layer in decoder.layers}
         self.preparation = Preparation()
-        self._selectors = SelectorBuilder(method.token, decoder, method.sparsity, self._places, self.preparation)
+        self._selectors = SelectorBuilder(method, decoder, self._places, self.preparation)
         # a choice that no kernel makes is applied as a mask, and so is one that computes everything to be made
         masked = not method.prunes or not self._selectors.has_kernels
         self._backend = "masked" if masked else backend
@@ -136,7 +136,7 @@ class _Builder:
             0 if everything else _longest_list(method, layer),
             device,
             masks=(not backend.gathers and not everything) or may_run_dense,
-            compensation=layer.hidden if method.compensate == "mean" else None,
+            compensation=layer.hidden if method.compensate == "mean" and method.token is None else None,
             everything=everything,
         )
 

@@ -172,7 +172,7 @@ class Forwards:
             slots, weight = on[device]
             if lesson is None:
                 assert x is not None
-                lesson = layer.selector.lesson(x.view(*taught.rows.shape, -1), weight)
+                lesson = layer.selector.lesson(x.view(*taught.rows.shape, -1), weight, slots)
             layer.selector.learn(lesson, slots, weight)
         self.layers[-1].state.tracing_seconds += perf_counter() - began
 

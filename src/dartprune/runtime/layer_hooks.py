@@ -195,7 +195,7 @@ class LiveLayer:
         assert self.selector is not None and self.sampled is not None
         began = time.perf_counter()
         x, self.sampled = self.sampled.view(*sample.rows.shape, -1), None
-        self.lesson = self.selector.lesson(x, sample.weight, products)
+        self.lesson = self.selector.lesson(x, sample.weight, sample.slots, products)
         self.state.tracing_seconds += time.perf_counter() - began
         return out
 
@@ -223,7 +223,7 @@ class LiveLayer:
         assert x is not None
         rows = a.reshape(-1, a.shape[-1])
         mask = self.selector.mask(rows, x.reshape(-1, x.shape[-1]), self.selection, step.row_slots)
-        return rows.masked_fill(~mask, 0).reshape(a.shape)
+        return self.selector.filled(rows, mask, step.row_slots).reshape(a.shape)
 
     def _compensated(self, out: Tensor, step: Step) -> Tensor:
         if not self.selection.has_compensation:

@@ -53,6 +53,9 @@ class Masks:
         self.flops = 0
         self.replays = 0
         self.version = 0  # counts changes of any mask
+        for layer in layers:
+            if layer.selector is not None and layer.selector.learns:
+                layer.selector.expect(self._shares(layer, method.sparsity + overhead)[1])
         self._facts = facts
         self._on_device = DeviceValues()
 
@@ -83,7 +86,7 @@ class Masks:
             rows, where, counted = on[layer.ring.device]
             x, memory = layer.ring.read(rows, where), self.method.refresh.replay_memory
             if layer.selector is not None and layer.selector.learns:
-                layer.selector.learn(layer.selector.lesson(x, counted), rows, counted, memory)
+                layer.selector.learn(layer.selector.lesson(x, counted, rows), rows, counted, memory)
             if layer.trace.statistics:
                 layer.trace.blend(layer.parts.activations(x), rows, counted, memory)
             self.flops += 2 * (layer.parts.matrices - 1) * layer.neurons * layer.parts.hidden * length * len(slots)
@@ -136,20 +139,27 @@ class Masks:
 
     def _split(self, slot: Slot, pruned: Tensor) -> None:
         """With a token selector, what the budget leaves is candidates and neurons for each token."""
-        settings = self.method.token
-        if settings is None:
+        if self.method.token is None:
             return
-        pairs = [
-            settings.split((1 - float(p)) * layer.neurons, layer.neurons, gated=layer.parts.gated)
-            for p, layer in zip(pruned.tolist(), self.layers, strict=True)
-        ]
-        slot.masks.keep = [pair[0] for pair in pairs]
-        slot.masks.per_token = [
-            min(pair[0], round(pair[1] / selector.chosen_cost))
-            for pair, selector in zip(pairs, self.selectors, strict=True)
-        ]
+        found = [self._shares(layer, float(p)) for layer, p in zip(self.layers, pruned.tolist(), strict=True)]
+        slot.masks.keep = [candidates for candidates, _ in found]
+        slot.masks.per_token = [per_token for _, per_token in found]
         for selector, count in zip(self.selectors, slot.masks.per_token, strict=True):
             selector.wanted[slot.id] = count
+
+    def _shares(self, layer: LiveLayer, pruned: float) -> tuple[int, int]:
+        """Candidates of a layer, and neurons for each token, where that share of its weights is left out."""
+        assert self.method.token is not None and layer.selector is not None
+        rows = (1 - pruned) * layer.neurons
+        candidates, chosen = self.method.token.split(rows, layer.neurons, gated=layer.parts.gated)
+        return candidates, min(candidates, round(chosen / layer.selector.chosen_cost))
+
+    def expect(self, slot: Slot) -> None:
+        """Tell the selectors how many neurons this sequence's tokens will want, of the sparsity it asked for."""
+        if slot.sparsity:
+            for layer in self.layers:
+                if layer.selector is not None and layer.selector.learns:
+                    layer.selector.wanted[slot.id] = self._shares(layer, slot.sparsity + self.overhead)[1]
 
     # ---- score and selection
 

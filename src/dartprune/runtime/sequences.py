@@ -72,6 +72,7 @@ class Sequences:
         for i in slots:
             slot = self._slot(i)
             slot.sparsity = sparsity
+            self._masks.expect(slot)
             if sparsity == 0 and self._method.prunes:
                 slot.state = State.RELEASED
 

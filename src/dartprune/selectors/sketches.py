@@ -61,7 +61,10 @@ def _probed(module: nn.Module, inputs: int, device: torch.device, dtype: torch.d
 
 
 def sketch_share(bits: int, layer: Layer, settings: Sketch) -> float:
-    """Share of a layer's weight bytes that a sketch of that many bits takes, with all that a token reads beside it."""
+    """Share of a layer's weight bytes that a sketch of that many bits takes, with what a token reads beside it.
+
+    But for what stands in the place of dropped neurons: that is the same whatever the bits.
+    """
     sketched = layer.matrices - 1
     each = sketched * (bits * -(-layer.hidden // WORD) * WORD // 8 + 4) + 4
     if settings.calibrate:

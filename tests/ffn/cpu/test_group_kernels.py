@@ -15,6 +15,7 @@ from dartprune.ffn.quantised import NestedSketch, nested_estimates, quantised_ro
 from dartprune.ffn.selector_ops import gated_rows, sketched_rows
 from dartprune.ffn.weights import FFNWeights
 from ffn_cases import ACTS, DTYPES, lists, make, naive
+from selector_cases import others_of
 
 pytest.importorskip("numba")
 FORMS = [(4, True), (4, False), (8, True), (8, False)]
@@ -125,9 +126,10 @@ def test_the_nested_sketch(block):
         if draw.random() < 0.6:
             mean = torch.randn(slots, rows.matrices - 1, neurons) * 0.1
             errors = torch.stack((mean, mean.square() + 0.1 * torch.rand(mean.shape)), dim=2).flatten(1, 2)
-        got = cpu.nested_rows(x, rows, owners, wanted, importance, neurons, None, errors)
-        sketch = NestedSketch(rows)
-        want = sketched_rows(rounded_inputs(x), plain(rows), sketch, owners, wanted, importance, neurons, None, errors)
+        others = others_of(plain(rows), slots) if draw.random() < 0.5 else (None, None)
+        choice = owners, wanted, importance, neurons, None, errors, *others
+        got = cpu.nested_rows(x, rows, *choice)
+        want = sketched_rows(rounded_inputs(x), plain(rows), NestedSketch(rows), *choice)
         same_choice(got, want, n)
         gate, up = cpu.estimates(x, rows)
         for mine, theirs in zip((gate, up), nested_estimates(x, rows), strict=True):
@@ -155,8 +157,9 @@ def test_token_choices_are_the_same_alone_and_in_a_batch(bits):
     wanted = torch.tensor([350, 700, 1, 600, 0], dtype=torch.int32)
     importance = torch.rand(1, 700)
     index, count = lists(700, [700, 500, 3, 650, 90])
+    others = others_of(plain(rows), 5)
     for call in (
-        lambda x, owners: cpu.nested_rows(x, rows, owners, wanted, importance, 700, None, None),
+        lambda x, owners: cpu.nested_rows(x, rows, owners, wanted, importance, 700, None, None, *others),
         lambda x, owners: cpu.gated_rows(x, rows, index, count, owners, wanted, None, importance),
     ):
         together = call(x, owners)

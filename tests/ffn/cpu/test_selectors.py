@@ -17,7 +17,7 @@ from dartprune.ffn.cpu import selectors as cpu_selectors
 from dartprune.ffn.cpu.sketch_bytes import integers_by_bytes
 from dartprune.ffn.sketch import build_planes, build_sketch
 from ffn_cases import DTYPES, lists, make
-from selector_cases import assert_agree, case, check_choice, errors_of, gate_scores, same
+from selector_cases import assert_agree, case, check_choice, errors_of, gate_scores, others_of, same
 
 
 @pytest.mark.parametrize("seed", range(160))
@@ -37,13 +37,15 @@ def test_sketch_on_random_cases(seed):
     sketch = build_sketch(w, bits, activation_bits, min(w.hidden, rng.choice([0, 1, 4, 7])))
     width = rng.randint(1, w.neurons + 2)
     errors = errors_of(w) if rng.random() < 0.5 else None
-    call = (x, w, sketch, slots, wanted, importance, width, threshold, errors)
+    others = others_of(w) if rng.random() < 0.5 else (None, None)
+    call = (x, w, sketch, slots, wanted, importance, width, threshold, errors, *others)
     weight, known = (
         importance[slots if importance.shape[0] > 1 else [0] * len(slots)],
         None if errors is None else errors[slots],
     )
     scores = sketch_oracle.sketch_scores(x, w, sketch, weight, known)
-    assert_agree(cpu_selectors.sketched_rows(*call), selector_ops.sketched_rows(*call), scores, w, x)
+    means = None if others[0] is None else others[0][slots]
+    assert_agree(cpu_selectors.sketched_rows(*call), selector_ops.sketched_rows(*call), scores, w, x, means)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -28,7 +28,7 @@ from dartprune.ffn.gpu.kernels import Blocks, Config
 from dartprune.ffn.selector_kernels import kernels_of
 from dartprune.ffn.sketch import build_planes, build_sketch
 from ffn_cases import lists, make
-from selector_cases import assert_agree, case, check_choice, errors_of, gate_scores, same
+from selector_cases import assert_agree, case, check_choice, errors_of, gate_scores, others_of, same
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -74,13 +74,15 @@ def test_sketch_on_random_cases(seed, monkeypatch):
     bits, activation_bits = rng.choice([1, 1, 2, 3, 4]), rng.choice([4, 4, 2, 3, 8])
     sketch = build_sketch(w, bits, activation_bits, min(w.hidden, rng.choice([0, 1, 4, 7])))
     errors = errors_of(w) if rng.random() < 0.5 else None
-    call = (x, w, sketch, slots, wanted, importance, rng.randint(1, w.neurons + 2), threshold, errors)
+    others = others_of(w) if rng.random() < 0.5 else (None, None)
+    call = (x, w, sketch, slots, wanted, importance, rng.randint(1, w.neurons + 2), threshold, errors, *others)
     weight, known = (
         importance[slots if importance.shape[0] > 1 else [0] * len(slots)],
         None if errors is None else errors[slots],
     )
     scores = sketch_oracle.sketch_scores(x, w, sketch, weight, known)
-    assert_agree(on_gpu(gpu_selectors.sketched_rows, *call), selector_ops.sketched_rows(*call), scores, w, x)
+    means = None if others[0] is None else others[0][slots]
+    assert_agree(on_gpu(gpu_selectors.sketched_rows, *call), selector_ops.sketched_rows(*call), scores, w, x, means)
 
 
 def rounded_rows(x, bits, outliers):

@@ -12,6 +12,7 @@ from dartprune.ffn.weights import FFNWeights
 
 WORDS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
 _NONE = numpy.empty(0, numpy.float32)
+_NO_MEANS, _NO_COMPENSATION = numpy.empty((0, 0), numpy.uint16), numpy.empty((0, 0), numpy.float32)
 
 
 def weight_arrays(weights: FFNWeights) -> tuple[Any, ...]:
@@ -39,3 +40,10 @@ def words(name: str, matrix: Tensor) -> Any:
 def floats(bias: Tensor | None) -> Any:
     """A vector in float32, empty for None."""
     return _NONE if bias is None else bias.detach().float().contiguous().numpy()
+
+
+def others_arrays(means: Tensor | None, compensation: Tensor | None) -> tuple[Any, Any]:
+    """What stands in the place of dropped neurons, bf16 words [S, I], and its product [S, H]; both empty for None."""
+    if means is None or compensation is None:
+        return _NO_MEANS, _NO_COMPENSATION
+    return words("means", means), compensation.numpy()

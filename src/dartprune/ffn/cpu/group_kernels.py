@@ -12,6 +12,7 @@ from numba import njit, prange
 
 from dartprune.ffn.cpu.activations import ACTIVATIONS as ACTIVATIONS
 from dartprune.ffn.cpu.activations import activate
+from dartprune.ffn.cpu.blocks import float_of
 from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.cut import choose_part
 from dartprune.ffn.cpu.group_blocks import fetch_bytes
@@ -50,8 +51,14 @@ def _share(neurons, t, threads):
 
 
 @njit(nogil=True)
-def _span(inputs, n, head, tail, offsets, biases, kind, known, gates, ups, index, first, last, values, shares, partial):
-    """Add what the neurons index[first:last] give for input n to partial [width + groups]; those behind are fetched."""
+def _span(
+    inputs, n, head, tail, offsets, biases, kind, known, gates, ups, means,
+    index, first, last, values, shares, partial,
+):  # fmt: skip
+    """Add what the neurons index[first:last] give for input n to partial [width + groups]; those behind are fetched.
+
+    means bf16 words [I] or empty: taken off, for they stand in the place of all neurons.
+    """
     codes, scale, sums = inputs
     width, end = offsets[0] * GROUP, index.shape[0] - 1
     i = first
@@ -63,16 +70,24 @@ def _span(inputs, n, head, tail, offsets, biases, kind, known, gates, ups, index
             values[r] = neuron_value(
                 codes[n], scale[n], sums[n], head, tail, offsets, rows[r], biases, kind, known, gates, ups
             )
+            if means.shape[0]:
+                values[r] -= float_of(means[rows[r]])
         add(partial[:width], partial[width:], shares, values, many, tail, offsets, rows)
         i += many
 
 
 @njit(nogil=True)
-def _rows_part(first, last, inputs, head, tail, offsets, biases, kind, known, gates, ups, index, count, partial):
-    """Add the neurons first:last of every input's list (ascending) to partial [N, width + groups]."""
+def _rows_part(
+    first, last, inputs, head, tail, offsets, biases, kind, known, gates, ups, means, slots,
+    index, count, partial,
+):  # fmt: skip
+    """Add the neurons first:last of every input's list (ascending) to partial [N, width + groups].
+
+    means bf16 words [S, I] of each slot, or empty.
+    """
     rows = partial.shape[0]
     values, shares = np.empty(BOTH, np.float32), np.empty((BOTH // 2, offsets[0]), np.int32)
-    done = np.empty(rows, np.int64)
+    done, nothing = np.empty(rows, np.int64), np.empty(0, np.uint16)
     for n in range(rows):
         done[n] = np.searchsorted(index[n, : count[n]], first)
     for start in range(first, last, BLOCK):
@@ -84,7 +99,7 @@ def _rows_part(first, last, inputs, head, tail, offsets, biases, kind, known, ga
                 until += 1
             _span(
                 inputs, n, head, tail, offsets, biases, kind, known, gates[n], ups[n],
-                mine, done[n], until, values, shares, partial[n],
+                means[slots[n]] if means.shape[0] else nothing, mine, done[n], until, values, shares, partial[n],
             )  # fmt: skip
             done[n] = until
 
@@ -115,13 +130,14 @@ def chosen(x, head, tail, offsets, biases, kind, index, count, slots, threads, o
     rows, groups = x.shape[0], offsets[0]
     inputs = _inputs(x, groups)
     index, count = _lists(index, count, slots)
-    nothing = np.empty((rows, 0), np.float32)
+    nothing, means = np.empty((rows, 0), np.float32), np.empty((0, 0), np.uint16)
     partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
     for t in prange(threads):
         first, last = _share(head.shape[0], t, threads)
         _rows_part(
-            first, last, inputs, head, tail, offsets, biases, kind, 0, nothing, nothing, index, count, partial[t]
-        )
+            first, last, inputs, head, tail, offsets, biases, kind, 0,
+            nothing, nothing, means, slots, index, count, partial[t],
+        )  # fmt: skip
     for n in range(rows):
         gather(partial, n, out[n])
 
@@ -172,12 +188,13 @@ def gate_rows(
         _gate_part(first, last, inputs, head, tail, offsets, biases, kind, listed, many, slots, importance, gates, key)
     choose_part(0, rows, key.view(np.uint32), slots, *choice, index, count, cut)
     partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
-    known = 2 if offsets[3] else 0
+    known, means = 2 if offsets[3] else 0, np.empty((0, 0), np.uint16)
     for t in prange(threads):
         first, last = _share(head.shape[0], t, threads)
         _rows_part(
-            first, last, inputs, head, tail, offsets, biases, kind, known, gates, gates, index, count, partial[t]
-        )
+            first, last, inputs, head, tail, offsets, biases, kind, known,
+            gates, gates, means, slots, index, count, partial[t],
+        )  # fmt: skip
     for n in range(rows):
         gather(partial, n, out[n])
 
@@ -224,11 +241,12 @@ def _score_part(first, last, inputs, head, offsets, biases, kind, slots, importa
 
 @kernel(parallel=True)
 def nested_rows(
-    x, head, tail, offsets, biases, kind, slots, choice, importance, errors, threads, key, index, count, cut, out
-):
+    x, head, tail, offsets, biases, kind, slots, choice, importance, errors, others, threads,
+    key, index, count, cut, out,
+):  # fmt: skip
     """`selector_ops.sketched_rows` of up to 64 inputs, the high codes being the sketch; arguments as for `gate_rows`.
 
-    errors float32 [S, 4 or 2, I] or empty.
+    errors float32 [S, 4 or 2, I] or empty; others (means bf16 words [S, I], compensation float32 [S, H]) or both empty.
     """
     rows, groups = x.shape[0], offsets[0]
     inputs = _inputs(x, groups)
@@ -240,9 +258,14 @@ def nested_rows(
     partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
     for t in prange(threads):
         first, last = _share(head.shape[0], t, threads)
-        _rows_part(first, last, inputs, head, tail, offsets, biases, kind, 1, gates, ups, index, count, partial[t])
+        _rows_part(
+            first, last, inputs, head, tail, offsets, biases, kind, 1,
+            gates, ups, others[0], slots, index, count, partial[t],
+        )  # fmt: skip
     for n in range(rows):
         gather(partial, n, out[n])
+        if others[1].shape[0]:
+            out[n] += others[1][slots[n]]
 
 
 @kernel(parallel=True)

@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from dartprune.ffn.cpu.arrays import floats
+from dartprune.ffn.cpu.arrays import floats, others_arrays
 from dartprune.ffn.cpu.threads import use_threads
 from dartprune.ffn.quantised import QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
@@ -76,16 +76,18 @@ def nested_rows(
     width: int,
     threshold: Tensor | None,
     errors: Tensor | None,
+    means: Tensor | None = None,
+    compensation: Tensor | None = None,
 ) -> TokenRows:
     """See `selector_ops.sketched_rows`: the high codes of the rows are the sketch."""
     from dartprune.ffn.cpu import group_kernels as kernels
 
     known = numpy.empty((0, 0, 0), numpy.float32) if errors is None else errors.numpy()
-    weight = importance.float().numpy()
+    weight, others = importance.float().numpy(), others_arrays(means, compensation)
     return _by_parts(
         x, rows, slots, wanted, threshold, width,
         lambda wide, owners, choice, results: kernels.nested_rows(
-            wide, *_arrays(rows), owners, choice, weight, known, *results
+            wide, *_arrays(rows), owners, choice, weight, known, others, *results
         ),
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from numba import njit, prange
 
 from dartprune.ffn.cpu.activations import ACTIVATIONS as ACTIVATIONS
 from dartprune.ffn.cpu.activations import ZERO, activate
-from dartprune.ffn.cpu.blocks import LINE, add_rows, dots
+from dartprune.ffn.cpu.blocks import LINE, add_rows, dots, float_of
 from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.cut import choose_part
 from dartprune.ffn.cpu.kernels import MOST_ROWS as MOST_ROWS
@@ -53,8 +53,11 @@ def _gate_part(first, last, x, weights, member, union, slots, importance, kind, 
 
 
 @njit(nogil=True)
-def _up_part(first, last, x, weights, member, union, kind, known, value):
-    """Make value[n, i] the chosen neurons' `act(gate . x) * (up . x)`; with `known` it holds the activation already."""
+def _up_part(first, last, x, weights, member, union, kind, known, means, slots, value):
+    """Make value[n, i] the chosen neurons' `act(gate . x) * (up . x)`; with `known` it holds the activation already.
+
+    means bf16 words [S, I] or empty: taken off, for they stand in the place of all neurons.
+    """
     gated, gate, up, _, gate_bias, up_bias, biased = weights
     for u in range(first, last):
         i, following = union[u], union[min(u + AHEAD, last - 1)]
@@ -72,6 +75,8 @@ def _up_part(first, last, x, weights, member, union, kind, known, value):
                     if biased & 1:
                         g += gate_bias[i]
                     v *= activate(kind, g)
+                if means.shape[0]:
+                    v -= float_of(means[slots[n], i])
                 value[n, i] = v
 
 
@@ -96,13 +101,19 @@ def _down_block(first, last, down, rows, ahead, value, out):
 
 
 @njit(nogil=True)
-def _down_part(first, last, down, union, index, count, value, out):
+def _down_part(first, last, down, union, index, count, value, compensation, slots, out):
     """Columns first:last of every output row: its neurons' down rows, in ascending order.
+
+    compensation float32 [S, H] or empty: what a row of each slot begins with.
 
     The union passes block by block, so that a row of weights comes from memory once for all that chose it.
     """
     rows = out.shape[0]
-    out[:, first:last] = ZERO
+    for n in range(rows):
+        if compensation.shape[0]:
+            out[n, first:last] = compensation[slots[n], first:last]
+        else:
+            out[n, first:last] = ZERO
     done = np.zeros(rows, np.int64)
     for start in range(0, union.shape[0], BLOCK):
         highest = union[min(start + BLOCK, union.shape[0]) - 1]
@@ -120,6 +131,12 @@ def _share(whole, t, threads, unit):
     """The t-th of `threads` shares of a range, cut at multiples of `unit`."""
     units = -(-whole // unit)
     return min(units * t // threads * unit, whole), min(units * (t + 1) // threads * unit, whole)
+
+
+@njit(nogil=True)
+def _no_others():
+    """Nothing stands in the place of a neuron that is left out."""
+    return np.empty((0, 0), np.uint16), np.empty((0, 0), np.float32)
 
 
 # ---- what is called
@@ -173,13 +190,14 @@ def mask_rows(x, weights, lists, kind, threads, value, out):
     """
     rows, hidden, neurons = x.shape[0], x.shape[1], value.shape[1]
     index, count = lists
-    kept, union = union_of(neurons, rows, index, count, np.arange(rows))
+    own, (means, compensation) = np.arange(rows), _no_others()
+    kept, union = union_of(neurons, rows, index, count, own)
     for t in prange(threads):
         first, last = _share(union.shape[0], t, threads, 1)
-        _up_part(first, last, x, weights, kept, union, kind, False, value)
+        _up_part(first, last, x, weights, kept, union, kind, False, means, own, value)
     for t in prange(threads):
         first, last = _share(hidden, t, threads, LINE)
-        _down_part(first, last, weights[3], union, index, count, value, out)
+        _down_part(first, last, weights[3], union, index, count, value, compensation, own, out)
 
 
 @kernel()
@@ -195,9 +213,10 @@ def gate_rows_alone(x, weights, lists, choice, importance, kind, key, value, ind
     _gate_part(0, union.shape[0], x, weights, member, union, slots, importance, kind, key, value)
     choose_part(0, x.shape[0], key.view(np.uint32), slots, *choice, index, count, cut)
     member, union = union_of(neurons, x.shape[0], index, count, np.arange(x.shape[0]))
+    means, compensation = _no_others()
     if weights[0]:
-        _up_part(0, union.shape[0], x, weights, member, union, kind, True, value)
-    _down_part(0, x.shape[1], weights[3], union, index, count, value, out)
+        _up_part(0, union.shape[0], x, weights, member, union, kind, True, means, slots, value)
+    _down_part(0, x.shape[1], weights[3], union, index, count, value, compensation, slots, out)
 
 
 @kernel(parallel=True)
@@ -212,39 +231,41 @@ def gate_rows(x, weights, lists, choice, importance, kind, threads, key, value, 
     for t in prange(threads):
         first, last = _share(rows, t, threads, 1)
         choose_part(first, last, bits, slots, *choice, index, count, cut)
+    means, compensation = _no_others()
     chosen, chosen_union = union_of(neurons, rows, index, count, np.arange(rows))
     if weights[0]:
         for t in prange(threads):
             first, last = _share(chosen_union.shape[0], t, threads, 1)
-            _up_part(first, last, x, weights, chosen, chosen_union, kind, True, value)
+            _up_part(first, last, x, weights, chosen, chosen_union, kind, True, means, slots, value)
     for t in prange(threads):
         first, last = _share(hidden, t, threads, LINE)
-        _down_part(first, last, weights[3], chosen_union, index, count, value, out)
+        _down_part(first, last, weights[3], chosen_union, index, count, value, compensation, slots, out)
 
 
 @kernel()
 def sketch_rows_alone(
-    x, weights, rounding, sketches, choice, slots, importance, errors, kind, key, value, index, count, cut, out
+    x, weights, rounding, sketches, choice, slots, importance, errors, others, kind, key, value, index, count, cut, out
 ):
     """`selector_ops.sketched_rows` for up to 64 rows in the calling thread.
 
     rounding (activation bits, Gaussian step, outliers); sketches (planes and scale of gate, of up), the latter twice
-    where there is no gate; errors float32 [S, 4 or 2, I] or empty; key float32 [N, I], anything; the rest as for
-    `gate_rows_alone`.
+    where there is no gate; errors float32 [S, 4 or 2, I] or empty; others (means bf16 words [S, I], compensation
+    float32 [S, H]) or both empty; key float32 [N, I], anything; the rest as for `gate_rows_alone`.
     """
     neurons = key.shape[1]
     rounded = _rounded(x, rounding)
     score_part(0, neurons, rounded, weights, sketches, slots, importance, errors, kind, key)
     choose_part(0, x.shape[0], key.view(np.uint32), slots, *choice, index, count, cut)
     member, union = union_of(neurons, x.shape[0], index, count, np.arange(x.shape[0]))
-    _up_part(0, union.shape[0], x, weights, member, union, kind, False, value)
-    _down_part(0, x.shape[1], weights[3], union, index, count, value, out)
+    _up_part(0, union.shape[0], x, weights, member, union, kind, False, others[0], slots, value)
+    _down_part(0, x.shape[1], weights[3], union, index, count, value, others[1], slots, out)
 
 
 @kernel(parallel=True)
 def sketch_rows(
-    x, weights, rounding, sketches, choice, slots, importance, errors, kind, threads, key, value, index, count, cut, out
-):
+    x, weights, rounding, sketches, choice, slots, importance, errors, others, kind, threads,
+    key, value, index, count, cut, out,
+):  # fmt: skip
     """The same with several threads."""
     rows, hidden, neurons = x.shape[0], x.shape[1], key.shape[1]
     rounded = _rounded(x, rounding)
@@ -258,7 +279,7 @@ def sketch_rows(
     chosen, union = union_of(neurons, rows, index, count, np.arange(rows))
     for t in prange(threads):
         first, last = _share(union.shape[0], t, threads, 1)
-        _up_part(first, last, x, weights, chosen, union, kind, False, value)
+        _up_part(first, last, x, weights, chosen, union, kind, False, others[0], slots, value)
     for t in prange(threads):
         first, last = _share(hidden, t, threads, LINE)
-        _down_part(first, last, weights[3], union, index, count, value, out)
+        _down_part(first, last, weights[3], union, index, count, value, others[1], slots, out)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dartprune.ffn.cpu import quantised
-from dartprune.ffn.cpu.arrays import weight_arrays
+from dartprune.ffn.cpu.arrays import others_arrays, weight_arrays
 from dartprune.ffn.cpu.threads import use_threads
 from dartprune.ffn.operators import gated_operator, sketched_operator
 from dartprune.ffn.quantised import NestedSketch, QuantisedRows
@@ -138,20 +138,24 @@ def sketched_rows(
     width: int,
     threshold: Tensor | None,
     errors: Tensor | None,
+    means: Tensor | None = None,
+    compensation: Tensor | None = None,
 ) -> TokenRows:
     """Sketch, fused: see `selector_ops.sketched_rows`. Rows of the weights must be contiguous."""
     from dartprune.ffn.cpu import selector_kernels as kernels
 
     if isinstance(sketch, NestedSketch):
-        return quantised.nested_rows(x, sketch.rows, slots, wanted, importance, width, threshold, errors)
+        choice = slots, wanted, importance, width, threshold, errors, means, compensation
+        return quantised.nested_rows(x, sketch.rows, *choice)
     call = _Call(x, weights, wanted, threshold, width)
     up = sketch.up.planes.numpy(), sketch.up.scale.numpy()
     gate = up if sketch.gate is None else (sketch.gate.planes.numpy(), sketch.gate.scale.numpy())
     weight, owners, kind = importance.float().numpy(), slots.numpy(), kernels.ACTIVATIONS[weights.activation]
     rounding = _rounding(sketch.activation_bits, sketch.outliers)
     known = _NO_ERRORS if errors is None else errors.numpy()
+    others = others_arrays(means, compensation)
     for part, rows, results in call.parts():
-        given = rows, call.weights, rounding, (*gate, *up), call.choice, owners[part], weight, known, kind
+        given = rows, call.weights, rounding, (*gate, *up), call.choice, owners[part], weight, known, others, kind
         if call.threads == 1:
             kernels.sketch_rows_alone(*given, *results)
         else:

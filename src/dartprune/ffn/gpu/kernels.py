@@ -95,8 +95,11 @@ def up_kernel(
     count,
     slots,
     acts,
+    means,
+    owners,
     width,
     HIDDEN: tl.constexpr,
+    MEANS: tl.constexpr,
     GATED: tl.constexpr,
     GATE_BIASED: tl.constexpr,
     UP_BIASED: tl.constexpr,
@@ -104,7 +107,10 @@ def up_kernel(
     NEURONS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Activations of the kept neurons: grid (N, blocks of W), acts float32 [N, W]; nothing is written past a count."""
+    """Activations of the kept neurons: grid (N, blocks of W), acts float32 [N, W]; nothing is written past a count.
+
+    Where MEANS is the number of neurons, each is given less its mean: bf16 [S, MEANS], by the slots `owners`.
+    """
     n = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * NEURONS
     slot = tl.load(slots + n)
@@ -136,6 +142,9 @@ def up_kernel(
             a = activate(s, ACT) * a
         else:
             a = activate(a, ACT)
+        if MEANS:
+            places = tl.load(owners + n) * MEANS + rows
+            a -= tl.load(means + places, mask=live, other=0.0).to(tl.float32)
         tl.store(acts + n * width + lane, a, mask=live)
 
 
@@ -180,14 +189,20 @@ def down_kernel(
 def sum_kernel(
     partial,
     down_bias,
+    compensation,
+    owners,
     out,
     parts,
     HIDDEN: tl.constexpr,
     DOWN_BIASED: tl.constexpr,
+    COMPENSATED: tl.constexpr,
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Adds the parts, in an order that their number fixes, and the bias: grid (N, blocks of H), out [N, H]."""
+    """Adds the parts, in an order that their number fixes, and the bias: grid (N, blocks of H), out [N, H].
+
+    And compensation float32 [S, H], by the slots `owners`, where there is one.
+    """
     n = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < HIDDEN
@@ -200,6 +215,8 @@ def sum_kernel(
     total = tl.sum(sums, axis=0)
     if DOWN_BIASED:
         total += tl.load(down_bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if COMPENSATED:
+        total += tl.load(compensation + tl.load(owners + n) * HIDDEN + columns, mask=inside, other=0.0)
     tl.store(out + n * HIDDEN + columns, total, mask=inside)
 
 
@@ -215,8 +232,13 @@ def launch_up(
     acts: Tensor,
     act: str,
     blocks: Blocks,
+    means: Tensor | None = None,
+    owners: Tensor | None = None,
 ) -> None:
-    """Launch `up_kernel`: x [N, H], index int32 [S, W], count int32 [S], slots int64 [N], acts float32 [N, W]."""
+    """Launch `up_kernel`: x [N, H], index int32 [S, W], count int32 [S], slots int64 [N], acts float32 [N, W].
+
+    means bf16 [S, I] of the slots owners int64 [N], or neither.
+    """
     rows, hidden = x.shape
     width = index.shape[1]
     up_kernel[(rows, triton.cdiv(width, blocks.neurons))](
@@ -229,8 +251,11 @@ def launch_up(
         count,
         slots,
         acts,
+        up if means is None else means,
+        slots if owners is None else owners,
         width,
         HIDDEN=hidden,
+        MEANS=0 if means is None else means.shape[1],
         GATED=gate is not None,
         GATE_BIASED=gate_bias is not None,
         UP_BIASED=up_bias is not None,
@@ -263,16 +288,28 @@ def launch_down(
     )
 
 
-def launch_sum(partial: Tensor, down_bias: Tensor | None, out: Tensor) -> None:
-    """Launch `sum_kernel`: partial float32 [parts, N, H], out [N, H]."""
+def launch_sum(
+    partial: Tensor,
+    down_bias: Tensor | None,
+    out: Tensor,
+    compensation: Tensor | None = None,
+    owners: Tensor | None = None,
+) -> None:
+    """Launch `sum_kernel`: partial float32 [parts, N, H], out [N, H].
+
+    compensation float32 [S, H] of the slots owners int64 [N], or neither.
+    """
     parts, rows, hidden = partial.shape
     sum_kernel[(rows, triton.cdiv(hidden, SUM_COLUMNS))](
         partial,
         partial if down_bias is None else down_bias,
+        partial if compensation is None else compensation,
+        partial if owners is None else owners,
         out,
         parts,
         HIDDEN=hidden,
         DOWN_BIASED=down_bias is not None,
+        COMPENSATED=compensation is not None,
         PARTS=SUM_PARTS,
         COLUMNS=SUM_COLUMNS,
         num_warps=4,

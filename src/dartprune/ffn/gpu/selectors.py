@@ -74,15 +74,19 @@ class _Group:
         lists = self.index, self.count, self.cut, self.owners
         gpu_cut.launch_cut(key, tally, value, self.slots, self.call.wanted, self.call.threshold, *lists, self.acts)
 
-    def add_down(self, down: Tensor, down_bias: Tensor | None) -> None:
-        """The down rows of the chosen, times acts; as many parts for any number of rows, so in the same order."""
+    def add_down(self, down: Tensor, down_bias: Tensor | None, compensation: Tensor | None = None) -> None:
+        """The down rows of the chosen, times acts; as many parts for any number of rows, so in the same order.
+
+        compensation: float32 [S, H], added to the rows of each slot.
+        """
         from dartprune.ffn.gpu import kernels as gpu_kernels
 
         rows, hidden = self.x.shape
         config = self.call.config
         partial = torch.empty(config.splits, rows, hidden, dtype=torch.float32, device=self.x.device)
         gpu_kernels.launch_down(self.acts, down, self.index, self.count, self.owners, partial, config.down)
-        gpu_kernels.launch_sum(partial, down_bias, self.out)
+        owners = None if compensation is None else self.slots
+        gpu_kernels.launch_sum(partial, down_bias, self.out, compensation, owners)
 
 
 class _Call:
@@ -162,6 +166,8 @@ def sketched_rows(
     width: int,
     threshold: Tensor | None,
     errors: Tensor | None,
+    means: Tensor | None = None,
+    compensation: Tensor | None = None,
 ) -> TokenRows:
     """Sketch: see `selector_ops.sketched_rows`. The weights must be contiguous."""
     from dartprune.ffn.gpu import cut as gpu_cut
@@ -173,6 +179,8 @@ def sketched_rows(
     act, biases = weights.activation, (gate_bias, up_bias)
     planes = FFNSketch(None if sketch.gate is None else _contiguous(sketch.gate), _contiguous(sketch.up))
     weight, known = importance.float().contiguous(), None if errors is None else errors.contiguous()
+    if means is not None and compensation is not None:
+        means, compensation = means.contiguous(), compensation.contiguous()
     with torch.cuda.device_of(x):
         call = _Call(x, weights, slots, wanted, threshold, width)
         for group in call.groups():
@@ -183,8 +191,9 @@ def sketched_rows(
             gpu_sketch.launch_score(rounded, planes, *biases, weight, known, group.slots, key, tally, act)
             group.choose(key, tally, None)
             lists = group.index, group.count, group.owners
-            gpu_kernels.launch_up(group.x, gate, up, *biases, *lists, group.acts, act, call.config.up)
-            group.add_down(down, down_bias)
+            others = (None, None) if means is None else (means, group.slots)
+            gpu_kernels.launch_up(group.x, gate, up, *biases, *lists, group.acts, act, call.config.up, *others)
+            group.add_down(down, down_bias, compensation)
     return call.rows
 
 

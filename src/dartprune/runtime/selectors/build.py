@@ -5,6 +5,7 @@ from __future__ import annotations
 from dartprune.errors import UserError
 from dartprune.ffn import Backend, FFNWeights
 from dartprune.ffn.selector_kernels import kernels_of
+from dartprune.method import Method
 from dartprune.model.families import Decoder
 from dartprune.model.layer import Layer
 from dartprune.model.probe import down_norms
@@ -12,7 +13,7 @@ from dartprune.model.weights import row_weights
 from dartprune.runtime.preparation import Preparation
 from dartprune.runtime.selectors import gate_layer, sketch_layer
 from dartprune.runtime.selectors.layer_selector import LayerFacts, LayerSelector, ModelFacts, Place
-from dartprune.selectors.settings import TokenSelector, live_selectors
+from dartprune.selectors.settings import live_selectors
 from dartprune.selectors.sketches import Progress
 
 __all__ = ["SelectorBuilder", "gate_layer", "sketch_layer"]  # those two register what they define
@@ -23,13 +24,12 @@ class SelectorBuilder:
 
     def __init__(
         self,
-        selector: TokenSelector | None,
+        method: Method,
         decoder: Decoder,
-        sparsity: float,
         place: dict[int, Place],
         preparation: Preparation,
     ) -> None:
-        """Set up; `place` says where each layer computes and in which dtype.
+        """Set up for the selector of a method; `place` says where each layer computes and in which dtype.
 
         Raises:
             ValueError: nothing is registered that chooses for these settings.
@@ -39,6 +39,7 @@ class SelectorBuilder:
         self._layers = len(decoder.layers)
         self._make = None
         self.has_kernels = True
+        selector = method.token
         if selector is None:
             return
         if selector.kind not in live_selectors.names():
@@ -48,7 +49,9 @@ class SelectorBuilder:
             )
         live: type[LayerSelector] = live_selectors.get(selector.kind)
         self.has_kernels = live.has_kernels
-        self._make = live.prepared(selector, ModelFacts(decoder, sparsity, self._facts))
+        self._make = live.prepared(
+            selector, ModelFacts(decoder, method.sparsity, self._facts, compensate=method.compensate is not None)
+        )
 
     def _facts(self, layer: Layer, weights: FFNWeights | str | None = None) -> LayerFacts:
         weights = row_weights(layer) if weights is None else weights
@@ -66,8 +69,9 @@ class SelectorBuilder:
             facts.kernels = kernels_of(backend)
         made = self._make(facts)
         if facts.kernels is not None and not isinstance(weights, str):
+            uses = {"calibrated": made.calibrates, "compensated": made.compensates}
             with self._preparation("token selectors"):
-                facts.kernels.prepare(weights, facts.sketch, calibrated=made.learns)
+                facts.kernels.prepare(weights, facts.sketch, **uses)
         if progress is not None:
             progress(layer.index + 1, self._layers)
         return made

@@ -46,20 +46,27 @@ Products = tuple[Tensor | None, Tensor]
 class Lesson:
     """What some tokens teach.
 
-    sums: over the tokens of each line, float32 [B, ...].  size: mean square of each line's inputs, float32 [B].
+    errors: sums over the tokens of each line, float32 [B, ...]; None where a selector is not calibrated.
+    size: mean square of each line's inputs, float32 [B].
+    dropped: see `ffn.dropped.dropped_sums`; None where nothing stands in the place of dropped neurons.
     """
 
-    sums: Tensor
+    errors: Tensor | None
     size: Tensor
+    dropped: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a selector may look at before its layers are made: the model, the method's sparsity, facts of a layer."""
+    """What a selector may look at before its layers are made: the model, the method's sparsity, facts of a layer.
+
+    compensate: whether the method wants the mean of what was dropped in its place.
+    """
 
     decoder: Decoder
     sparsity: float
     facts: Callable[[Layer], LayerFacts]
+    compensate: bool = False
 
 
 class LayerSelector(SlotTensors, ABC):
@@ -76,7 +83,8 @@ class LayerSelector(SlotTensors, ABC):
     wanted: Tensor
     has_kernels: ClassVar[bool] = False  # whether `compute` is there; else the choice is applied as a mask
     chosen_cost = 1.0
-    learns = False  # whether the context's tokens teach it
+    calibrates = False  # whether the context's tokens teach it how wrong its estimates are
+    compensates = False  # whether they teach it what stands in the place of dropped neurons
 
     @classmethod
     def prepared(cls, settings: Any, model: ModelFacts) -> Callable[[LayerFacts], LayerSelector]:
@@ -116,6 +124,15 @@ class LayerSelector(SlotTensors, ABC):
         self._asked = False
         self._allocate("wanted", (), torch.int32)
 
+    @property
+    def learns(self) -> bool:
+        """Whether the context's tokens teach it."""
+        return self.calibrates or self.compensates
+
+    def expect(self, wanted: int) -> None:
+        """What a slot's tokens will want, until its budget is known; called before there are slots."""
+        self._fills["wanted"] = wanted
+
     def fixed_share(self, candidates: int) -> float:
         """Share of the layer's weight bytes that a token reads whatever it chooses."""
         return 0.0
@@ -151,12 +168,13 @@ class LayerSelector(SlotTensors, ABC):
             return self._gathered.get(rows, (None, None))
         return masked, None
 
-    def lesson(self, x: Tensor, weight: Tensor, products: Products | None = None) -> Lesson:
+    def lesson(self, x: Tensor, weight: Tensor, slots: Tensor, products: Products | None = None) -> Lesson:
         """What tokens of the context teach.
 
         Args:
             x: their inputs of the FFN, [B, m, H].
             weight: float32 [B, m] of 0 and 1; of tokens that weigh 0 the inputs may be anything.
+            slots: int64 [B].
             products: their exact products with gate and up, [B * m, I] each; None: computed here.
         """
         raise RuntimeError(f"{type(self).__name__} does not learn from the context")
@@ -212,6 +230,10 @@ class LayerSelector(SlotTensors, ABC):
         self._masked = taken
         dense = selection.count.index_select(0, slots) < 0
         return chosen_mask(index, taken, scores.shape[1]) | dense[:, None]
+
+    def filled(self, a: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
+        """A [N, I] with what stands in the place of what `mask` (bool [N, I]) leaves out; slots int64 [N]."""
+        return a.masked_fill(~mask, 0)
 
     @abstractmethod
     def scores(self, a: Tensor, x: Tensor, slots: Tensor) -> Tensor:

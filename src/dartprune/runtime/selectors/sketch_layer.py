@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dartprune.errors import UserError
+from dartprune.ffn.dropped import dropped_sums
 from dartprune.ffn.estimates import estimated, nested_estimated
 from dartprune.ffn.expected import error_moments
 from dartprune.ffn.quantised import NestedSketch, QuantisedRows
@@ -20,7 +21,8 @@ from dartprune.runtime.selectors.layer_selector import LayerFacts, LayerSelector
 from dartprune.selectors.settings import Sketch, register_selector
 from dartprune.selectors.sketches import Matrices, Sketcher, matrices_of
 
-PRIOR_TOKENS = 8.0  # that the errors of rounding count for; 4 and 8 are alike, and better than 1 for short prompts
+# that the errors of rounding, and a mean of 0, count for; 4 and 8 are alike, and better than 1 for short prompts
+PRIOR_TOKENS = 8.0
 _PROBES = 32  # inputs that tell what the rounding alone does
 
 
@@ -30,10 +32,18 @@ class SketchLayer(LayerSelector):
 
     Calibrated, `errors` float32 [slots, 4 or 2, I] are the moments of each sequence's errors of estimate (see
     `ffn.expected`), `known` float32 [slots] says from how many tokens, and the score is what is expected under them.
+
+    Where it compensates, `means` bf16 [slots, I] stand in the place of what a token drops (see `ffn.dropped`),
+    `dropped` uint8 [slots, I] says in how many tokens each neuron was dropped for them, and `compensation` float32
+    [slots, H] is what all means give together, for the kernels. Which neurons a token of the context drops is told by
+    the estimates alone, without what is known of their errors: so it depends on nothing but the token.
     """
 
     errors: Tensor
     known: Tensor
+    means: Tensor
+    dropped: Tensor
+    compensation: Tensor
     has_kernels = True
 
     @classmethod
@@ -49,21 +59,29 @@ class SketchLayer(LayerSelector):
             _check_nested(settings, packed)
         sketcher = None if packed else Sketcher(settings, model.decoder, model.sparsity, parts)
 
+        learns = {"calibrate": settings.calibrate, "compensate": model.compensate}
+
         def make(facts: LayerFacts) -> SketchLayer:
             rows = facts.weights
             if isinstance(rows, QuantisedRows):
                 facts.sketch = NestedSketch(rows)
-                return cls(facts, facts.sketch, (rows.gate_bias, rows.up_bias), calibrate=settings.calibrate)
+                return cls(facts, facts.sketch, (rows.gate_bias, rows.up_bias), **learns)
             matrices = matrices_of(facts.layer, facts.weights, *facts.place)
             assert sketcher is not None  # a model is packed as a whole
             facts.sketch = sketcher.of(facts.layer, matrices)
             biases = matrices.gate_bias, matrices.up_bias
-            return cls(facts, facts.sketch, biases, calibrate=settings.calibrate)
+            return cls(facts, facts.sketch, biases, **learns)
 
         return make
 
     def __init__(
-        self, facts: LayerFacts, sketch: AnySketch, biases: tuple[Tensor | None, Tensor | None], *, calibrate: bool
+        self,
+        facts: LayerFacts,
+        sketch: AnySketch,
+        biases: tuple[Tensor | None, Tensor | None],
+        *,
+        calibrate: bool,
+        compensate: bool,
     ) -> None:
         """Set up.
 
@@ -71,7 +89,8 @@ class SketchLayer(LayerSelector):
             facts: of the layer.
             sketch: of its gate and up.
             biases: of gate and up, or None each.
-            calibrate: whether the context's tokens teach it.
+            calibrate: whether the context's tokens teach it how wrong the estimates are.
+            compensate: whether they teach it what stands in the place of dropped neurons.
         """
         super().__init__(facts.layer, facts.place[0], facts.norms, facts.layer.matrices, facts.kernels)
         if isinstance(sketch, NestedSketch):
@@ -81,21 +100,29 @@ class SketchLayer(LayerSelector):
             self.chosen_bytes *= self.chosen_cost
         self.sketch = sketch
         self.gate_bias, self.up_bias = biases
-        self.learns = calibrate
+        self._dtype = facts.place[1]
+        self.calibrates, self.compensates = calibrate, compensate
         self._rounding: Tensor | None = None
         if calibrate:
             self._rounding = self._rounding_errors(facts.place)
             self._allocate("errors", tuple(self._rounding.shape), torch.float32)
             self._allocate("known", (), torch.float32)
+        if compensate:
+            neurons = (self.layer.neurons,)
+            self._allocate("means", neurons, torch.bfloat16)
+            self._allocate("dropped", neurons, torch.uint8)
+            self._allocate("compensation", (self.layer.hidden,), torch.float32)
 
     def fixed_share(self, candidates: int) -> float:
-        """The sketch itself, the norms of the down rows and the sequence's errors."""
+        """The sketch itself, the norms of the down rows and what the sequence's context taught."""
         return self.fixed_bytes(candidates, 1) / self.layer.weight_bytes
 
     def fixed_bytes(self, candidates: int, lines: int) -> int:
-        """The sketch and the norms once, each sequence's errors."""
-        errors = 0 if self._rounding is None else self._rounding.nbytes
-        return self.sketch.bytes + super().held + errors * lines
+        """The sketch and the norms once, each sequence's errors and means."""
+        learnt = 0 if self._rounding is None else self._rounding.nbytes
+        if self.compensates:
+            learnt += 2 * self.layer.neurons + 4 * self.layer.hidden
+        return self.sketch.bytes + super().held + learnt * lines
 
     @property
     def held(self) -> int:
@@ -108,16 +135,23 @@ class SketchLayer(LayerSelector):
     ) -> TokenRows:
         """See `LayerSelector.compute`."""
         assert self.kernels is not None and self.importance is not None
-        errors = self.errors if self.learns else None
-        choice = slots, wanted, self.importance, weights.neurons, None, errors
+        errors = self.errors if self.calibrates else None
+        others = (self.means, self.compensation) if self.compensates else (None, None)
+        choice = slots, wanted, self.importance, weights.neurons, None, errors, *others
         return self.kernels.sketched_rows(x, weights, self.sketch, *choice)
+
+    def filled(self, a: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
+        """See `LayerSelector.filled`."""
+        if not self.compensates:
+            return super().filled(a, mask, slots)
+        return torch.where(mask, a, self.means.index_select(0, slots).to(a.dtype))
 
     def scores(self, a: Tensor, x: Tensor, slots: Tensor) -> Tensor:
         """`|act(g^) u^|`, or `|act(u^)|` where there is no gate; what is expected of it where the context taught."""
-        errors = self.errors.index_select(0, slots) if self.learns else None
+        errors = self.errors.index_select(0, slots) if self.calibrates else None
         return estimated_sizes(self.layer.activated, *self._estimates(x), errors)
 
-    def _estimates(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _estimates(self, x: Tensor) -> Products:
         """Estimated products of x [N, H] with gate (None for a plain FFN) and up, biases added, float32 [N, I]."""
         if isinstance(self.sketch, NestedSketch):
             gate, up = nested_estimated(x, self.sketch.rows)
@@ -130,33 +164,67 @@ class SketchLayer(LayerSelector):
         return gate, up if self.up_bias is None else up + self.up_bias
 
     @torch.no_grad()
-    def lesson(self, x: Tensor, weight: Tensor, products: Products | None = None) -> Lesson:
+    def lesson(self, x: Tensor, weight: Tensor, slots: Tensor, products: Products | None = None) -> Lesson:
         """See `LayerSelector.lesson`: sums of the sketch's errors and their squares, of gate and up, [B, 4 or 2, I]."""
-        rows, shape = x.reshape(-1, x.shape[-1]), (*weight.shape, -1)
+        rows = x.reshape(-1, x.shape[-1])
         exact = self.layer.products(rows) if products is None else products
+        estimates = self._estimates(rows)
+        errors = self._error_sums(exact, estimates, weight) if self.calibrates else None
+        dropped = self._dropped_sums(exact, estimates, weight, slots) if self.compensates else None
+        # of a norm's outputs all tokens have about the same size, so the first one tells it
+        return Lesson(errors, x[:, 0].float().square().mean(-1), dropped)
+
+    def _error_sums(self, exact: Products, estimates: Products, weight: Tensor) -> Tensor:
+        shape = (*weight.shape, -1)
         sums = [
             error_moments(of_matrix.view(shape), estimate.view(shape), weight)
-            for of_matrix, estimate in zip(exact, self._estimates(rows), strict=True)
+            for of_matrix, estimate in zip(exact, estimates, strict=True)
             if of_matrix is not None and estimate is not None
         ]
-        # of a norm's outputs all tokens have about the same size, so the first one tells it
-        return Lesson(torch.cat(sums, dim=1), x[:, 0].float().square().mean(-1))
+        return torch.cat(sums, dim=1)
+
+    def _dropped_sums(self, exact: Products, estimates: Products, weight: Tensor, slots: Tensor) -> Tensor:
+        act, (gate, up), shape = self.layer.activated, exact, (*weight.shape, -1)
+        a = act(up) if gate is None else act(gate) * up
+        assert self.importance is not None
+        scores = estimated_sizes(act, *estimates, None) * self.importance
+        return dropped_sums(a.view(shape), scores.view(shape), self.wanted.index_select(0, slots), weight)
 
     @torch.no_grad()
     def learn(self, lesson: Lesson, slots: Tensor, weight: Tensor, memory: float | None = None) -> None:
-        """See `LayerSelector.learn`: the moments of the sketch's errors, first of all those of the rounding alone."""
+        """See `LayerSelector.learn`."""
+        if lesson.errors is not None:
+            self._learn_errors(lesson.errors, lesson.size, slots, weight, memory)
+        if lesson.dropped is not None:
+            self._learn_means(lesson.dropped, slots, memory)
+
+    def _learn_errors(self, sums: Tensor, size: Tensor, slots: Tensor, weight: Tensor, memory: float | None) -> None:
+        """The moments of the sketch's errors, first of all those of the rounding alone."""
         assert self._rounding is not None
         n_new, n_old = weight.sum(1), self.known.index_select(0, slots)
         old = self.errors.index_select(0, slots)
         # nothing may be known, and nothing new: then nothing begins
         first = (n_old == 0) & (n_new > 0)
-        old = torch.where(first[:, None, None], self._rounding * lesson.size[:, None, None], old)
+        old = torch.where(first[:, None, None], self._rounding * size[:, None, None], old)
         n_old = torch.where(first, PRIOR_TOKENS, n_old)
         share = n_old / (n_old + n_new) if memory is None else torch.full_like(n_old, memory)
         share = torch.where(n_new > 0, share, 1.0)
-        mean = lesson.sums / n_new.clamp_min(1)[:, None, None]
+        mean = sums / n_new.clamp_min(1)[:, None, None]
         self.errors.index_copy_(0, slots, torch.lerp(mean, old, share[:, None, None]))
         self.known.index_copy_(0, slots, n_old + n_new)
+
+    def _learn_means(self, sums: Tensor, slots: Tensor, memory: float | None) -> None:
+        """The means of what was dropped, as if each neuron had given 0 in some tokens before the first."""
+        new, n_new = sums.unbind(1)
+        n_old = self.dropped.index_select(0, slots).float() * (1.0 if memory is None else memory)
+        share = PRIOR_TOKENS * (1.0 if memory is None else memory) + n_old
+        old = self.means.index_select(0, slots).float()
+        means = ((old * share + new) / (share + n_new)).bfloat16()
+        self.means.index_copy_(0, slots, means)
+        self.dropped.index_copy_(0, slots, (n_old + n_new).round().clamp(max=255).to(torch.uint8))
+        down, given = self.layer.projected, means.to(self._dtype)
+        # through the module, so that any kind of layer works; its bias is taken out again
+        self.compensation.index_copy_(0, slots, (down(given) - down(torch.zeros_like(given[:1]))).float())
 
     @torch.no_grad()
     def _rounding_errors(self, place: Place) -> Tensor:
@@ -168,7 +236,8 @@ class SketchLayer(LayerSelector):
         generator = torch.Generator("cpu").manual_seed(0)
         x = torch.randn(1, _PROBES, self.layer.hidden, generator=generator, dtype=torch.float32, device="cpu")
         ones = torch.ones(1, _PROBES, dtype=torch.float32, device=device)
-        moments = self.lesson(x.to(device, dtype), ones).sums[0] / _PROBES
+        rows = x.to(device, dtype).flatten(0, 1)
+        moments = self._error_sums(self.layer.products(rows), self._estimates(rows), ones)[0] / _PROBES
         moments[::2] = 0.0
         return moments
 
