@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dartprune import Dart, Dense, DepthAware, Detector, Griffin, Pruner, Relearn, Release, Static
+from dartprune import Dart, Dense, DepthAware, Detector, Griffin, Pruner, Relearn, Release, SketchDart, Static
 from dartprune.evaluation.arms import (
     arm,
     arm_kinds,
@@ -54,6 +54,7 @@ def test_variations_of_dart():
     assert (clock.refresh.replay_tokens, clock.refresh.replay_memory) == (dart.refresh.tokens, dart.refresh.memory)
     assert (clock.scorer, clock.budget) == (dart.scorer, dart.budget)
     assert arm("dart-frozen").build(0.5) == replace(dart, refresh=Never()) != Static(sparsity=0.5)
+    assert arm("sketch-dart-zero").build(0.5) == SketchDart(sparsity=0.5, compensate=None)
     assert arm("dart-depth-aware").build(0.5) == replace(dart, budget=DepthAware())
 
 

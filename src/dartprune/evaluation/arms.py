@@ -14,7 +14,7 @@ from dartprune.errors import UserError
 from dartprune.evaluation.calibration import Calibration
 from dartprune.method import Detector
 from dartprune.names import Registry, comma_list, unknown
-from dartprune.pruner import Dart, Pruner, Static, presets
+from dartprune.pruner import Dart, Pruner, SketchDart, Static, presets
 from dartprune.refresh import Never, Periodic, Relearn, Release
 
 Builder = Callable[[float, int, Calibration | None], Pruner]
@@ -109,6 +109,9 @@ register_arm("dart-relearn", "DART with the paper's refresh: N dense tokens at a
 )
 register_arm("dart-release", "DART's first masks, dropped for good at decoded token N", number=0)(
     lambda sparsity, number, calibration: Dart(sparsity=sparsity, refresh=Release(at=number))
+)
+register_arm("sketch-dart-zero", "SketchDart with 0 in the place of dropped neurons, not their mean")(
+    lambda sparsity, number, calibration: SketchDart(sparsity=sparsity, compensate=None)
 )
 register_arm("calibrated-magnitude", "one mask for ever: energy over a calibration text", calibrated=True)(
     lambda sparsity, number, calibration: _calibrated("magnitude", sparsity, calibration)
