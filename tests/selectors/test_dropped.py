@@ -51,7 +51,7 @@ def test_a_sample_of_many_neurons_tells_the_cut():
     torch.manual_seed(0)
     a, scores = torch.ones(1, 8, 6000), torch.rand(1, 8, 6000)
     many = dropped_sums(a, scores, torch.tensor([1800]), torch.ones(1, 8))[0, 1].sum() / 8
-    assert float(many) == pytest.approx(4200, rel=0.05)
+    assert float(many) == pytest.approx(4200, rel=0.1)
 
 
 # ---- what a prompt teaches

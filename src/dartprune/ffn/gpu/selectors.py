@@ -13,7 +13,7 @@ first rows are the up rows and need no second look: four launches.
 
 Bytes that must move for one row that chooses k of I neurons, H wide, weights of w bytes:
 - sketch of b bits: `(b H / 8 + 4) I` for each of gate and up, `4 I` of norms, and `3 k H w`; a plain FFN has no gate
-  and `2 k H w`;
+  and `2 k H w`; with the mean of what was dropped in its place, `2 k` of means and `4 H` of what they give together;
 - gate with C candidates: `(C + 2 k) H w` and `4 C` of importance; a plain FFN `(C + k) H w`.
 The rest stays in the L2 cache: keys (written once, read three times by the cut, `16 I`), a gate's values (`8 C`), 24 KB
 of counts, lists, and what `kernels.py` names. The cut is one program for each row: it reads little, but at a batch of
