@@ -211,7 +211,10 @@ class GatedDart(Dart):
 @register_preset("sketch-dart")
 @dataclass(frozen=True)
 class SketchDart(Pruner):
-    """Each token its own neurons, found by a low-bit sketch of the weights whose errors the prompt calibrates."""
+    """Each token its own neurons, found by a low-bit sketch of the weights whose errors the prompt calibrates.
+
+    `compensate="mean"`: what a neuron gave on average when tokens of the prompt dropped it stands in its place; None: 0.
+    """
 
     budget: Budget = field(default_factory=Uniform)
     token: TokenSelector | None = field(default_factory=Sketch)

@@ -156,10 +156,10 @@ class Masks:
 
     def expect(self, slot: Slot) -> None:
         """Tell the selectors how many neurons this sequence's tokens will want, of the sparsity it asked for."""
-        if slot.sparsity:
-            for layer in self.layers:
-                if layer.selector is not None and layer.selector.learns:
-                    layer.selector.wanted[slot.id] = self._shares(layer, slot.sparsity + self.overhead)[1]
+        asked = self.method.sparsity if slot.sparsity is None else slot.sparsity
+        for layer in self.layers:
+            if layer.selector is not None and layer.selector.learns:
+                layer.selector.wanted[slot.id] = self._shares(layer, asked + self.overhead)[1]
 
     # ---- score and selection
 
