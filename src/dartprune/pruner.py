@@ -213,7 +213,7 @@ class GatedDart(Dart):
 class SketchDart(Pruner):
     """Each token its own neurons, found by a low-bit sketch of the weights whose errors the prompt calibrates.
 
-    `compensate="mean"`: what a neuron gave on average when tokens of the prompt dropped it stands in its place; None: 0.
+    `compensate="mean"`: what a neuron gave on average when tokens of the prompt dropped it stands for it; None: 0.
     """
 
     budget: Budget = field(default_factory=Uniform)
