@@ -42,6 +42,7 @@ def ways(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
     planes = build_planes(base[0], args.bits)
     sketches = [FFNSketch(copy(planes), copy(planes)) for _ in layers]
     errors = [torch.rand(rows, 4, neurons) for _ in layers]
+    means = [(torch.rand(rows, neurons).bfloat16(), torch.rand(rows, hidden)) for _ in layers]
     x, slots, backend = torch.randn(rows, hidden).bfloat16(), torch.arange(rows), CpuBackend()
 
     def lists(share: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,6 +75,10 @@ def ways(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
         for w, s, e in zip(layers, sketches, errors, strict=True):
             cpu_selectors.sketched_rows(x, w, s, slots, chosen, importance, neurons, None, e)
 
+    def compensated() -> None:
+        for w, s, e, m in zip(layers, sketches, errors, means, strict=True):
+            cpu_selectors.sketched_rows(x, w, s, slots, chosen, importance, neurons, None, e, *m)
+
     def sketch_choice() -> None:
         for w, s in zip(layers, sketches, strict=True):
             cpu_selectors.sketched_rows(x, w, s, slots, torch.zeros_like(chosen), importance, neurons)
@@ -88,6 +93,7 @@ def ways(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
         "token gate": gate,
         "sketch": sketch,
         "calibrated sketch": calibrated,
+        "calibrated, with means": compensated,
         "the sketch's choice alone": sketch_choice,
         "the calibrated choice alone": calibrated_choice,
     }
