@@ -24,7 +24,7 @@ from dartprune import DepthAware, Detector, Global, Never, Pruner, Relearn, Rele
 from dartprune.model.caches import handed
 from dartprune.refresh import Refresh, refresh_kinds
 from dartprune.selectors import Exact, Sketch, TokenGate
-from oracle import MaskedTwin, assert_untouched, masks_of, rule_of, snapshot
+from oracle import MaskedTwin, assert_untouched, masks_of, means_of, rule_of, snapshot
 from tiny import FAMILIES
 
 SCORERS = ("magnitude", "average", "token-normalised", "peak", "weight-aware", "random")
@@ -121,7 +121,7 @@ def _pruner(draw: random.Random, layers: int) -> Pruner:
         min_traced=draw.choice((1, 8)),
         skip_first=draw.choice((0, 1, 3)),
         impact=draw.choice(("ffn_output", "residual")),
-        compensate=draw.choice((None, "mean")) if token is None else None,
+        compensate=draw.choice((None, "mean")) if token is None or token.compensates else None,
         token=token,
     )
 
@@ -162,9 +162,7 @@ class _InForce:
         self.keeps = [None if dense else s.keep for s, dense in zip(run.report().sequences, self.dense, strict=True)]
         ids = list(self.slots)
         if run.method.compensate == "mean":
-            self.means = [
-                la.trace.tensors()["total"][ids] / la.trace.tokens[ids].clamp_min(1)[:, None] for la in run.layers
-            ]
+            self.means = means_of(run, ids)
 
 
 def _direct(trial: Trial, model: nn.Module, draw: random.Random) -> None:
@@ -218,7 +216,8 @@ def _direct(trial: Trial, model: nn.Module, draw: random.Random) -> None:
             fill = None
             if pruner.compensate == "mean":
                 own = twin.means
-                late = torch.tensor([line in replayed for line in range(lines)])[:, None]
+                # what a sketch drops has a mean of its own, which its tests make by hand
+                late = torch.tensor([line in replayed or pruner.token is not None for line in range(lines)])[:, None]
                 fill = [torch.where(late, theirs, ours) for theirs, ours in zip(seen.means, own, strict=True)]
             rule = rule_of(pruner, run, seen.keeps) if comparable else None
             want = twin.step(text, seen.masks, rule, fill=fill, mask=full, learning=seen.dense)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType, FunctionType, ModuleType
 from typing import Any
@@ -153,6 +153,15 @@ def masks_of(run: Any, slots: tuple[int, ...]) -> list[Tensor]:
                 rows[line, kept.long()] = True
         out.append(rows)
     return out
+
+
+def means_of(run: Any, slots: Iterable[int]) -> list[Tensor]:
+    """What stands in the place of what is dropped by the run's own account, [B, I] of each layer."""
+    ids = list(slots)
+    if run.method.token is not None:
+        return [layer.selector.means[ids].float() for layer in run.layers]
+    traces = [layer.trace for layer in run.layers]
+    return [trace.tensors()["total"][ids] / trace.tokens[ids].clamp_min(1)[:, None] for trace in traces]
 
 
 def rule_of(pruner: Any, run: Any, keeps: list[list[int] | None] | None = None) -> Rule | None:

@@ -7,7 +7,7 @@ import torch
 
 from dartprune import presets
 from dartprune.model.caches import handed
-from oracle import MaskedTwin, assert_untouched, masks_of, rule_of, snapshot
+from oracle import MaskedTwin, assert_untouched, masks_of, means_of, rule_of, snapshot
 from tiny import FAMILIES
 
 PROMPT = 14
@@ -46,7 +46,9 @@ def test_pruned_logits_equal_masked_dense(family, preset, backend):
             # masks are made before the token that they serve, and changed by an event after it
             masks = masks_of(run, slots) if len(run.report().events) == events else before
             pruned = not all(mask.all() for mask in masks)
-            fill = twin.means if pruner.compensate == "mean" else None
+            fill = None
+            if pruner.compensate == "mean":
+                fill = twin.means if pruner.token is None else means_of(run, slots)
             want = twin.step(new[:, t : t + 1], masks, rule_of(pruner, run), fill=fill)
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
             if pruned or (pruner.token is not None):
