@@ -275,6 +275,16 @@ def test_beams_take_their_errors_along():
         assert not torch.equal(errors[first], errors[second])
 
 
+@pytest.mark.parametrize("backend", ["masked", "reference"])
+@pytest.mark.parametrize("family", ["llama-bias", "gpt2"])
+def test_statistics_are_float32_in_a_model_of_float64_with_biases(family, backend):
+    model = FAMILIES[family]().double()
+    with PRUNER(model, backend=backend) as run:
+        model.generate(tokens(model, lines=1, length=20), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        assert run.report().realised_sparsity == pytest.approx(0.4, abs=0.03)
+        assert run.layers[0].selector.errors.dtype is torch.float32 and run.layers[0].selector.means.any()
+
+
 @torch.no_grad()
 def test_heavy_tails_leave_numbers():
     model = FAMILIES["llama"]()

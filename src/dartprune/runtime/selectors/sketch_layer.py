@@ -160,8 +160,8 @@ class SketchLayer(LayerSelector):
             gate = None if self.sketch.gate is None else estimated(x, self.sketch.gate, *options)
             up = estimated(x, self.sketch.up, *options)
         if gate is not None and self.gate_bias is not None:
-            gate = gate + self.gate_bias
-        return gate, up if self.up_bias is None else up + self.up_bias
+            gate = gate + self.gate_bias.float()
+        return gate, up if self.up_bias is None else up + self.up_bias.float()
 
     @torch.no_grad()
     def lesson(self, x: Tensor, weight: Tensor, slots: Tensor, products: Products | None = None) -> Lesson:
