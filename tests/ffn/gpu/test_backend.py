@@ -303,16 +303,20 @@ for capability, weight, gated, act, hidden in (
     (90, "*bf16", True, "silu", 4096), (80, "*fp16", False, "gelu_tanh", 2048), (75, "*fp32", True, "gelu", 600)
 ):
     lists = {"index": "*i32", "count": "*i32", "slots": "*i64", "acts": "*fp32", "width": "i32"}
-    up = dict.fromkeys(("x", "gate", "up", "gate_bias", "up_bias"), weight) | lists
+    others = {"means": "*bf16", "compensation": "*fp32", "owners": "*i64"}
+    up = dict.fromkeys(("x", "gate", "up", "gate_bias", "up_bias"), weight) | lists | others
     flags = {"GATED": gated, "GATE_BIASED": gated, "UP_BIASED": True, "ACT": act}
-    ptx = build(k.up_kernel, up, {"HIDDEN": hidden, **flags, "NEURONS": 4, "COLUMNS": 512}, capability)
-    assert "ld.global.v4" in ptx, "weights are not read sixteen bytes at a time"
+    for means in (0, 14336):
+        sizes = {"HIDDEN": hidden, "MEANS": means, "NEURONS": 4, "COLUMNS": 512}
+        ptx = build(k.up_kernel, up, {**sizes, **flags}, capability)
+        assert "ld.global.v4" in ptx, "weights are not read sixteen bytes at a time"
     down = {"down": weight, "partial": "*fp32", **lists}
     ptx = build(k.down_kernel, down, {"HIDDEN": hidden, "NEURONS": 16, "COLUMNS": 256}, capability)
     assert "ld.global.v4" in ptx, "weights are not read sixteen bytes at a time"
-    total = {"partial": "*fp32", "down_bias": weight, "out": weight, "parts": "i32"}
+    total = {"partial": "*fp32", "down_bias": weight, "out": weight, "parts": "i32", **others}
     sizes = {"HIDDEN": hidden, "PARTS": k.SUM_PARTS, "COLUMNS": k.SUM_COLUMNS}
-    build(k.sum_kernel, total, {**sizes, "DOWN_BIASED": True}, capability)
+    for compensated in (False, True):
+        build(k.sum_kernel, total, {**sizes, "DOWN_BIASED": True, "COMPENSATED": compensated}, capability)
 print("all built")
 """
 

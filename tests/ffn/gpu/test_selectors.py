@@ -308,7 +308,8 @@ def test_the_operators_are_ones_that_torch_can_trace():
     x, slots, importance = map(moved, (torch.randn(2, 16), torch.tensor([1, 0]), torch.rand(1, 20)))
     gate = (x, *w.tensors(), "gelu", index, count, slots, count, None, importance)
     planes = (sketch.gate.planes, sketch.gate.scale, sketch.up.planes, sketch.up.scale, 4, 4)
-    sketched = (x, *w.tensors(), "gelu", *planes, slots, count, importance, 20, None, moved(errors_of(w)))
+    taught = map(moved, (errors_of(w), *others_of(w)))
+    sketched = (x, *w.tensors(), "gelu", *planes, slots, count, importance, 20, None, *taught)
     # not those that compare two calls in full: what lies past a count is not defined
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.dartprune.gated_rows_gpu.default, gate, test_utils=utilities)
