@@ -303,8 +303,8 @@ for capability, weight, gated, act, hidden in (
     (90, "*bf16", True, "silu", 4096), (80, "*fp16", False, "gelu_tanh", 2048), (75, "*fp32", True, "gelu", 600)
 ):
     lists = {"index": "*i32", "count": "*i32", "slots": "*i64", "acts": "*fp32", "width": "i32"}
-    others = {"means": "*bf16", "compensation": "*fp32", "owners": "*i64"}
-    up = dict.fromkeys(("x", "gate", "up", "gate_bias", "up_bias"), weight) | lists | others
+    up = dict.fromkeys(("x", "gate", "up", "gate_bias", "up_bias"), weight) | lists
+    up |= {"means": "*bf16", "owners": "*i64"}
     flags = {"GATED": gated, "GATE_BIASED": gated, "UP_BIASED": True, "ACT": act}
     for means in (0, 14336):
         sizes = {"HIDDEN": hidden, "MEANS": means, "NEURONS": 4, "COLUMNS": 512}
@@ -313,7 +313,8 @@ for capability, weight, gated, act, hidden in (
     down = {"down": weight, "partial": "*fp32", **lists}
     ptx = build(k.down_kernel, down, {"HIDDEN": hidden, "NEURONS": 16, "COLUMNS": 256}, capability)
     assert "ld.global.v4" in ptx, "weights are not read sixteen bytes at a time"
-    total = {"partial": "*fp32", "down_bias": weight, "out": weight, "parts": "i32", **others}
+    total = {"partial": "*fp32", "down_bias": weight, "out": weight, "parts": "i32"}
+    total |= {"compensation": "*fp32", "owners": "*i64"}
     sizes = {"HIDDEN": hidden, "PARTS": k.SUM_PARTS, "COLUMNS": k.SUM_COLUMNS}
     for compensated in (False, True):
         build(k.sum_kernel, total, {**sizes, "DOWN_BIASED": True, "COMPENSATED": compensated}, capability)
