@@ -76,6 +76,15 @@ def inputs_of_down(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def inputs_of_ffn(model, index, ids, **options):
+    """The FFN inputs [B, T, H] of one layer in a plain forward."""
+    seen = []
+    handle = describe(model).layers[index].entry.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(input_ids=ids, use_cache=False, **options)
+    handle.remove()
+    return seen[0]
+
+
 class MaskedTwin:
     """A plain model beside a pruned one: it reads the same tokens with a cache of its own, the masks put on by hand.
 

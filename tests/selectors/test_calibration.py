@@ -13,7 +13,7 @@ from dartprune.model.families import describe
 from dartprune.runtime import layer_hooks
 from dartprune.runtime.sample import is_sampled
 from dartprune.runtime.selectors.sketch_layer import PRIOR_TOKENS
-from oracle import sketch_products
+from oracle import inputs_of_ffn, sketch_products
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -78,15 +78,6 @@ def moments_by_hand(model, run, inputs, counted, layer_index):
     return torch.stack(out)
 
 
-def inputs_of_ffn(model, index, ids, **options):
-    """The FFN inputs [B, T, H] of one layer in a plain forward."""
-    seen = []
-    handle = describe(model).layers[index].entry.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    model(input_ids=ids, use_cache=False, **options)
-    handle.remove()
-    return seen[0]
-
-
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "phi3", "opt", "gpt_neox"])
 @torch.no_grad()
 def test_what_a_prompt_teaches(family):
@@ -139,27 +130,34 @@ def test_overheard_products_are_the_layers_own():
         assert not any(module._forward_hooks for module in model.modules())
 
 
+# means are kept in 16 bits, and rounded at each part
+@pytest.mark.parametrize(("name", "tolerance"), [("errors", 1e-4), ("means", 0.02)])
 @torch.no_grad()
-def test_a_prompt_in_parts_and_in_a_padded_batch_teaches_the_same():
+def test_a_prompt_in_parts_and_in_a_padded_batch_teaches_the_same(name, tolerance):
     model = FAMILIES["llama"]()
     ids = tokens(model, lines=1, length=37)
+
+    def taught(run, cache):
+        return run.layers[0].selector.tensors()[name][run.slots_of(cache)[0]].float().clone()
+
     with PRUNER(model) as run:
         cache = run.prefill(ids)
-        whole = run.layers[0].selector.errors[run.slots_of(cache)[0]].clone()
+        whole = taught(run, cache)
+    assert whole.any()
     with PRUNER(model) as run:
         with run.phase("prefill"):
             cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
             model(input_ids=ids[:, 5:], **handed(cache))
-        parts = run.layers[0].selector.errors[run.slots_of(cache)[0]].clone()
-    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+        parts = taught(run, cache)
+    torch.testing.assert_close(parts, whole, rtol=tolerance, atol=1e-5)
     other = tokens(model, lines=1, length=44, seed=8)
     batch = torch.cat((F.pad(ids, (7, 0), value=1), other))
     mask = torch.ones_like(batch)
     mask[0, :7] = 0
     with PRUNER(model) as run, run.phase("prefill"):
         cache = model(input_ids=batch, attention_mask=mask, use_cache=True).past_key_values
-        padded = run.layers[0].selector.errors[run.slots_of(cache)[0]].clone()
-    torch.testing.assert_close(padded, whole, rtol=1e-4, atol=1e-6)
+        padded = taught(run, cache)
+    torch.testing.assert_close(padded, whole, rtol=tolerance, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["masked", "cpu"])

@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import dartprune
 from dartprune import Detector, Replay, Sketch, SketchDart
 from dartprune.ffn.dropped import dropped_sums
+from dartprune.ffn.expected import expected_sizes
 from dartprune.ffn.selector_ops import chosen_mask, chosen_rows
 from dartprune.model.caches import handed
 from dartprune.model.families import describe
 from dartprune.runtime.sample import is_sampled
 from dartprune.runtime.selectors.sketch_layer import PRIOR_TOKENS
-from oracle import sketch_products
+from oracle import inputs_of_ffn, sketch_products
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -57,23 +57,12 @@ def test_a_sample_of_many_neurons_tells_the_cut():
 # ---- what a prompt teaches
 
 
-def prompt_of(model, ids, index):
-    """The FFN inputs [B, T, H] of one layer in a plain forward."""
-    seen = []
-    handle = describe(model).layers[index].entry.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    model(input_ids=ids, use_cache=False)
-    handle.remove()
-    return seen[0].reshape(*ids.shape, -1)
-
-
 def chosen_by_the_sketch(selector, layer, x, errors, wanted):
     """Mask of the neurons that a token x [H] chooses."""
     gate, up = sketch_products(selector.sketch, layer, x[None])
     if errors is None:
         scores = layer.activated(up).abs() if gate is None else (layer.activated(gate) * up).abs()
     else:
-        from dartprune.ffn.expected import expected_sizes
-
         scores = expected_sizes(layer.activated, gate, up, errors[None])
     index, count, _ = chosen_rows(scores * selector.importance, torch.tensor([wanted]), layer.neurons)
     return chosen_mask(index, count, layer.neurons)[0]
@@ -85,7 +74,7 @@ def chosen_by_the_sketch(selector, layer, x, errors, wanted):
 def test_the_means_by_hand(family, calibrate):
     model = FAMILIES[family]()
     ids = tokens(model, lines=2, length=30)
-    x = prompt_of(model, ids, 1)
+    x = inputs_of_ffn(model, 1, ids).reshape(*ids.shape, -1)
     with replace(PRUNER, token=Sketch(bits=2, calibrate=calibrate))(model) as run:
         slots = run.slots_of(run.prefill(ids))
         selector, layer = run.layers[1].selector, describe(model).layers[1]
@@ -103,30 +92,6 @@ def test_the_means_by_hand(family, calibrate):
             assert selector.dropped[slot].tolist() == many.tolist()
             given = layer.projected(selector.means[slot][None].float()) - layer.projected(torch.zeros(1, layer.neurons))
             torch.testing.assert_close(selector.compensation[slot], given[0], rtol=1e-4, atol=1e-6)
-
-
-@torch.no_grad()
-def test_a_prompt_in_parts_and_in_a_padded_batch_teaches_the_same_means():
-    model = FAMILIES["llama"]()
-    ids = tokens(model, lines=1, length=37)
-    with PRUNER(model) as run:
-        cache = run.prefill(ids)
-        whole = run.layers[0].selector.means[run.slots_of(cache)[0]].float()
-    assert whole.any()
-    with PRUNER(model) as run:
-        with run.phase("prefill"):
-            cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
-            model(input_ids=ids[:, 5:], **handed(cache))
-        parts = run.layers[0].selector.means[run.slots_of(cache)[0]].float()
-    torch.testing.assert_close(parts, whole, rtol=0.02, atol=1e-5)
-    other = tokens(model, lines=1, length=44, seed=8)
-    batch = torch.cat((F.pad(ids, (7, 0), value=1), other))
-    mask = torch.ones_like(batch)
-    mask[0, :7] = 0
-    with PRUNER(model) as run, run.phase("prefill"):
-        cache = model(input_ids=batch, attention_mask=mask, use_cache=True).past_key_values
-        padded = run.layers[0].selector.means[run.slots_of(cache)[0]].float()
-    torch.testing.assert_close(padded, whole, rtol=0.02, atol=1e-5)
 
 
 @torch.no_grad()

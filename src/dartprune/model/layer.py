@@ -132,6 +132,14 @@ class Layer:
         out: Tensor = quietly(self.down, a)
         return out
 
+    def given(self, a: Tensor) -> Tensor:
+        """What activations a [n, I] give without the down projection's bias, float32 [n, H]; by one call of the module.
+
+        Through the module, so that any kind of layer works.
+        """
+        out = self.projected(torch.cat((a, torch.zeros_like(a[:1]))))
+        return (out[:-1] - out[-1:]).float()
+
 
 def check_single(layers: Iterable[Layer]) -> None:
     """ValueError where two layers run the same module: each would need masks and statistics of its own in it."""

@@ -219,11 +219,7 @@ class Masks:
         rows = self._ids(slots)[layer.trace.device]
         mean = layer.trace.tensors()["total"][rows] / layer.trace.tokens[rows].clamp_min(1)[:, None]
         dropped = mean.masked_fill(layer.selection.rows_mask(rows), 0.0)
-        down = layer.parts.projected
-        probe = dropped.to(layer.place[1])
-        nothing = torch.zeros_like(probe[:1])
-        # through the module, so that any kind of layer works; its bias is taken out again
-        layer.selection.compensation[rows] = (down(probe) - down(nothing)).float()
+        layer.selection.compensation[rows] = layer.parts.given(dropped.to(layer.place[1]))
 
     def _ids(self, slots: Sequence[Slot]) -> dict[torch.device, Tensor]:
         """The ids of these slots on each device, copied there once for all layers."""

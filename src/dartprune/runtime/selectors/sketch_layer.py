@@ -224,9 +224,7 @@ class SketchLayer(LayerSelector):
         self.dropped.index_copy_(0, slots, (n_old + n_new).round().clamp(max=255).to(torch.uint8))
         if self.kernels is None:
             return  # a choice that is applied as a mask is filled with the means themselves
-        down, given = self.layer.projected, means.to(self._dtype)
-        # through the module, so that any kind of layer works; its bias is taken out again
-        self.compensation.index_copy_(0, slots, (down(given) - down(torch.zeros_like(given[:1]))).float())
+        self.compensation.index_copy_(0, slots, self.layer.given(means.to(self._dtype)))
 
     @torch.no_grad()
     def _rounding_errors(self, place: Place) -> Tensor:
