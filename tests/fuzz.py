@@ -121,7 +121,7 @@ def _pruner(draw: random.Random, layers: int) -> Pruner:
         min_traced=draw.choice((1, 8)),
         skip_first=draw.choice((0, 1, 3)),
         impact=draw.choice(("ffn_output", "residual")),
-        compensate=draw.choice((None, "mean")) if token is None or token.compensates else None,
+        compensate=draw.choice((None, "mean")) if token is None or token.can_compensate else None,
         token=token,
     )
 

@@ -128,7 +128,7 @@ class Method:
         kind = type(self.token).__name__
         if self.selection != "topk":
             raise UserError(f"{owner}: {kind} takes a number of neurons from the budget: selection must be 'topk'")
-        if self.compensate is not None and not self.token.compensates:
+        if self.compensate is not None and not self.token.can_compensate:
             raise UserError(f"{owner}: {kind} drops other neurons for each token: compensate must be None")
         taught = self.token.context or self.token.learns or self.compensate is not None
         if not taught and self.refresh.replay_tokens:

@@ -89,7 +89,7 @@ def test_the_means_by_hand(family, calibrate):
                 many += (~kept).float()
             want = sums / (many + PRIOR_TOKENS)
             torch.testing.assert_close(selector.means[slot].float(), want, rtol=0.01, atol=1e-5)
-            assert selector.dropped[slot].tolist() == many.tolist()
+            assert selector.drops[slot].tolist() == many.tolist()
             given = layer.projected(selector.means[slot][None].float()) - layer.projected(torch.zeros(1, layer.neurons))
             torch.testing.assert_close(selector.compensation[slot], given[0], rtol=1e-4, atol=1e-6)
 
@@ -104,7 +104,7 @@ def test_a_sequence_that_asked_for_more_drops_more():
             slot = run.sequences.open(1, sparsity)
             with run.phase("prefill", slots=slot):
                 model(input_ids=ids, use_cache=True)
-            many.append(run.layers[0].selector.dropped[slot[0]].sum())
+            many.append(run.layers[0].selector.drops[slot[0]].sum())
     assert many[1] > many[0] > 0
 
 
@@ -161,7 +161,7 @@ def test_without_it_nothing_is_held_or_added():
     model = FAMILIES["llama"]()
     with replace(PRUNER, compensate=None)(model) as run:
         run.prefill(tokens(model, lines=1, length=20))
-        assert not {"means", "dropped", "compensation"} & set(run.layers[0].selector.tensors())
+        assert not {"means", "drops", "compensation"} & set(run.layers[0].selector.tensors())
 
 
 @torch.no_grad()

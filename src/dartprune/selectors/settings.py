@@ -23,15 +23,15 @@ class TokenSelector(ABC):
 
     kind: its registered name.  context: whether the context's mask names the candidates; otherwise every neuron is one,
     and the mask's score is never asked for.  ceiling: whether everything is computed to know what may be left out, so
-    that no backend can save anything.  statistics: of the trace, beside the scorer's.  compensates: whether the mean of
-    what was dropped can stand in a dropped neuron's place.  learns: whether tokens of the context teach it.
+    that no backend can save anything.  statistics: of the trace, beside the scorer's.  can_compensate: whether the mean
+    of what was dropped can stand in a dropped neuron's place.  learns: whether tokens of the context teach it.
     """
 
     kind: ClassVar[str] = ""
     context: ClassVar[bool] = False
     ceiling: ClassVar[bool] = False
     statistics: ClassVar[tuple[str, ...]] = ()
-    compensates: ClassVar[bool] = False
+    can_compensate: ClassVar[bool] = False
 
     @property
     def learns(self) -> bool:
@@ -123,7 +123,7 @@ class Sketch(TokenSelector):
     """
 
     kind: ClassVar[str] = "sketch"
-    compensates: ClassVar[bool] = True
+    can_compensate: ClassVar[bool] = True
     bits: int | str = "auto"
     activation_bits: int = 4
     outliers: int = 4

@@ -34,7 +34,7 @@ class SketchLayer(LayerSelector):
     `ffn.expected`), `known` float32 [slots] says from how many tokens, and the score is what is expected under them.
 
     Where it compensates, `means` bf16 [slots, I] stand in the place of what a token drops (see `ffn.dropped`),
-    `dropped` uint8 [slots, I] says in how many tokens each neuron was dropped for them, and `compensation` float32
+    `drops` uint8 [slots, I] says in how many tokens each neuron was dropped for them, and `compensation` float32
     [slots, H] is what all means give together, for the kernels. Which neurons a token of the context drops is told by
     the estimates alone, without what is known of their errors: so it depends on nothing but the token.
     """
@@ -42,7 +42,7 @@ class SketchLayer(LayerSelector):
     errors: Tensor
     known: Tensor
     means: Tensor
-    dropped: Tensor
+    drops: Tensor
     compensation: Tensor
     has_kernels = True
 
@@ -110,7 +110,7 @@ class SketchLayer(LayerSelector):
         if compensate:
             neurons = (self.layer.neurons,)
             self._allocate("means", neurons, torch.bfloat16)
-            self._allocate("dropped", neurons, torch.uint8)
+            self._allocate("drops", neurons, torch.uint8)
             self._allocate("compensation", (self.layer.hidden,), torch.float32)
 
     def fixed_share(self, candidates: int) -> float:
@@ -216,12 +216,12 @@ class SketchLayer(LayerSelector):
     def _learn_means(self, sums: Tensor, slots: Tensor, memory: float | None) -> None:
         """The means of what was dropped, as if each neuron had given 0 in some tokens before the first."""
         new, n_new = sums.unbind(1)
-        n_old = self.dropped.index_select(0, slots).float() * (1.0 if memory is None else memory)
+        n_old = self.drops.index_select(0, slots).float() * (1.0 if memory is None else memory)
         share = PRIOR_TOKENS * (1.0 if memory is None else memory) + n_old
         old = self.means.index_select(0, slots).float()
         means = ((old * share + new) / (share + n_new)).bfloat16()
         self.means.index_copy_(0, slots, means)
-        self.dropped.index_copy_(0, slots, (n_old + n_new).round().clamp(max=255).to(torch.uint8))
+        self.drops.index_copy_(0, slots, (n_old + n_new).round().clamp(max=255).to(torch.uint8))
         if self.kernels is None:
             return  # a choice that is applied as a mask is filled with the means themselves
         self.compensation.index_copy_(0, slots, self.layer.given(means.to(self._dtype)))
