@@ -44,7 +44,7 @@ def ways(args: argparse.Namespace) -> dict[str, Way]:
     gate, up, down = ((torch.randn(neurons, hidden) / hidden**0.5).bfloat16() for _ in range(3))
     weights = FFNWeights(gate, up, down, None, None, None, "silu", F.silu)
     x, slots = torch.randn(1, hidden).bfloat16(), torch.zeros(1, dtype=torch.int64)
-    importance, errors = torch.ones(1, neurons), torch.rand(1, 4, neurons)
+    importance, errors = torch.ones(1, neurons), torch.rand(1, 4, neurons).bfloat16()
     found: dict[str, Way] = {}
 
     def torch_way(name: str, linears: list[list[torch.nn.Module]], size: int) -> None:

@@ -41,7 +41,7 @@ def ways(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
     columns = [w.down.t().contiguous() for w in layers]  # as a model keeps it
     planes = build_planes(base[0], args.bits)
     sketches = [FFNSketch(copy(planes), copy(planes)) for _ in layers]
-    errors = [torch.rand(rows, 4, neurons) for _ in layers]
+    errors = [torch.rand(rows, 4, neurons).bfloat16() for _ in layers]
     means = [(torch.rand(rows, neurons).bfloat16(), torch.rand(rows, hidden)) for _ in layers]
     x, slots, backend = torch.randn(rows, hidden).bfloat16(), torch.arange(rows), CpuBackend()
 
@@ -105,7 +105,7 @@ def rows(args: argparse.Namespace, turns: Turns, case: str, bandwidth: float) ->
     read = dict.fromkeys(turns.seconds, round((1 - args.saved) * whole)) | {
         "torch dense": whole,
         "the sketch's choice alone": 2 * args.neurons * (args.hidden * args.bits // 8 + 4),
-        "the calibrated choice alone": 2 * args.neurons * (args.hidden * args.bits // 8 + 12),
+        "the calibrated choice alone": 2 * args.neurons * (args.hidden * args.bits // 8 + 8),
     }
     found = []
     for name in turns.seconds:

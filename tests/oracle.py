@@ -246,16 +246,16 @@ def _sketched(selector: Any, layer: Layer, x: Tensor) -> Tensor:
     if not selector.learns:
         return (layer.act(up) if gate is None else layer.act(gate) * up).abs()
     # [B, 1, I] each: the lines are in the slots 0, 1, ...
-    errors = [part[:, None] for part in selector.errors[: x.shape[0]].unbind(1)]
+    errors = [part[:, None] for part in selector.errors[: x.shape[0]].float().unbind(1)]
 
-    def mean_square(value: Tensor, mean: Tensor, square: Tensor) -> Tensor:
-        spread = (square - mean**2).clamp_min(0.0).sqrt()
+    def mean_square(value: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        spread = variance.sqrt()
         points = ((0.0, 4.0), (3**0.5, 1.0), (-(3**0.5), 1.0))
         return sum(w * layer.act(value + mean + z * spread) ** 2 for z, w in points) / 6
 
     if gate is None:
         return mean_square(up, *errors).sqrt()
-    second = (up + errors[2]) ** 2 + errors[3] - errors[2] ** 2
+    second = (up + errors[2]) ** 2 + errors[3]
     return (mean_square(gate, *errors[:2]) * second).sqrt()
 
 

@@ -36,11 +36,11 @@ def case(seed, hidden=HIDDEN, neurons=NEURONS, most_rows=9):
 
 
 def errors_of(w, slots=3):
-    """Moments of the errors of a sketch's estimates, of each slot: [S, 4 or 2, I]; some neurons have no error."""
+    """Means and variances of a sketch's errors, of each slot: bf16 [S, 4 or 2, I]; some have but a mean."""
     mean = torch.randn(slots, w.matrices - 1, w.neurons) * 0.3
-    square = mean.square() + torch.rand_like(mean)
-    square[..., ::5] = mean[..., ::5].square()
-    return torch.stack((mean, square), dim=2).flatten(1, 2)
+    variance = torch.rand_like(mean)
+    variance[..., ::5] = 0
+    return torch.stack((mean, variance), dim=2).flatten(1, 2).bfloat16()
 
 
 def others_of(w, slots=3):

@@ -101,15 +101,17 @@ class Replay(Refresh):
 
     tokens: buffered inputs (a multiple of the detector's window).  memory: share of the old statistics.
     settle: reference tokens at which one more replay is taken (0: none).
+    every: pruned tokens after which a replay is taken without an event (None: never).
     """
 
     kind: ClassVar[str] = "replay"
     tokens: int = 16
     memory: float = 0.25
     settle: int = 32
+    every: int | None = None
 
     def __post_init__(self) -> None:
-        _positive("Replay", tokens=self.tokens)
+        _positive("Replay", tokens=self.tokens, every=self.every)
         if not 0 <= self.memory < 1:
             raise UserError(f"Replay: memory must lie in [0, 1), got {self.memory!r}")
         if isinstance(self.settle, bool) or not isinstance(self.settle, int) or self.settle < 0:
@@ -136,8 +138,9 @@ class Replay(Refresh):
         return self.settle
 
     def due(self, decoded: int, since_mask: int, fired: bool) -> Action | None:
-        """A replay when the detector fires."""
-        return Action.REPLAY if fired else None
+        """A replay when the detector fires, or when the masks have grown too old."""
+        old = self.every is not None and since_mask >= self.every
+        return Action.REPLAY if fired or old else None
 
 
 @register_refresh

@@ -19,6 +19,14 @@ def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch, capsys):
         "decoding: 0:30 so far, 10 of 100, about 4:30 left",
         "decoding: 1:00 so far, 20 of 100, about 4:00 left",
     ]
+    with bar("sketching", 24) as work:
+        for seconds in (60, 2, 2, 28):  # the first layer waits for a compiler
+            now[0] += seconds
+            work(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "sketching: 1:00 so far, 1 of 24",
+        "sketching: 1:32 so far, 4 of 24, about 3:33 left",
+    ]
     with bar("silent", 10, silent=True) as work:
         now[0] += 3600
         work(5)

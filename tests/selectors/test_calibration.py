@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from dartprune import DepthAware, Detector, Replay, Sketch, SketchDart
-from dartprune.ffn.expected import expected_sizes
+from dartprune.ffn.expected import expected_sizes, mean_and_square
 from dartprune.model.caches import handed
 from dartprune.model.families import describe
 from dartprune.runtime import layer_hooks
@@ -36,7 +36,7 @@ def test_the_expectation_against_drawn_errors(act, tolerance):
     gate, up = torch.randn(1, 40, generator=generator), torch.randn(1, 40, generator=generator)
     mean = torch.randn(2, 40, generator=generator) * 0.5
     spread = torch.rand(2, 40, generator=generator)
-    errors = torch.stack((mean, mean**2 + spread**2), dim=1).flatten(0, 1)[None]
+    errors = torch.stack((mean, spread**2), dim=1).flatten(0, 1)[None]
     # many quantiles of the normal distribution stand for the drawing
     z = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(20_000) + 0.5) / 20_000)[:, None]
     drawn = act(gate + mean[0] + z * spread[0]).square().mean(0), (up + mean[1] + z * spread[1]).square().mean(0)
@@ -61,7 +61,7 @@ def test_all_of_the_first_tokens_teach_then_ever_fewer():
 
 
 def moments_by_hand(model, run, inputs, counted, layer_index):
-    """Moments of a sequence's errors from its FFN inputs [T, H], token by token; counted: those that are traced."""
+    """Means and variances of a sequence's errors from its FFN inputs [T, H], token by token; counted: those that are traced."""
     layer = describe(model).layers[layer_index]
     selector = run.layers[layer_index].selector
     taught = [x for n, x in enumerate(inputs[counted]) if bool(is_sampled(torch.tensor(n)))]
@@ -72,9 +72,10 @@ def moments_by_hand(model, run, inputs, counted, layer_index):
         if true is None:
             continue
         error = true - near
-        begin = selector._rounding[2 * (number if exact[0] is not None else 0) + 1] * taught[0].square().mean()
+        begin = selector._rounding[2 * (number if exact[0] is not None else 0) + 1].float() * taught[0].square().mean()
         n = PRIOR_TOKENS + len(taught)
-        out += [error.sum(0) / n, (error.square().sum(0) + PRIOR_TOKENS * begin) / n]
+        mean = error.sum(0) / n
+        out += [mean, (error.square().sum(0) + PRIOR_TOKENS * begin) / n - mean.square()]
     return torch.stack(out)
 
 
@@ -89,7 +90,8 @@ def test_what_a_prompt_teaches(family):
         for line, slot in enumerate(run.slots_of(cache)):
             got = run.layers[1].selector.errors[slot]
             counted = torch.arange(40) >= PRUNER.skip_first
-            torch.testing.assert_close(got, moments_by_hand(model, run, x[line], counted, 1), rtol=1e-4, atol=1e-6)
+            want = moments_by_hand(model, run, x[line], counted, 1)
+            torch.testing.assert_close(got.float(), want, rtol=2**-8, atol=1e-6)  # held in bf16
             assert float(run.layers[1].selector.known[slot]) == PRIOR_TOKENS + 21  # of 39 traced ones: 16, 4 and 1
 
 
@@ -130,10 +132,9 @@ def test_overheard_products_are_the_layers_own():
         assert not any(module._forward_hooks for module in model.modules())
 
 
-# means are kept in 16 bits, and rounded at each part
-@pytest.mark.parametrize(("name", "tolerance"), [("errors", 1e-4), ("means", 0.02)])
+@pytest.mark.parametrize("name", ["errors", "means"])
 @torch.no_grad()
-def test_a_prompt_in_parts_and_in_a_padded_batch_teaches_the_same(name, tolerance):
+def test_a_prompt_in_parts_and_in_a_padded_batch_teaches_the_same(name):
     model = FAMILIES["llama"]()
     ids = tokens(model, lines=1, length=37)
 
@@ -149,7 +150,8 @@ def test_a_prompt_in_parts_and_in_a_padded_batch_teaches_the_same(name, toleranc
             cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
             model(input_ids=ids[:, 5:], **handed(cache))
         parts = taught(run, cache)
-    torch.testing.assert_close(parts, whole, rtol=tolerance, atol=1e-5)
+    # kept in 16 bits, and rounded at each part
+    torch.testing.assert_close(parts, whole, rtol=0.02, atol=1e-5)
     other = tokens(model, lines=1, length=44, seed=8)
     batch = torch.cat((F.pad(ids, (7, 0), value=1), other))
     mask = torch.ones_like(batch)
@@ -157,7 +159,7 @@ def test_a_prompt_in_parts_and_in_a_padded_batch_teaches_the_same(name, toleranc
     with PRUNER(model) as run, run.phase("prefill"):
         cache = model(input_ids=batch, attention_mask=mask, use_cache=True).past_key_values
         padded = taught(run, cache)
-    torch.testing.assert_close(padded, whole, rtol=tolerance, atol=1e-5)
+    torch.testing.assert_close(padded, whole, rtol=0.01, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["masked", "cpu"])
@@ -228,7 +230,7 @@ def test_an_event_blends_in_what_the_last_tokens_teach(monkeypatch):
     with pruner(model, backend="masked") as run:
         cache = run.prefill(tokens(model, lines=1, length=24))
         slot, layer = run.slots_of(cache)[0], run.layers[0]
-        before = layer.selector.errors[slot].clone()
+        before = mean_and_square(layer.selector.errors[slot])
         inputs = []
         handle = (
             describe(model)
@@ -240,10 +242,10 @@ def test_an_event_blends_in_what_the_last_tokens_teach(monkeypatch):
                 model(input_ids=new[:, t : t + 1], **handed(cache))
             if run.report().events:
                 break
-            assert torch.equal(layer.selector.errors[slot], before)
+            assert torch.equal(mean_and_square(layer.selector.errors[slot]), before)
         handle.remove()
         assert [event.kind for event in run.report().events] == ["replay"]
-        after = layer.selector.errors[slot]
+        after = mean_and_square(layer.selector.errors[slot])
         last = torch.stack(inputs[-8:])
         exact, near = layer.parts.products(last), sketch_products(layer.selector.sketch, layer.parts, last)
         fresh = torch.stack([f(p - q) for p, q in zip(exact, near, strict=True) for f in (mean_of, square_of)])
@@ -275,12 +277,12 @@ def test_beams_take_their_errors_along():
 
 @pytest.mark.parametrize("backend", ["masked", "reference"])
 @pytest.mark.parametrize("family", ["llama-bias", "gpt2"])
-def test_statistics_are_float32_in_a_model_of_float64_with_biases(family, backend):
+def test_statistics_keep_their_dtypes_in_a_model_of_float64_with_biases(family, backend):
     model = FAMILIES[family]().double()
     with PRUNER(model, backend=backend) as run:
         model.generate(tokens(model, lines=1, length=20), max_new_tokens=6, min_new_tokens=6, do_sample=False)
         assert run.report().realised_sparsity == pytest.approx(0.4, abs=0.03)
-        assert run.layers[0].selector.errors.dtype is torch.float32 and run.layers[0].selector.means.any()
+        assert run.layers[0].selector.errors.dtype is torch.bfloat16 and run.layers[0].selector.means.any()
 
 
 @torch.no_grad()
@@ -293,7 +295,7 @@ def test_heavy_tails_leave_numbers():
         model.generate(tokens(model, lines=1, length=20), max_new_tokens=8, min_new_tokens=8, do_sample=False)
         for layer in run.layers:
             assert torch.isfinite(layer.selector.errors).all()
-            assert (layer.selector.errors[:, 1] >= layer.selector.errors[:, 0] ** 2 * 0.999).all()
+            assert (layer.selector.errors[:, 1] >= 0).all()
         assert run.report().realised_sparsity == pytest.approx(0.4, abs=0.03)
 
 
@@ -307,11 +309,11 @@ def test_its_memory_is_in_the_report_and_its_bytes_are_counted():
             reports.append(run.report())
             selector, layer = run.layers[0].selector, describe(model).layers[0]
             # the norms, the moments, the means and what they give together
-            beside = selector.sketch.bytes + 4 * layer.neurons * (1 + 4 * calibrate)
+            beside = selector.sketch.bytes + 4 * layer.neurons * (1 + 2 * calibrate)
             beside += 2 * layer.neurons + 4 * layer.hidden
             assert selector.fixed_share(0) == pytest.approx(beside / layer.weight_bytes)
     more = reports[0].overhead_bytes_per_sequence - reports[1].overhead_bytes_per_sequence
     neurons = sum(layer.neurons for layer in describe(model).layers)
-    assert more == 4 * 4 * neurons + 4 * len(describe(model).layers)
+    assert more == 2 * 4 * neurons + 4 * len(describe(model).layers)
     for report in reports:
         assert report.realised_sparsity == pytest.approx(0.4, abs=0.02)

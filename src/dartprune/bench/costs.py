@@ -109,8 +109,8 @@ def memory_per_sequence(shape: Shape, method: Method, *, masks: bool = False) ->
     total += layers * (4 * _width(shape, method) + 4)
     if method.token is not None:
         total += layers * 4  # neurons for each token
-        if method.token.learns:  # two moments of each estimate's errors, and how many tokens taught them
-            total += layers * (4 * 2 * (shape.matrices - 1) * neurons + 4)
+        if method.token.learns:  # mean and variance of each estimate's errors, and how many tokens taught them
+            total += layers * (2 * 2 * (shape.matrices - 1) * neurons + 4)
     if masks and (method.token is None or method.token.context):
         total += layers * neurons
     if method.compensate == "mean":

@@ -1,8 +1,8 @@
 """What a neuron is expected to give where the context tells how wrong its sketch is (docs/token-selection.md).
 
-Over tokens of the context both the exact products and the sketch's are known, and so are the mean `b` and the mean
-square `s` of each neuron's errors. With `g~ = g^ + b_g`, `v_g = s_g - b_g^2`, likewise for u, and errors that are taken
-for normal and independent, the root of
+Over tokens of the context both the exact products and the sketch's are known, and so are the mean `b` and the variance
+`v` of each neuron's errors. With `g~ = g^ + b_g`, likewise for u, and errors that are taken for normal and independent,
+the root of
 
     E[act(g)^2] E[u^2] = (2/3 act(g~)^2 + 1/6 act(g~ + r)^2 + 1/6 act(g~ - r)^2) (u~^2 + v_u),    r = sqrt(3 v_g)
 
@@ -26,26 +26,22 @@ def expected_sizes(act: Act, gate: Tensor | None, up: Tensor, errors: Tensor) ->
         act: the activation.
         gate: estimated products with the gate matrix, bias added, float32 [N, I]; None for a plain FFN.
         up: the same with the up matrix.
-        errors: float32 [N, 4, I], mean and mean square of the errors (exact less estimate) of gate, then of up; for a
-            plain FFN [N, 2, I], of up.
+        errors: [N, 4, I], mean and variance of the errors (exact less estimate) of gate, then of up; for a plain FFN
+            [N, 2, I], of up. In any float dtype; bf16 holds them well enough.
     """
-    parts = errors.unbind(1)
+    parts = errors.float().unbind(1)
     if gate is None:
         return _mean_square(act, up, *parts).sqrt()
     up = up + parts[2]
-    return (_mean_square(act, gate, *parts[:2]) * (up.square() + _variance(*parts[2:]))).sqrt()
+    return (_mean_square(act, gate, *parts[:2]) * (up.square() + parts[3])).sqrt()
 
 
-def _mean_square(act: Act, estimate: Tensor, mean: Tensor, square: Tensor) -> Tensor:
+def _mean_square(act: Act, estimate: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """E[act(z)^2] for z normal around the corrected estimate."""
     middle = estimate + mean
-    reach = (3 * _variance(mean, square)).sqrt()
+    reach = (3 * variance).sqrt()
     sides = act(middle + reach).square() + act(middle - reach).square()
     return 2 / 3 * act(middle).square() + 1 / 6 * sides
-
-
-def _variance(mean: Tensor, square: Tensor) -> Tensor:
-    return (square - mean.square()).clamp_min(0.0)
 
 
 def error_moments(exact: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
@@ -59,3 +55,15 @@ def error_moments(exact: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
     counted = weight[:, None]
     error = (exact.float() - estimate).masked_fill_(weight[..., None] == 0, 0.0)
     return torch.cat((counted @ error, counted @ error.square()), dim=1)
+
+
+def mean_and_variance(moments: Tensor) -> Tensor:
+    """Of means and mean squares [..., 4 or 2, I], in turn, what `expected_sizes` takes, float32."""
+    mean, square = moments[..., ::2, :], moments[..., 1::2, :]
+    return torch.stack((mean, (square - mean.square()).clamp_min(0.0)), dim=-2).flatten(-3, -2)
+
+
+def mean_and_square(errors: Tensor) -> Tensor:
+    """The inverse of `mean_and_variance`, float32."""
+    mean, variance = errors[..., ::2, :].float(), errors[..., 1::2, :].float()
+    return torch.stack((mean, variance + mean.square()), dim=-2).flatten(-3, -2)

@@ -53,7 +53,7 @@ class SelectorKernels:
             self.gated_rows(x, weights, torch.zeros_like(one)[None], one, slots, one, importance=importance)
         else:
             moments = 2 * (weights.matrices - 1)
-            errors = importance.new_zeros(1, moments, weights.neurons) if calibrated else None
+            errors = importance.new_zeros(1, moments, weights.neurons).bfloat16() if calibrated else None
             others: tuple[Tensor | None, Tensor | None] = None, None
             if compensated:
                 others = importance.new_zeros(1, weights.neurons).bfloat16(), importance.new_zeros(1, weights.hidden)

@@ -100,8 +100,8 @@ def sketched_rows(
         importance: float32 [S, I], or [1, I] for all slots alike: the norms of the down rows (0: never chosen).
         width: the most neurons that a row may choose, W of the result.
         threshold: float32 [S] or None, the least score that is chosen, in place of `wanted`.
-        errors: float32 [S, 4, I] (a plain FFN: [S, 2, I]) or None, moments of each slot's errors of estimate, see
-            `expected.expected_sizes`.
+        errors: bf16 [S, 4, I] (a plain FFN: [S, 2, I]) or None, mean and variance of each slot's errors of estimate,
+            see `expected.expected_sizes`.
         means: bf16 [S, I] or None: what stands in the place of a dropped neuron's activation, for each slot.
         compensation: float32 [S, H], given with means: their product with the down matrix, without its bias. Kernels
             begin with it and give every chosen neuron its activation less its mean; here it is not needed.

@@ -197,7 +197,7 @@ def sketch_scores(
 ) -> Tensor:
     """Estimated weight of each neuron, float32 [N, I]: `|act(g^ + bias) (u^ + bias)| * importance` [N, I].
 
-    With errors float32 [N, 4 or 2, I], what is expected under them: see `expected.expected_sizes`.
+    With errors [N, 4 or 2, I], what is expected under them: see `expected.expected_sizes`.
     """
     act = partial(activation, weights.activation)
     if isinstance(sketch, NestedSketch):

@@ -37,6 +37,7 @@ class Bar:
     def __init__(self, text: str, total: int | None, shown: Progress | None, *, silent: bool) -> None:
         self.text, self.total, self.done = text, total, 0
         self._silent, self._began = silent, time.monotonic()
+        self._first: tuple[float, int] | None = None
         self._shown = shown
         self._task = None if shown is None else shown.add_task(text, total=total, visible=total != 0)
 
@@ -60,7 +61,9 @@ class Bar:
     def reach(self, done: int, *, total: int | None = None, text: str | None = None) -> None:
         """So many parts are done, of `total` and by the work `text` if these have changed; fewer begin anew."""
         if done < self.done:
-            self._began = time.monotonic()
+            self._began, self._first = time.monotonic(), None
+        elif done > self.done and self._first is None:
+            self._first = time.monotonic(), done
         self.done, self.total, self.text = done, total or self.total, text or self.text
         if self._shown is not None and self._task is not None:
             self._shown.update(
@@ -75,8 +78,14 @@ class Bar:
         line = f"{self.text}: {_clock(spent)} so far"
         if self.total is None:
             return line
-        left = f", about {_clock(spent * (self.total - self.done) / self.done)} left" if self.done else ""
-        return f"{line}, {self.done} of {self.total}{left}"
+        return f"{line}, {self.done} of {self.total}{self._left(self.total)}"
+
+    def _left(self, total: int) -> str:
+        """How long the rest may take; the first parts tell nothing, for they may have waited for a compiler."""
+        if self._first is None or self.done == self._first[1]:
+            return ""
+        began, first = self._first
+        return f", about {_clock((time.monotonic() - began) * (total - self.done) / (self.done - first))} left"
 
 
 @contextmanager

@@ -115,7 +115,7 @@ class Events:
             self.masks.drop(slots)
         for slot, count in zip(slots, changed, strict=True):
             slot.masks.age = 0
-            if action is Action.REPLAY and self.method.refresh.detects:
+            if action is Action.REPLAY and slot.id in fired:  # another one is no new topic
                 detection = slot.detection
                 detection.drift.restart(detection.recent)
                 detection.settling = self.method.refresh.settle_tokens > detection.drift.reference_tokens

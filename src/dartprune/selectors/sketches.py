@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.errors import UserError
-from dartprune.ffn.expected import error_moments
+from dartprune.ffn.expected import error_moments, mean_and_variance
 from dartprune.ffn.planes import build_planes
 from dartprune.ffn.sketch import SKETCH_BITS, WORD, FFNSketch, SketchPlanes, estimated_sizes, sketch_dots
 from dartprune.ffn.sketch import quantise_input as rounded
@@ -68,7 +68,7 @@ def sketch_share(bits: int, layer: Layer, settings: Sketch) -> float:
     sketched = layer.matrices - 1
     each = sketched * (bits * -(-layer.hidden // WORD) * WORD // 8 + 4) + 4
     if settings.calibrate:
-        each += 8 * sketched
+        each += 4 * sketched  # mean and variance, in 16 bits
     return each * layer.neurons / layer.weight_bytes
 
 
@@ -107,7 +107,7 @@ def captured(layer: Layer, parts: Matrices, norms: Tensor, sparsity: float, bits
     if settings.calibrate:
         ones = torch.ones(1, len(x), dtype=torch.float32, device=x.device)
         moments = [error_moments(e[None], f[None], ones) / len(x) for e, f in zip(exact, estimate, strict=True)]
-        errors = torch.cat(moments, dim=1).expand(len(x), -1, -1)
+        errors = mean_and_variance(torch.cat(moments, dim=1)).expand(len(x), -1, -1)
     true, found = (
         estimated_sizes(layer.activated, pair[0] if len(pair) > 1 else None, pair[-1], known) * norms[some]
         for pair, known in ((exact, None), (estimate, errors))

@@ -15,7 +15,7 @@ from dartprune.ffn.quantised import NestedSketch, nested_estimates, quantised_ro
 from dartprune.ffn.selector_ops import gated_rows, sketched_rows
 from dartprune.ffn.weights import FFNWeights
 from ffn_cases import ACTS, DTYPES, lists, make, naive
-from selector_cases import others_of
+from selector_cases import errors_of, others_of
 
 pytest.importorskip("numba")
 FORMS = [(4, True), (4, False), (8, True), (8, False)]
@@ -122,10 +122,7 @@ def test_the_nested_sketch(block):
         x, owners = torch.randn(n, rows.hidden), torch.randint(0, slots, (n,))
         wanted = torch.randint(0, neurons + 1, (slots,), dtype=torch.int32)
         importance = torch.rand(draw.choice([1, slots]), neurons)
-        errors = None
-        if draw.random() < 0.6:
-            mean = torch.randn(slots, rows.matrices - 1, neurons) * 0.1
-            errors = torch.stack((mean, mean.square() + 0.1 * torch.rand(mean.shape)), dim=2).flatten(1, 2)
+        errors = errors_of(plain(rows), slots) if draw.random() < 0.6 else None
         others = others_of(plain(rows), slots) if draw.random() < 0.5 else (None, None)
         choice = owners, wanted, importance, neurons, None, errors, *others
         got = cpu.nested_rows(x, rows, *choice)

@@ -12,6 +12,7 @@ from dartprune.ffn.weights import FFNWeights
 
 WORDS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
 _NONE = numpy.empty(0, numpy.float32)
+_NO_ERRORS = numpy.empty((0, 0, 0), numpy.uint16)
 _NO_MEANS, _NO_COMPENSATION = numpy.empty((0, 0), numpy.uint16), numpy.empty((0, 0), numpy.float32)
 
 
@@ -40,6 +41,11 @@ def words(name: str, matrix: Tensor) -> Any:
 def floats(bias: Tensor | None) -> Any:
     """A vector in float32, empty for None."""
     return _NONE if bias is None else bias.detach().float().contiguous().numpy()
+
+
+def error_array(errors: Tensor | None) -> Any:
+    """Means and variances of a sketch's errors, bf16 words [S, 4 or 2, I]; empty for None."""
+    return _NO_ERRORS if errors is None else words("errors", errors)
 
 
 def others_arrays(means: Tensor | None, compensation: Tensor | None) -> tuple[Any, Any]:

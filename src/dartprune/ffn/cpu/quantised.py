@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from dartprune.ffn.cpu.arrays import floats, others_arrays
+from dartprune.ffn.cpu.arrays import error_array, floats, others_arrays
 from dartprune.ffn.cpu.threads import use_threads
 from dartprune.ffn.quantised import QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
@@ -82,8 +82,7 @@ def nested_rows(
     """See `selector_ops.sketched_rows`: the high codes of the rows are the sketch."""
     from dartprune.ffn.cpu import group_kernels as kernels
 
-    known = numpy.empty((0, 0, 0), numpy.float32) if errors is None else errors.numpy()
-    weight, others = importance.float().numpy(), others_arrays(means, compensation)
+    weight, known, others = importance.float().numpy(), error_array(errors), others_arrays(means, compensation)
     return _by_parts(
         x, rows, slots, wanted, threshold, width,
         lambda wide, owners, choice, results: kernels.nested_rows(

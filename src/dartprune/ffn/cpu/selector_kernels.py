@@ -249,7 +249,7 @@ def sketch_rows_alone(
     """`selector_ops.sketched_rows` for up to 64 rows in the calling thread.
 
     rounding (activation bits, Gaussian step, outliers); sketches (planes and scale of gate, of up), the latter twice
-    where there is no gate; errors float32 [S, 4 or 2, I] or empty; others (means bf16 words [S, I], compensation
+    where there is no gate; errors bf16 words [S, 4 or 2, I] or empty; others (means bf16 words [S, I], compensation
     float32 [S, H]) or both empty; key float32 [N, I], anything; the rest as for `gate_rows_alone`.
     """
     neurons = key.shape[1]

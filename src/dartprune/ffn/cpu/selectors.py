@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dartprune.ffn.cpu import quantised
-from dartprune.ffn.cpu.arrays import others_arrays, weight_arrays
+from dartprune.ffn.cpu.arrays import error_array, others_arrays, weight_arrays
 from dartprune.ffn.cpu.threads import use_threads
 from dartprune.ffn.operators import gated_operator, sketched_operator
 from dartprune.ffn.quantised import NestedSketch, QuantisedRows
@@ -19,7 +19,6 @@ from dartprune.ffn.sketch import GAUSSIAN_STEP, AnySketch, InputPlanes, SketchPl
 from dartprune.ffn.weights import FFNWeights
 
 _NO_BITS, _NO_IMPORTANCE = numpy.empty(0, numpy.uint32), numpy.empty((0, 0), numpy.float32)
-_NO_ERRORS = numpy.empty((0, 0, 0), numpy.float32)
 
 
 def quantise_input(x: Tensor, activation_bits: int = 4, outliers: int = 4) -> InputPlanes:
@@ -152,8 +151,7 @@ def sketched_rows(
     gate = up if sketch.gate is None else (sketch.gate.planes.numpy(), sketch.gate.scale.numpy())
     weight, owners, kind = importance.float().numpy(), slots.numpy(), kernels.ACTIVATIONS[weights.activation]
     rounding = _rounding(sketch.activation_bits, sketch.outliers)
-    known = _NO_ERRORS if errors is None else errors.numpy()
-    others = others_arrays(means, compensation)
+    known, others = error_array(errors), others_arrays(means, compensation)
     for part, rows, results in call.parts():
         given = rows, call.weights, rounding, (*gate, *up), call.choice, owners[part], weight, known, others, kind
         if call.threads == 1:

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 
 from dartprune.ffn.cpu.activations import ZERO, activate_all
-from dartprune.ffn.cpu.blocks import common_ones
+from dartprune.ffn.cpu.blocks import common_ones, float_of
 from dartprune.ffn.cpu.sketch_bytes import LANES, WORD, add_looked_up, bits_of, integers_by_bytes
 
 BLOCK = 64  # neurons that pass through the nearer caches at a time
@@ -175,11 +175,11 @@ def estimates_part(first, last, rounded, sketch, out):
 
 
 @njit(nogil=True)
-def _mean_square(kind, estimate, mean, square, low, high):
+def _mean_square(kind, estimate, mean, variance, low, high):
     """Make the estimates [B] `expected.expected_sizes`' mean squares of the activation; low and high [B]: room."""
     for i in range(estimate.shape[0]):
-        middle = estimate[i] + mean[i]
-        reach = np.sqrt(np.float32(3.0) * max(square[i] - mean[i] * mean[i], ZERO))
+        middle = estimate[i] + float_of(mean[i])
+        reach = np.sqrt(np.float32(3.0) * float_of(variance[i]))
         estimate[i], low[i], high[i] = middle, middle - reach, middle + reach
     activate_all(kind, estimate)
     activate_all(kind, low)
@@ -191,13 +191,12 @@ def _mean_square(kind, estimate, mean, square, low, high):
 
 @njit(nogil=True)
 def _expect(kind, gated, g, u, errors, low, high):
-    """Make u [B] the expected sizes, see `expected.expected_sizes`; errors [4 or 2, B]."""
+    """Make u [B] the expected sizes, see `expected.expected_sizes`; errors bf16 words [4 or 2, B]."""
     if gated:
         _mean_square(kind, g, errors[0], errors[1], low, high)
         for i in range(u.shape[0]):
-            mean = errors[2, i]
-            up = u[i] + mean
-            u[i] = np.sqrt(g[i] * (up * up + max(errors[3, i] - mean * mean, ZERO)))
+            up = u[i] + float_of(errors[2, i])
+            u[i] = np.sqrt(g[i] * (up * up + float_of(errors[3, i])))
     else:
         _mean_square(kind, u, errors[0], errors[1], low, high)
         for i in range(u.shape[0]):

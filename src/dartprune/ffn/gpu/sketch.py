@@ -84,15 +84,10 @@ def _estimate(
 
 
 @triton.jit
-def _variance(mean, square):
-    return tl.maximum(square - mean * mean, 0.0)
-
-
-@triton.jit
-def _mean_square(estimate, mean, square, ACT: tl.constexpr):
+def _mean_square(estimate, mean, variance, ACT: tl.constexpr):
     """E[act(z)^2] around a corrected estimate: see `expected.expected_sizes`."""
     middle = estimate + mean
-    reach = tl.sqrt(3.0 * _variance(mean, square))
+    reach = tl.sqrt(3.0 * variance)
     a, low, high = activate(middle, ACT), activate(middle - reach, ACT), activate(middle + reach, ACT)
     return 2.0 / 3.0 * a * a + 1.0 / 6.0 * (low * low + high * high)
 
@@ -162,7 +157,7 @@ def score_kernel(
 ):
     """`sketch.sketch_scores` as keys int32 [N, I]: grid (N, blocks of I); gate and up int64 [I, BITS, WORDS].
 
-    errors float32 [S, 4, I], or [S, 2, I] without a gate; read where CALIBRATED.
+    errors bf16 [S, 4, I], or [S, 2, I] without a gate; read where CALIBRATED.
     """
     n = tl.program_id(0).to(tl.int64)
     i = (tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)).to(tl.int64)
@@ -183,14 +178,14 @@ def score_kernel(
     slot = tl.load(slots + n)
     if CALIBRATED:
         known = errors + slot * ((4 if GATED else 2) * ALL) + i
-        mean, square = tl.load(known, mask=live, other=0.0), tl.load(known + ALL, mask=live, other=0.0)
+        mean = tl.load(known, mask=live, other=0.0).to(tl.float32)
+        variance = tl.load(known + ALL, mask=live, other=0.0).to(tl.float32)
         if GATED:
-            up_mean = tl.load(known + 2 * ALL, mask=live, other=0.0)
-            up_square = tl.load(known + 3 * ALL, mask=live, other=0.0)
-            a += up_mean
-            a = _mean_square(g, mean, square, ACT) * (a * a + _variance(up_mean, up_square))
+            a += tl.load(known + 2 * ALL, mask=live, other=0.0).to(tl.float32)
+            up_variance = tl.load(known + 3 * ALL, mask=live, other=0.0).to(tl.float32)
+            a = _mean_square(g, mean, variance, ACT) * (a * a + up_variance)
         else:
-            a = _mean_square(a, mean, square, ACT)
+            a = _mean_square(a, mean, variance, ACT)
         a = tl.sqrt(a)
     elif GATED:
         a = activate(g, ACT) * a

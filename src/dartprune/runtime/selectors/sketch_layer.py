@@ -10,7 +10,7 @@ from torch import Tensor
 from dartprune.errors import UserError
 from dartprune.ffn.dropped import dropped_sums
 from dartprune.ffn.estimates import estimated, nested_estimated
-from dartprune.ffn.expected import error_moments
+from dartprune.ffn.expected import error_moments, mean_and_square, mean_and_variance
 from dartprune.ffn.quantised import NestedSketch, QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
 from dartprune.ffn.sketch import AnySketch, estimated_sizes
@@ -30,7 +30,7 @@ _PROBES = 32  # inputs that tell what the rounding alone does
 class SketchLayer(LayerSelector):
     """The highest `|act(g^) u^| * |W_down[:, i]|`, estimated from bit planes (after SparseInfer, arXiv 2411.12692).
 
-    Calibrated, `errors` float32 [slots, 4 or 2, I] are the moments of each sequence's errors of estimate (see
+    Calibrated, `errors` bf16 [slots, 4 or 2, I] are means and variances of each sequence's errors of estimate (see
     `ffn.expected`), `known` float32 [slots] says from how many tokens, and the score is what is expected under them.
 
     Where it compensates, `means` bf16 [slots, I] stand in the place of what a token drops (see `ffn.dropped`),
@@ -105,7 +105,7 @@ class SketchLayer(LayerSelector):
         self._rounding: Tensor | None = None
         if calibrate:
             self._rounding = self._rounding_errors(facts.place)
-            self._allocate("errors", tuple(self._rounding.shape), torch.float32)
+            self._allocate("errors", tuple(self._rounding.shape), torch.bfloat16)
             self._allocate("known", (), torch.float32)
         if compensate:
             neurons = (self.layer.neurons,)
@@ -202,15 +202,16 @@ class SketchLayer(LayerSelector):
         """The moments of the sketch's errors, first of all those of the rounding alone."""
         assert self._rounding is not None
         n_new, n_old = weight.sum(1), self.known.index_select(0, slots)
-        old = self.errors.index_select(0, slots)
+        old = mean_and_square(self.errors.index_select(0, slots))
         # nothing may be known, and nothing new: then nothing begins
         first = (n_old == 0) & (n_new > 0)
-        old = torch.where(first[:, None, None], self._rounding * size[:, None, None], old)
+        old = torch.where(first[:, None, None], self._rounding.float() * size[:, None, None], old)
         n_old = torch.where(first, PRIOR_TOKENS, n_old)
         share = n_old / (n_old + n_new) if memory is None else torch.full_like(n_old, memory)
         share = torch.where(n_new > 0, share, 1.0)
         mean = sums / n_new.clamp_min(1)[:, None, None]
-        self.errors.index_copy_(0, slots, torch.lerp(mean, old, share[:, None, None]))
+        errors = mean_and_variance(torch.lerp(mean, old, share[:, None, None]))
+        self.errors.index_copy_(0, slots, errors.bfloat16())
         self.known.index_copy_(0, slots, n_old + n_new)
 
     def _learn_means(self, sums: Tensor, slots: Tensor, memory: float | None) -> None:
@@ -228,7 +229,7 @@ class SketchLayer(LayerSelector):
 
     @torch.no_grad()
     def _rounding_errors(self, place: Place) -> Tensor:
-        """Moments of the errors for inputs of unit size without direction, float32 [4 or 2, I]: no mean, and a square.
+        """Moments of the errors for inputs of unit size without direction, bf16 [4 or 2, I]: no mean, and a square.
 
         They stand for a few tokens at the beginning of each sequence, so that a short prompt does no harm.
         """
@@ -239,7 +240,7 @@ class SketchLayer(LayerSelector):
         rows = x.to(device, dtype).flatten(0, 1)
         moments = self._error_sums(self.layer.products(rows), self._estimates(rows), ones)[0] / _PROBES
         moments[::2] = 0.0
-        return moments
+        return moments.bfloat16()
 
 
 def _check_nested(settings: Sketch, rows: QuantisedRows) -> None:
