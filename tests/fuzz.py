@@ -80,7 +80,12 @@ def _refresh(draw: random.Random, window: int) -> Refresh:
     return draw.choice(
         (
             Never(),
-            Replay(tokens=window * draw.randint(1, 3), memory=draw.choice((0.0, 0.25)), settle=draw.choice((0, 16))),
+            Replay(
+                tokens=window * draw.randint(1, 3),
+                memory=draw.choice((0.0, 0.25)),
+                settle=draw.choice((0, 16)),
+                every=draw.choice((None, None, 9)),
+            ),
             Relearn(tokens=draw.randint(1, 9)),
             Release(at=draw.choice((None, 6))),
             clock(every=draw.randint(1, 7), dense=draw.randint(1, 4)),

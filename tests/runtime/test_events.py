@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -107,6 +109,22 @@ def test_the_clock_takes_turns(llama):
     report = decode(llama, Dart(sparsity=0.5, refresh=Periodic(every=10, dense=None, replay=8)), 35)
     assert report.dense_tokens == 0
     assert [(e.kind, e.decoded) for e in report.events] == [("replay", 10), ("replay", 20), ("replay", 30)]
+
+
+def test_a_replay_comes_at_an_event_or_when_the_masks_are_old(llama, fires_once):
+    references = []
+    report = decode(
+        llama,
+        Dart(sparsity=0.6, detector=FAST, refresh=Replay(tokens=8, settle=0, every=10)),
+        40,
+        each=lambda run, slot, t: references.append(run._pool.live[slot].detection.drift.reference_tokens),
+    )
+    assert report.dense_tokens == 0
+    # the event at 12 starts the ten tokens anew, and the reference with them; without an event it goes on
+    assert [(e.kind, e.decoded) for e in report.events] == [("replay", d) for d in (10, 12, 22, 32)]
+    assert [e.similarity is not None for e in report.events] == [False, True, False, False]
+    assert references[9] == references[8] == 24 and references[11] < 24
+    assert all(late >= early for early, late in pairwise(references[11:]))
 
 
 def test_never_keeps_the_mask_of_the_prompt(llama, fires_once):
@@ -229,6 +247,7 @@ def test_a_replay_of_a_batch_reads_the_weights_once(llama):
         (lambda: Replay(tokens=0), "tokens must be a whole number of at least 1, got 0"),
         (lambda: Replay(memory=1.0), r"memory must lie in \[0, 1\), got 1.0"),
         (lambda: Replay(settle=-1), "settle"),
+        (lambda: Replay(every=0), "every must be a whole number of at least 1, got 0"),
         (lambda: Relearn(tokens=2.5), "got 2.5"),
         (lambda: Release(at=0), "at must be"),
         (lambda: Periodic(dense=4, replay=8), "either dense or replay"),

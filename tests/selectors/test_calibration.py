@@ -61,7 +61,7 @@ def test_all_of_the_first_tokens_teach_then_ever_fewer():
 
 
 def moments_by_hand(model, run, inputs, counted, layer_index):
-    """Means and variances of a sequence's errors from its FFN inputs [T, H], token by token; counted: those that are traced."""
+    """Means and variances of a sequence's errors from its FFN inputs [T, H], token by token; counted: traced ones."""
     layer = describe(model).layers[layer_index]
     selector = run.layers[layer_index].selector
     taught = [x for n, x in enumerate(inputs[counted]) if bool(is_sampled(torch.tensor(n)))]

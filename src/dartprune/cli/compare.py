@@ -59,6 +59,12 @@ def compare(
     ] = None,
     model: o.Model = None,
     batch: Annotated[int, typer.Option("--batch", help="Streams decoded together: bounds the memory.")] = 15,
+    block: Annotated[
+        int,
+        typer.Option(
+            "--block", help="Longest block of tokens that one forward decodes: a detector's window, 8, for all."
+        ),
+    ] = 64,
     processes: Annotated[
         int,
         typer.Option(
@@ -93,6 +99,7 @@ def compare(
         tolerance=tolerance,
         seed=seed,
         versus=versus or "dart",
+        block=block,
     )
     names = asked or default_arms()
     if versus is not None and versus not in names:

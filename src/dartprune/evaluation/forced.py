@@ -24,7 +24,7 @@ LARGEST_LOGITS = 1 << 26  # their elements
 
 
 def forced_steps(
-    model: nn.Module, run: Run, tokens: Tensor, context: int, *, block: int | None = 1
+    model: nn.Module, run: Run, tokens: Tensor, context: int, *, block: int | None = 1, longest: int = LONGEST_BLOCK
 ) -> Iterator[tuple[int, Tensor]]:
     """Decode given texts on an attached model; the caller may look at the run between the steps.
 
@@ -35,6 +35,7 @@ def forced_steps(
         context: tokens of each line that are given, at least 2.
         block: decode tokens of one forward; events act after a block, so 1 is exact for every method. None: as many as
             go before the next token at which a mask may change, up to rounding the same as one by one.
+        longest: and not more tokens than that.
 
     Yields:
         position p of the first token that the logits are for, and logits [B, n, V] of the tokens p to p + n - 1.
@@ -50,7 +51,7 @@ def forced_steps(
     tokens = tokens.to(next(model.parameters()).device)
     cache = run.prefill(tokens[:, : context - 1])
     config: Any = model.config
-    most = max(1, min(LONGEST_BLOCK, LARGEST_LOGITS // (len(tokens) * config.get_text_config().vocab_size)))
+    most = max(1, min(longest, LARGEST_LOGITS // (len(tokens) * config.get_text_config().vocab_size)))
     first = context - 1
     while first < length - 1:
         size = run.quiet_tokens(run.slots_of(cache), most) if block is None else block

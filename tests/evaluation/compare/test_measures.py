@@ -44,6 +44,17 @@ def test_dense_is_at_no_distance_from_itself():
     check_masks("dense", 0.0, found, dense, torch.float32)
 
 
+def test_all_arms_decode_in_blocks_no_longer_than_asked():
+    model, blocks = tiny(), []
+    dense = reference(model, TOKENS, CONTEXT, blocks.append, block=5)
+    found = measure(model, Static(sparsity=0.5), TOKENS, CONTEXT, dense, progress=blocks.append, block=5)
+    assert blocks == [5, 5, 5, 5, 4] * 2
+    whole = reference(model, TOKENS, CONTEXT, blocks.append)
+    assert blocks[10:] == [24]
+    torch.testing.assert_close(whole.losses, dense.losses, rtol=1e-4, atol=1e-4)
+    assert found.report.pruned_tokens == 3 * 24
+
+
 def test_prompts_too_short_to_trace_are_counted():
     model = tiny()
     found = measure(model, Static(sparsity=0.5), TOKENS, 5, reference(model, TOKENS, 5))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dartprune.errors import UserError
-from dartprune.evaluation.forced import forced_steps, step_losses
+from dartprune.evaluation.forced import LONGEST_BLOCK, forced_steps, step_losses
 from dartprune.pruner import Dense, Pruner
 from dartprune.report import Report
 from dartprune.reporting.progress import Advance
@@ -51,7 +51,14 @@ class BatchMeasures:
     short: int
 
 
-def reference(model: torch.nn.Module, tokens: Tensor, context: int, progress: Advance | None = None) -> Reference:
+def reference(
+    model: torch.nn.Module,
+    tokens: Tensor,
+    context: int,
+    progress: Advance | None = None,
+    *,
+    block: int = LONGEST_BLOCK,
+) -> Reference:
     """Decode streams int64 [B, T] with the plain model, block by block after `context` tokens, as every arm does.
 
     Args:
@@ -59,10 +66,11 @@ def reference(model: torch.nn.Module, tokens: Tensor, context: int, progress: Ad
         tokens: of the streams.
         context: tokens of each that are given.
         progress: called with the number of tokens done in each forward.
+        block: longest block of tokens that one forward decodes.
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     with Dense()(model) as run:
-        for position, logits in forced_steps(model, run, tokens, context, block=None):
+        for position, logits in forced_steps(model, run, tokens, context, block=None, longest=block):
             exact = logits.float().log_softmax(-1)
             half = exact.half()
             parts.append((half, half.float().logsumexp(-1), exact.argmax(-1), step_losses(logits, tokens, position)))
@@ -80,6 +88,7 @@ def measure(
     *,
     backend: str = "masked",
     progress: Advance | None = None,
+    block: int = LONGEST_BLOCK,
 ) -> BatchMeasures:
     """Decode streams teacher-forced with a pruner and compare every token's distribution with the dense one.
 
@@ -88,7 +97,7 @@ def measure(
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     short = 0
     with pruner(model, backend=backend) as run:
-        for position, logits in forced_steps(model, run, tokens, context, block=None):
+        for position, logits in forced_steps(model, run, tokens, context, block=None, longest=block):
             if not parts and pruner.prunes and pruner.start == 0:
                 short = sum(sequence.dense_tokens > 0 for sequence in run.report().sequences)
             ours = logits.float().log_softmax(-1)

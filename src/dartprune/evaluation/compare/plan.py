@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dartprune.errors import UserError
+from dartprune.evaluation.forced import LONGEST_BLOCK
 from dartprune.evaluation.texts import JOIN, Stream, pieces, streams
 from dartprune.names import unknown
 
@@ -24,7 +25,8 @@ class Plan:
     prompt: tokens given to each stream, dense and traced.  lengths: tokens of the first topic, prompt included, and of
     the second; streams on one topic have as many as both.  count: streams of each kind.  batch: streams decoded
     together.  kinds: `one-topic`, `changing` or both.  sparsities: realised ones to compare at.  tolerance: how far
-    apart they may lie.  versus: arm that the others are paired with, beside dense.
+    apart they may lie.  versus: arm that the others are paired with, beside dense.  block: longest block of tokens that
+    one forward decodes; an arm whose masks may change decodes in shorter ones, which differ by rounding.
     """
 
     prompt: int = 64
@@ -36,9 +38,10 @@ class Plan:
     tolerance: float = 0.005
     seed: int = 0
     versus: str = "dart"
+    block: int = LONGEST_BLOCK
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt", 2), ("count", 1), ("batch", 1), ("seed", 0)):
+        for name, least in (("prompt", 2), ("count", 1), ("batch", 1), ("seed", 0), ("block", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
@@ -69,7 +72,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """What the streams depend on, as plain data."""
         told = {"prompt": self.prompt, "lengths": list(self.lengths), "streams": self.count}
-        return told | {"batch": self.batch, "seed": self.seed}
+        return told | {"batch": self.batch, "seed": self.seed, "block": self.block}
 
     @property
     def steps(self) -> int:

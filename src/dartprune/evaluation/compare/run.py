@@ -186,7 +186,7 @@ class _Work:
                 warnings.simplefilter("always")
                 measured = measure(
                     self.model, pruner, self._tokens(kind, number), self.plan.prompt, dense,
-                    backend=BACKEND, progress=lambda n: self._step(label, n),
+                    backend=BACKEND, progress=lambda n: self._step(label, n), block=self.plan.block,
                 )  # fmt: skip
             check_masks(arm.name, nominal, measured, dense, self.dtype)
             remarks = list(dict.fromkeys(str(warning.message) for warning in caught))
@@ -214,7 +214,8 @@ class _Work:
         if number in self._references:
             return self._references[number]
         tokens = self._tokens(kind, number)
-        made = reference(self.model, tokens, self.plan.prompt, lambda n: self._step(f"{kind}, dense distributions", n))
+        told = f"{kind}, dense distributions"
+        made = reference(self.model, tokens, self.plan.prompt, lambda n: self._step(told, n), block=self.plan.block)
         if sum(held.nbytes for held in self._references.values()) + made.nbytes <= HELD:
             self._references[number] = made
         return made

@@ -246,7 +246,8 @@ def nested_rows(
 ):  # fmt: skip
     """`selector_ops.sketched_rows` of up to 64 inputs, the high codes being the sketch; arguments as for `gate_rows`.
 
-    errors bf16 words [S, 4 or 2, I] or empty; others (means bf16 words [S, I], compensation float32 [S, H]) or both empty.
+    errors bf16 words [S, 4 or 2, I] or empty; others (means bf16 words [S, I], compensation float32 [S, H]) or both
+    empty.
     """
     rows, groups = x.shape[0], offsets[0]
     inputs = _inputs(x, groups)
