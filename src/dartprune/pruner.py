@@ -208,17 +208,32 @@ class GatedDart(Dart):
     compensate: str | None = None  # each token drops others
 
 
+RENEWAL = Replay(
+    tokens=16, memory=0.6, settle=0, every=64
+)  # see docs/token-selection.md
+
+
 @register_preset("sketch-dart")
 @dataclass(frozen=True)
 class SketchDart(Pruner):
     """Each token its own neurons, found by a low-bit sketch of the weights whose errors the prompt calibrates.
 
     `compensate="mean"`: what a neuron gave on average when tokens of the prompt dropped it stands for it; None: 0.
+    What the prompt taught is renewed from the last 16 inputs, at a change of topic and after 64 tokens at the latest;
+    `refresh=Never()` leaves it as it is, and stands by itself where nothing is taught.
     """
 
     budget: Budget = field(default_factory=Uniform)
     token: TokenSelector | None = field(default_factory=Sketch)
     compensate: str | None = "mean"
+    refresh: Refresh = field(default_factory=lambda: RENEWAL)
+    detector: Detector = field(default_factory=lambda: Detector(delta=1.0, opening=64))
+
+    def __post_init__(self) -> None:
+        taught = self.compensate is not None or (self.token is not None and self.token.learns)
+        if not taught and self.refresh == RENEWAL:
+            object.__setattr__(self, "refresh", Never())
+        super().__post_init__()
 
 
 @register_preset("dense")

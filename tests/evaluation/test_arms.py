@@ -54,10 +54,9 @@ def test_variations_of_dart():
     assert (clock.refresh.replay_tokens, clock.refresh.replay_memory) == (dart.refresh.tokens, dart.refresh.memory)
     assert (clock.scorer, clock.budget) == (dart.scorer, dart.budget)
     assert arm("dart-frozen").build(0.5) == replace(dart, refresh=Never()) != Static(sparsity=0.5)
-    assert arm("sketch-dart-zero").build(0.5) == SketchDart(sparsity=0.5, compensate=None)
-    renewed = arm("sketch-dart-replay").build(0.5)
-    assert replace(renewed, refresh=Never(), detector=SketchDart().detector) == SketchDart(sparsity=0.5)
-    assert renewed.refresh.replay_tokens == 8
+    frozen = arm("sketch-dart-frozen").build(0.5)
+    assert frozen == replace(SketchDart(sparsity=0.5), refresh=Never()) != SketchDart(sparsity=0.5)
+    assert arm("sketch-dart-zero").build(0.5) == replace(frozen, compensate=None)
     assert arm("dart-depth-aware").build(0.5) == replace(dart, budget=DepthAware())
 
 

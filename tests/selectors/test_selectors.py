@@ -304,3 +304,11 @@ def test_static_masks_are_what_they_were(llama):
         report = run.report()
     assert report.overhead_bytes_per_model == 0 and report.layers[0].candidates is None
     assert not report.ceiling
+
+
+def test_what_is_taught_is_renewed_and_nothing_else():
+    assert SketchDart().refresh.replay_tokens == 16 and SketchDart().detector == Dart().detector
+    assert SketchDart(token=Sketch(calibrate=False)).refresh == SketchDart().refresh  # the means are taught
+    assert SketchDart(compensate=None).refresh == SketchDart().refresh  # so are the errors
+    nothing = SketchDart(token=Sketch(calibrate=False), compensate=None)
+    assert nothing.refresh == Never() and Pruner.from_dict(nothing.to_dict()) == nothing

@@ -15,7 +15,7 @@ from dartprune.evaluation.calibration import Calibration
 from dartprune.method import Detector
 from dartprune.names import Registry, comma_list, unknown
 from dartprune.pruner import Dart, Pruner, SketchDart, Static, presets
-from dartprune.refresh import Never, Periodic, Relearn, Release, Replay
+from dartprune.refresh import Never, Periodic, Relearn, Release
 
 Builder = Callable[[float, int, Calibration | None], Pruner]
 FORMER = {"release": "dart-release"}  # heads of names that were written otherwise
@@ -110,15 +110,11 @@ register_arm("dart-relearn", "DART with the paper's refresh: N dense tokens at a
 register_arm("dart-release", "DART's first masks, dropped for good at decoded token N", number=0)(
     lambda sparsity, number, calibration: Dart(sparsity=sparsity, refresh=Release(at=number))
 )
-register_arm("sketch-dart-zero", "SketchDart with 0 in the place of dropped neurons, not their mean")(
-    lambda sparsity, number, calibration: SketchDart(sparsity=sparsity, compensate=None)
+register_arm("sketch-dart-frozen", "SketchDart with what the prompt taught for ever")(
+    lambda sparsity, number, calibration: SketchDart(sparsity=sparsity, refresh=Never())
 )
-register_arm("sketch-dart-replay", "SketchDart whose errors and means are renewed at a change of topic")(
-    lambda sparsity, number, calibration: SketchDart(
-        sparsity=sparsity,
-        refresh=Replay(tokens=8, memory=0.5, settle=0),
-        detector=Detector(delta=1.0, opening=64),
-    )
+register_arm("sketch-dart-zero", "the same with 0 in the place of dropped neurons, not their mean")(
+    lambda sparsity, number, calibration: SketchDart(sparsity=sparsity, refresh=Never(), compensate=None)
 )
 register_arm("calibrated-magnitude", "one mask for ever: energy over a calibration text", calibrated=True)(
     lambda sparsity, number, calibration: _calibrated("magnitude", sparsity, calibration)
