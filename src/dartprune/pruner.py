@@ -208,9 +208,7 @@ class GatedDart(Dart):
     compensate: str | None = None  # each token drops others
 
 
-RENEWAL = Replay(
-    tokens=16, memory=0.6, settle=0, every=64
-)  # see docs/token-selection.md
+RENEWAL = Replay(tokens=16, memory=0.6, settle=0, every=64)  # see docs/token-selection.md
 
 
 @register_preset("sketch-dart")

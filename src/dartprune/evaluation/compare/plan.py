@@ -72,7 +72,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """What the streams depend on, as plain data."""
         told = {"prompt": self.prompt, "lengths": list(self.lengths), "streams": self.count}
-        return told | {"batch": self.batch, "seed": self.seed, "block": self.block}
+        told |= {"batch": self.batch, "seed": self.seed}
+        return told if self.block == LONGEST_BLOCK else told | {"block": self.block}  # older folders name none
 
     @property
     def steps(self) -> int:
