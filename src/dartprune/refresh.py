@@ -111,7 +111,7 @@ class Replay(Refresh):
     every: int | None = None
 
     def __post_init__(self) -> None:
-        _positive("Replay", tokens=self.tokens, every=self.every)
+        _positive(type(self).__name__, tokens=self.tokens, every=self.every)
         if not 0 <= self.memory < 1:
             raise UserError(f"Replay: memory must lie in [0, 1), got {self.memory!r}")
         if isinstance(self.settle, bool) or not isinstance(self.settle, int) or self.settle < 0:

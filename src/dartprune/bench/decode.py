@@ -67,6 +67,8 @@ def paced(pruners: Mapping[str, Pruner], every: int | None) -> dict[str, Pruner]
     Raises:
         ValueError: none of them replays.
     """
+    if every is not None and every < 1:
+        raise UserError(f"a refresh every {every} tokens makes no sense: give at least 1")
     if every is None:
         return dict(pruners)
     if not any(pruner.refresh.replay_tokens for pruner in pruners.values()):
