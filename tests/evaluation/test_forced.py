@@ -45,7 +45,7 @@ def agree(pruner, *, exactly=True, **options):
 @pytest.mark.parametrize("name", sorted(name for name in arm_names() if not name.startswith("calibrated")))
 def test_every_arm(name):
     numbered = f"{name}@9" if name.partition("@")[2] else name
-    agree(arm(numbered.replace("@N@9", "@9")).build(0.5))
+    agree(arm(numbered.replace("@N@9", "@9")).build(0.5), exactly=name != "sketch-dart")  # see below
 
 
 @pytest.mark.parametrize("name", METHODS)
