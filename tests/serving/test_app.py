@@ -335,10 +335,15 @@ def idle(served):
 
 
 def test_who_hangs_up_is_forgotten(served, client):
+    def cancelled():
+        return served.metrics.requests.labels("cancelled")._value.get()
+
+    before = cancelled()
     stream = client.completions.create(model="small", prompt=PROMPTS[0], max_tokens=1500, temperature=0, stream=True)
     next(iter(stream))
     stream.close()
     idle(served)
+    assert cancelled() == before + 1
     body = json.dumps({"model": "small", "prompt": PROMPTS[0], "max_tokens": 1500, "temperature": 0}).encode()
     with socket.create_connection(("127.0.0.1", served.port)) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
@@ -346,6 +351,7 @@ def test_who_hangs_up_is_forgotten(served, client):
         while not served.engine.decoding:
             time.sleep(0.01)
     idle(served)
+    assert cancelled() == before + 2
 
 
 def test_slow_half_closed_and_broken_connections(small):

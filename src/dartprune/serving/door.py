@@ -165,14 +165,17 @@ class Door:
 
     async def whole(self, work: Work, form: Form, gone: Callable[[], Awaitable[bool]]) -> dict[str, Any] | None:
         """The answer in one piece; None where the client has gone."""
-        choices = [Choice() for _ in range(work.choices)]
+        choices, looked = [Choice() for _ in range(work.choices)], time.monotonic()
         try:
             while any(choice.ended is None for choice in choices):
                 news = await work.next(LOOK)
-                if news is None:
+                if time.monotonic() - looked >= LOOK:  # also where one piece follows another
+                    looked = time.monotonic()
                     if await gone():
                         return None
-                elif isinstance(news, Failed):
+                if news is None:
+                    continue
+                if isinstance(news, Failed):
                     raise _failed(news)
                 elif isinstance(news, Piece):
                     choices[news.choice].add(news)
