@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dartprune import Dense, SketchDart, quantise
+from dartprune.evaluation.arms import arm
 from dartprune.evaluation.compare.plan import CHANGING, Plan, material
 from dartprune.evaluation.forced import forced_losses
 from dartprune.evaluation.frontier import formats
@@ -87,6 +88,19 @@ def test_a_method_reads_what_it_does_not_leave_unread(found):
         assert point.bits == pytest.approx(whole * (1 - point.realised))
         if method == "dart":
             assert point.realised == pytest.approx(asked, abs=0.02)
+
+
+def test_what_replays_read_counts():
+    points = by(measured(formats=["int4"], methods=["clock-replay@8"]))
+    report = forced_losses(
+        Reader()(None, "bfloat16")[0], arm("clock-replay@8").build(0.3), streams()[0], PLAN.prompt, block=None
+    )[1]
+    events = report.sequences[0].events
+    assert len(events) >= 4 and {event.kind for event in events} == {"replay"}
+    for weights in ("bfloat16", "int4"):
+        whole, point = points[weights, "dense", 0.0].bits, points[weights, "clock-replay@8", 0.3]
+        # gate and up, two thirds of the weights
+        assert point.bits == pytest.approx(whole * (1 - point.realised + len(events) * (2 / 3) / PLAN.steps))
 
 
 def test_losses_are_those_of_the_streams_paired_with_bfloat16(found):

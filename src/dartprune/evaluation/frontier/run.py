@@ -18,7 +18,9 @@ from dartprune.evaluation.forced import forced_losses
 from dartprune.evaluation.frontier.formats import BASE, Load, Loaded, check_formats, has_rows, loaded
 from dartprune.evaluation.stats import Interval, interval
 from dartprune.evaluation.texts import batch
+from dartprune.model.families import describe
 from dartprune.pruner import Dense, Pruner
+from dartprune.refresh import Action
 from dartprune.reporting.journal import Journal
 from dartprune.reporting.progress import Watcher
 
@@ -26,14 +28,15 @@ DENSE = "dense"
 RESAMPLES = 2000
 PARTS = ("before", "after")
 ALIKE = 1.005  # bits that differ by less are the same
+REPLAYS = (Action.REPLAY.value, Action.SETTLE.value)
 
 
 @dataclass
 class Measured:
     """One format of the weights, with a method or without; losses in nats a token over the bfloat16 model.
 
-    bits: read for each FFN weight and decoded token, scales and selectors counted.  sparsity: asked for.  realised:
-    dense tokens counted.  loss: over all scored tokens.  best: nothing that reads as little loses less.
+    bits: read for each FFN weight and decoded token, scales, selectors and replays counted.  sparsity: asked for.
+    realised: dense tokens counted.  loss: over all scored tokens.  best: nothing that reads as little loses less.
     """
 
     weights: str
@@ -101,6 +104,7 @@ def frontier(
         "texts": given.digest,
         **plan.to_dict(),
         "backend": backend,
+        "counted": "replays",  # since bits count them
     }
     work = _Work(given, plan, Journal(None, told) if journal is None else journal(told), backend, watcher)
     cases = {name: _cases(name, arms, plan) for name in names}
@@ -193,8 +197,16 @@ class _Work:
             notes += [*report.notes, *(str(warning.message) for warning in caught)]
             for line, told in enumerate(report.sequences):
                 means = [float(losses[line, part.first : part.last].double().mean()) for part in self._parts]
-                streams.append({"losses": means, "realised": told.realised_sparsity})
-        return {"bits": form.bits, "streams": streams, "ceiling": ceiling, "notes": list(dict.fromkeys(notes))}
+                replays = sum(event.kind in REPLAYS for event in told.events)
+                streams.append({"losses": means, "realised": told.realised_sparsity, "replays": replays})
+        matrices = describe(form.model).layers[0].matrices
+        return {
+            "bits": form.bits,
+            "replayed": (matrices - 1) / matrices,  # a replay reads gate and up
+            "streams": streams,
+            "ceiling": ceiling,
+            "notes": list(dict.fromkeys(notes)),
+        }
 
 
 def _point(case: _Case, unit: Mapping[str, Any], reference: Mapping[str, Any], plan: Plan) -> Measured:
@@ -207,12 +219,13 @@ def _point(case: _Case, unit: Mapping[str, Any], reference: Mapping[str, Any], p
         return interval(values, resamples=RESAMPLES, seed=plan.seed)
 
     realised = sum(stream["realised"] for stream in unit["streams"]) / len(unit["streams"])
+    replays = sum(stream["replays"] for stream in unit["streams"]) / len(unit["streams"]) / plan.steps
     return Measured(
         weights=case.weights,
         method=case.method,
         sparsity=case.sparsity,
         realised=realised,
-        bits=unit["bits"] * (1.0 if unit["ceiling"] else 1 - realised),
+        bits=unit["bits"] * (1.0 if unit["ceiling"] else 1 - realised + replays * unit["replayed"]),
         ceiling=unit["ceiling"],
         loss=draw([share * before + (1 - share) * after for before, after in over]),
         parts={name: draw([each[place] for each in over]) for place, name in enumerate(PARTS)},
