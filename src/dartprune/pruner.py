@@ -132,6 +132,10 @@ def register_preset(name: str) -> Any:
     return add
 
 
+EARLY = Detector(delta=1.0, opening=64)  # for refreshes that cost a step or two, see docs/choices.md
+RENEWAL = Replay(tokens=16, memory=0.6, settle=0, every=64)  # of what a prompt taught, see docs/token-selection.md
+
+
 @register_preset("dart")
 @dataclass(frozen=True)
 class Dart(Pruner):
@@ -144,7 +148,7 @@ class Dart(Pruner):
 
     budget: Budget = field(default_factory=Global)
     refresh: Refresh = field(default_factory=Replay)
-    detector: Detector = field(default_factory=lambda: Detector(delta=1.0, opening=64))
+    detector: Detector = EARLY
     compensate: str | None = "mean"
 
 
@@ -208,9 +212,6 @@ class GatedDart(Dart):
     compensate: str | None = None  # each token drops others
 
 
-RENEWAL = Replay(tokens=16, memory=0.6, settle=0, every=64)  # see docs/token-selection.md
-
-
 @register_preset("sketch-dart")
 @dataclass(frozen=True)
 class SketchDart(Pruner):
@@ -224,8 +225,8 @@ class SketchDart(Pruner):
     budget: Budget = field(default_factory=Uniform)
     token: TokenSelector | None = field(default_factory=Sketch)
     compensate: str | None = "mean"
-    refresh: Refresh = field(default_factory=lambda: RENEWAL)
-    detector: Detector = field(default_factory=lambda: Detector(delta=1.0, opening=64))
+    refresh: Refresh = RENEWAL
+    detector: Detector = EARLY
 
     def __post_init__(self) -> None:
         taught = self.compensate is not None or (self.token is not None and self.token.learns)
