@@ -27,14 +27,14 @@ _Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # of a TokenRows
 _WEIGHTS = (
     "Tensor x, Tensor? gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act"
 )
-_SKETCH = "Tensor? gate_planes, Tensor? gate_scale, Tensor up_planes, Tensor up_scale, SymInt bits, SymInt outliers"
+SKETCH = "Tensor? gate_planes, Tensor? gate_scale, Tensor up_planes, Tensor up_scale, SymInt bits, SymInt outliers"
 _FFN = f"({_WEIGHTS}, Tensor index, Tensor count, Tensor slots) -> Tensor"
 _GATED = (
     f"({_WEIGHTS}, Tensor index, Tensor count, Tensor slots, Tensor wanted, Tensor? threshold, Tensor? importance) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _SKETCHED = (
-    f"({_WEIGHTS}, {_SKETCH}, Tensor slots, Tensor wanted, Tensor importance, SymInt width, Tensor? threshold, "
+    f"({_WEIGHTS}, {SKETCH}, Tensor slots, Tensor wanted, Tensor importance, SymInt width, Tensor? threshold, "
     "Tensor? errors, Tensor? means, Tensor? compensation) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _OF_WEIGHTS, _OF_SKETCH = 7, 6  # arguments
@@ -108,7 +108,7 @@ def sketched_operator(name: str, *, direct: bool = False) -> Callable[[TokenRows
     def register(work: TokenRowsCall) -> TokenRowsCall:
         def flat(x: Tensor, *given: Any) -> _Parts:
             planes = given[_OF_WEIGHTS : _OF_WEIGHTS + _OF_SKETCH]
-            return _parts(work(x, _weights(given), _sketch(x, planes), *given[_OF_WEIGHTS + _OF_SKETCH :]))
+            return _parts(work(x, _weights(given), sketch_of(x, planes), *given[_OF_WEIGHTS + _OF_SKETCH :]))
 
         def fake(x: Tensor, *given: Any) -> _Parts:
             return room_for_rows(x, given[-5])
@@ -134,10 +134,7 @@ def sketched_operator(name: str, *, direct: bool = False) -> Callable[[TokenRows
                 return packed(x, weights, sketch, *choice)
             if direct and not torch.compiler.is_compiling():
                 return work(x, weights, sketch, *choice)
-            gate, up = sketch.gate, sketch.up
-            planes = (None, None) if gate is None else (gate.planes, gate.scale)
-            rounding = sketch.activation_bits, sketch.outliers
-            flattened = *weights.tensors(), weights.activation, *planes, up.planes, up.scale, *rounding
+            flattened = *weights.tensors(), weights.activation, *sketch_arguments(sketch)
             return TokenRows(*operator(x, *flattened, *choice))
 
         return call
@@ -164,7 +161,15 @@ def _weights(given: tuple[Any, ...]) -> FFNWeights:
     return FFNWeights(gate, up, down, gate_bias, up_bias, down_bias, act, partial(activation, act))
 
 
-def _sketch(x: Tensor, given: tuple[Any, ...]) -> FFNSketch:
+def sketch_arguments(sketch: FFNSketch) -> tuple[Any, ...]:
+    """A sketch as an operator takes it, see `SKETCH`."""
+    gate, up = sketch.gate, sketch.up
+    planes = (None, None) if gate is None else (gate.planes, gate.scale)
+    return *planes, up.planes, up.scale, sketch.activation_bits, sketch.outliers
+
+
+def sketch_of(x: Tensor, given: tuple[Any, ...]) -> FFNSketch:
+    """The sketch that was flattened so, for inputs x [N, H]."""
     gate, gate_scale, up, up_scale, bits, outliers = given
     hidden = x.shape[1]
     first = None if gate is None else SketchPlanes(gate, gate_scale, hidden)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dartprune.ffn import sketch
 from dartprune.ffn.cpu.threads import kept_threads, use_threads
 from dartprune.ffn.quantised import QuantisedRows, nested_estimates
-from dartprune.ffn.sketch import SketchPlanes
+from dartprune.ffn.sketch import FFNSketch, Products, SketchPlanes
 
 _BLOCK = 1 << 24  # weights widened at a time
 
@@ -32,18 +32,18 @@ def build_planes(weight: Tensor, bits: int) -> SketchPlanes:
     return empty
 
 
-def estimates(x: Tensor, planes: SketchPlanes, activation_bits: int, outliers: int) -> Tensor:
-    """Products of rows x [N, H], rounded, with a sketched matrix, float32 [N, I]: see `sketch.sketch_dots`."""
+def estimates(x: Tensor, of: FFNSketch) -> Products:
+    """Products of rows x [N, H], rounded, with sketched matrices, float32 [N, I]: see `sketch.estimated_products`."""
     if x.is_cuda and importlib.util.find_spec("triton") is not None:
         from dartprune.ffn.gpu import selectors as gpu_selectors
 
-        return gpu_selectors.estimates(x, planes, activation_bits, outliers)
+        return gpu_selectors.estimates(x, of)
     if x.device.type == "cpu" and importlib.util.find_spec("numba") is not None:
         from dartprune.ffn.cpu import selectors as cpu_selectors
 
         with kept_threads():
-            return cpu_selectors.estimates(x, planes, activation_bits, outliers)
-    return sketch.sketch_dots(sketch.quantise_input(x, activation_bits, outliers), planes)
+            return cpu_selectors.estimates(x, of)
+    return sketch.estimated_products(x, of)
 
 
 def estimates_of_rows(x: Tensor, rows: QuantisedRows) -> tuple[Tensor | None, Tensor]:

@@ -78,6 +78,7 @@ class FFNSketch:
 
 
 AnySketch: TypeAlias = "FFNSketch | NestedSketch"
+Products: TypeAlias = "tuple[Tensor | None, Tensor]"  # of inputs with gate (None for a plain FFN) and up, [N, I] each
 
 
 class InputPlanes(NamedTuple):
@@ -192,6 +193,12 @@ def sketch_dots(x: InputPlanes, sketch: SketchPlanes) -> Tensor:
     return dots * sketch.scale
 
 
+def estimated_products(x: Tensor, sketch: FFNSketch) -> Products:
+    """Estimated products of rows x [N, H], float32 [N, I], without biases."""
+    rounded = quantise_input(x, sketch.activation_bits, sketch.outliers)
+    return None if sketch.gate is None else sketch_dots(rounded, sketch.gate), sketch_dots(rounded, sketch.up)
+
+
 def sketch_scores(
     x: Tensor, weights: FFNWeights, sketch: AnySketch, importance: Tensor, errors: Tensor | None = None
 ) -> Tensor:
@@ -203,8 +210,7 @@ def sketch_scores(
     if isinstance(sketch, NestedSketch):
         g, a = nested_estimates(x, sketch.rows)
     else:
-        rounded = quantise_input(x, sketch.activation_bits, sketch.outliers)
-        g, a = None if sketch.gate is None else sketch_dots(rounded, sketch.gate), sketch_dots(rounded, sketch.up)
+        g, a = estimated_products(x, sketch)
     if weights.up_bias is not None:
         a = a + weights.up_bias.float()
     if g is not None and weights.gate_bias is not None:

@@ -15,7 +15,7 @@ from dartprune.ffn import selector_ops
 from dartprune.ffn import sketch as sketch_oracle
 from dartprune.ffn.cpu import selectors as cpu_selectors
 from dartprune.ffn.cpu.sketch_bytes import integers_by_bytes
-from dartprune.ffn.sketch import build_planes, build_sketch
+from dartprune.ffn.sketch import FFNSketch, build_planes, build_sketch
 from ffn_cases import DTYPES, lists, make
 from selector_cases import assert_agree, case, check_choice, errors_of, gate_scores, others_of, same
 
@@ -76,9 +76,14 @@ def test_many_rows_have_the_estimates_that_each_has_alone(seed):
     sketch = build_planes(torch.randn(neurons, hidden), rng.choice([1, 2, 3, 4]))
     options = rng.choice([2, 3, 4, 4, 5, 8]), min(hidden, rng.choice([0, 1, 3, 4, 7]))
     x = torch.randn(rows, hidden) * torch.rand(rows, 1)
-    got = cpu_selectors.estimates(x, sketch, *options)
-    alone = torch.cat([cpu_selectors.estimates(row[None], sketch, *options) for row in x])
-    assert torch.equal(got, alone)
+    both = FFNSketch(build_planes(torch.randn(neurons, hidden), sketch.bits), sketch, *options)
+    of_gate, got = cpu_selectors.estimates(x, both)
+    alone = [torch.cat(one) for one in zip(*(cpu_selectors.estimates(row[None], both) for row in x), strict=True)]
+    assert torch.equal(of_gate, alone[0])
+    assert torch.equal(got, alone[1])
+    plain = cpu_selectors.estimates(x, FFNSketch(None, sketch, *options))
+    assert plain[0] is None
+    assert torch.equal(got, plain[1])
     rounded = cpu_selectors.quantise_input(x, *options)
     torch.testing.assert_close(got, sketch_oracle.sketch_dots(rounded, sketch), rtol=1e-4, atol=1e-4)
     # and the integers themselves, by bytes and by bits

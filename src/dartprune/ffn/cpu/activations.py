@@ -63,7 +63,8 @@ def exp(v):
     return (p * r * r + r + ONE) * power_of_two(np.int32(k))
 
 
-@njit(fastmath={"contract"}, nogil=True)
+# a division that may raise an error keeps a loop from being vectorised: here it gives infinity or NaN
+@njit(fastmath={"contract"}, nogil=True, error_model="numpy")
 def activate_all(kind, v):
     """Activate v float32 [B] in place, a vector at a time."""
     if kind == 0:

@@ -262,11 +262,13 @@ def common_ones(context: Any, rows: Any, planes: Any) -> Any:
 
 @intrinsic
 def float_of(context: Any, word: Any) -> Any:
-    """The float32 that a word stands for: uint16 holds bf16, int16 fp16."""
-    if word not in (types.uint16, types.int16):
+    """The float32 that a word stands for: uint16 holds bf16, int16 fp16; a float32 is one already."""
+    if word not in (types.uint16, types.int16, types.float32):
         return None
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if word == types.float32:
+            return args[0]
         if word == types.int16:
             return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _FLOAT)
         wide = builder.zext(args[0], ir.IntType(32))

@@ -20,7 +20,7 @@ def _bin_of(tally, need):
 
 
 @njit(nogil=True)
-def _cut(key, wanted, tally, pool):
+def cut_of(key, wanted, tally, pool):
     """The wanted-th highest key, and how many keys equal to it are taken; wanted is 1 .. the number of keys over 0.
 
     key uint32 [I], bits of floats that are not negative, searched 11 + 11 + 9 bits at a time. pool uint32 [I].
@@ -63,7 +63,7 @@ def _choose(key, wanted, least, threshold, tally, pool, index):
     own = min(max(wanted, 0), positive)
     lowest, ties, bits = np.uint32(0), 0, INFINITE
     if own > 0:
-        lowest, ties = _cut(key, own, tally, pool)
+        lowest, ties = cut_of(key, own, tally, pool)
         bits = lowest
     take = min(reached if threshold else own, index.shape[0])
     if take == 0:
@@ -71,7 +71,7 @@ def _choose(key, wanted, least, threshold, tally, pool, index):
     if threshold and take == reached:
         lowest, ties = max(least, np.uint32(1)), neurons
     elif take != own:
-        lowest, ties = _cut(key, take, tally, pool)
+        lowest, ties = cut_of(key, take, tally, pool)
     # the pool is free again: every neuron is written and kept only where it is chosen, without a branch
     k = 0
     for i in range(neurons):

@@ -18,8 +18,8 @@ from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.cut import choose_part
 from dartprune.ffn.cpu.kernels import MOST_ROWS as MOST_ROWS
 from dartprune.ffn.cpu.kernels import union_of
-from dartprune.ffn.cpu.sketch import BLOCK, estimates_part, integers_of, round_row, score_part
-from dartprune.ffn.cpu.sketch_bytes import input_bytes
+from dartprune.ffn.cpu.sketch import BLOCK, estimates_part, integers_of, outlier_tables, round_row, score_part
+from dartprune.ffn.cpu.sketch_bytes import input_bytes, outlier_columns
 
 AHEAD = 4  # neurons between the one that is computed and the one that is fetched
 
@@ -155,9 +155,10 @@ def round_rows(x, bits, gaussian_step, outliers):
 
 @njit(nogil=True)
 def _rounded(x, rounding):
-    """The rounded rows, and their bytes."""
+    """The rounded rows as `sketch.estimates_part` takes them."""
     planes, step, total, place, exact = round_rows(x, *rounding)
-    return planes, step, total, place, exact, input_bytes(planes)
+    inputs = input_bytes(planes)
+    return planes, step, total, place, outlier_tables(exact), inputs, *outlier_columns(place, inputs.shape[1])
 
 
 @kernel()
@@ -168,12 +169,17 @@ def integers(planes, x, total, out):
 
 
 @kernel(parallel=True)
-def estimates(x, rounding, sketch, threads, out):
-    """`sketch.sketch_dots` of rows x float32 [N, H] into out [N, I]; sketch (planes, scale)."""
+def estimates(x, rounding, gated, sketches, threads, gates, ups):
+    """`sketch.sketch_dots` of rows x float32 [N, H] into gates (where there is a gate) and ups [N, I].
+
+    sketches: planes and scale of gate and of up, the latter twice where there is no gate.
+    """
     rounded = _rounded(x, rounding)
     for t in prange(threads):
-        first, last = _share(out.shape[1], t, threads, BLOCK)
-        estimates_part(first, last, rounded, sketch, out)
+        first, last = _share(ups.shape[1], t, threads, BLOCK)
+        if gated:
+            estimates_part(first, last, rounded, sketches[:2], gates)
+        estimates_part(first, last, rounded, sketches[2:], ups)
 
 
 @kernel()

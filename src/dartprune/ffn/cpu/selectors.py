@@ -15,7 +15,7 @@ from dartprune.ffn.cpu.threads import use_threads
 from dartprune.ffn.operators import gated_operator, sketched_operator
 from dartprune.ffn.quantised import NestedSketch, QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
-from dartprune.ffn.sketch import GAUSSIAN_STEP, AnySketch, InputPlanes, SketchPlanes
+from dartprune.ffn.sketch import GAUSSIAN_STEP, AnySketch, FFNSketch, InputPlanes, Products, SketchPlanes
 from dartprune.ffn.weights import FFNWeights
 
 _NO_BITS, _NO_IMPORTANCE = numpy.empty(0, numpy.uint32), numpy.empty((0, 0), numpy.float32)
@@ -33,15 +33,16 @@ def _rounding(activation_bits: int, outliers: int) -> tuple[Any, ...]:
     return activation_bits, numpy.float32(GAUSSIAN_STEP[activation_bits]), outliers
 
 
-def estimates(x: Tensor, sketch: SketchPlanes, activation_bits: int, outliers: int) -> Tensor:
-    """Rows x [N, H] rounded, and their estimated products as `sketch.sketch_dots` gives them."""
+def estimates(x: Tensor, sketch: FFNSketch) -> Products:
+    """Rows x [N, H] rounded, and their products as `sketch.estimated_products` gives them."""
     from dartprune.ffn.cpu import selector_kernels as kernels
 
-    out = torch.empty(x.shape[0], sketch.neurons, dtype=torch.float32, device="cpu")
-    rows, rounding = x.detach().float().contiguous().numpy(), _rounding(activation_bits, outliers)
-    planes = sketch.planes.numpy(), sketch.scale.numpy()
-    kernels.estimates(rows, rounding, planes, use_threads(), out.numpy())
-    return out
+    gated = sketch.gate is not None
+    ups = torch.empty(x.shape[0], sketch.up.neurons, dtype=torch.float32, device="cpu")
+    gates = torch.empty_like(ups) if gated else ups.new_empty(0, 0)
+    rows, rounding = x.detach().float().contiguous().numpy(), _rounding(sketch.activation_bits, sketch.outliers)
+    kernels.estimates(rows, rounding, gated, _planes(sketch), use_threads(), gates.numpy(), ups.numpy())
+    return (gates if gated else None), ups
 
 
 def sketch_integers(x: InputPlanes, sketch: SketchPlanes) -> Tensor:
@@ -147,18 +148,23 @@ def sketched_rows(
         choice = slots, wanted, importance, width, threshold, errors, means, compensation
         return quantised.nested_rows(x, sketch.rows, *choice)
     call = _Call(x, weights, wanted, threshold, width)
-    up = sketch.up.planes.numpy(), sketch.up.scale.numpy()
-    gate = up if sketch.gate is None else (sketch.gate.planes.numpy(), sketch.gate.scale.numpy())
+    planes = _planes(sketch)
     weight, owners, kind = importance.float().numpy(), slots.numpy(), kernels.ACTIVATIONS[weights.activation]
     rounding = _rounding(sketch.activation_bits, sketch.outliers)
     known, others = error_array(errors), others_arrays(means, compensation)
     for part, rows, results in call.parts():
-        given = rows, call.weights, rounding, (*gate, *up), call.choice, owners[part], weight, known, others, kind
+        given = rows, call.weights, rounding, planes, call.choice, owners[part], weight, known, others, kind
         if call.threads == 1:
             kernels.sketch_rows_alone(*given, *results)
         else:
             kernels.sketch_rows(*given, call.threads, *results)
     return call.finish()
+
+
+def _planes(sketch: FFNSketch) -> tuple[Any, Any, Any, Any]:
+    """Planes and scale of gate and of up; the latter twice where there is no gate."""
+    gate = sketch.up if sketch.gate is None else sketch.gate
+    return gate.planes.numpy(), gate.scale.numpy(), sketch.up.planes.numpy(), sketch.up.scale.numpy()
 
 
 def _lists(rows: int, width: int) -> tuple[Any, Any, Any]:

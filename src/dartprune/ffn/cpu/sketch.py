@@ -90,88 +90,118 @@ def integers_of(first, last, planes, x, total, out):
 
 
 @njit(nogil=True)
-def _add_outliers(first, planes, codes, place, exact, products):
-    """Add what up to four exact entries of x give to products [B] of the neurons from `first` on.
-
-    Their bits, side by side, are the place in a table of the 16 sums that can come of it. codes: the neurons' planes as
-    bytes, or no columns.
-    """
-    bits, outliers = planes.shape[1], place.shape[0]
-    table, word, shift = np.zeros(16, np.float32), np.zeros(4, np.int64), np.zeros(4, np.int64)
-    for o in range(outliers):
-        word[o], shift[o] = place[o] >> 6, place[o] & 63
-        for combination in range(16):
-            if combination >> o & 1:
-                table[combination] += exact[o]
-    w0, w1, w2, w3 = word[0], word[1], word[2], word[3]
-    j0, j1, j2, j3 = shift[0], shift[1], shift[2], shift[3]
-    base = table[15] * np.float32(2**bits - 1)
-    if codes.shape[1]:
-        # of places that are not there any will do: they are in no entry of the table
-        four = w0 << 6 | j0, w1 << 6 | j1, w2 << 6 | j2, w3 << 6 | j3
-        for i in range(0, products.shape[0], LANES):
-            add_looked_up(codes, i, four, bits, -base, table, products)
-        return
-    for i in range(products.shape[0]):
-        total = -base
-        for k in range(bits):
-            plane = planes[first + i, k]
-            low = (plane[w0] >> j0 & 1) | (plane[w1] >> j1 & 1) << 1
-            high = (plane[w2] >> j2 & 1) | (plane[w3] >> j3 & 1) << 1
-            total += np.float32(2 << k) * table[low | high << 2]
-        products[i] += total
-
-
-@njit(nogil=True)
-def _integers(first, last, planes, x, total, inputs, codes, out):
-    """`sketch.sketch_integers` of the neurons first:last and all rows, to out [N, B]; by bytes where there are any."""
-    if inputs.shape[0]:
-        integers_by_bytes(first, last, planes, inputs, total, codes, out)
-    else:
-        for n in range(x.shape[0]):
-            integers_of(first, last, planes, x[n], total[n], out[n])
+def outlier_tables(exact):
+    """For four exact entries of a row at a time, the 16 sums that can come of them: float32 [N, K / 4, 16]."""
+    rows, outliers = exact.shape
+    tables = np.zeros((rows, (outliers + 3) // 4, 16), np.float32)
+    for n in range(rows):
+        for o in range(outliers):
+            for combination in range(16):
+                if combination >> (o & 3) & 1:
+                    tables[n, o >> 2, combination] += exact[n, o]
+    return tables
 
 
 @njit(nogil=True)
 def _room(rounded):
-    """Room for a block of neurons: their integers [N, B] and their codes in bytes [B + 1, words * 64]."""
-    planes, _, _, _, _, inputs = rounded
-    return np.empty((planes.shape[0], BLOCK), np.int32), np.empty((BLOCK + 1, inputs.shape[1]), np.uint8)
+    """Room for a block of neurons: products and integers [N, B], codes [B, words * 64], columns of them [U, B]."""
+    planes, _, _, _, _, inputs, columns, _ = rounded
+    rows, codes = planes.shape[0], np.empty((BLOCK, inputs.shape[1]), np.uint8)
+    taken = np.empty((columns.shape[0], BLOCK), np.uint8)
+    return np.empty((rows, BLOCK), np.float32), np.empty((rows, BLOCK), np.int32), codes, taken
 
 
 @njit(nogil=True)
-def _estimate(first, last, planes, scale, step, place, exact, bias, exactly, codes, products):
-    """Estimated products float32 [last - first] of the neurons first:last with one rounded row, to products.
+def _integers(first, last, matrix, rounded, room):
+    """`sketch.sketch_integers` of the neurons first:last and all rows; by bytes, where there are any."""
+    planes, _, total, _, _, inputs, columns, _ = rounded
+    _, exactly, codes, taken = room
+    if not inputs.shape[0]:
+        for n in range(planes.shape[0]):
+            integers_of(first, last, matrix, planes[n], total[n], exactly[n])
+        return
+    integers_by_bytes(first, last, matrix, inputs, total, codes, exactly)
+    for c in range(columns.shape[0]):
+        j = columns[c]
+        for i in range(last - first):
+            taken[c, i] = codes[i, j]
 
-    exactly int32 [B], codes: of these neurons and this row, see `_room`.
+
+@njit(nogil=True)
+def _add_by_bits(first, last, n, matrix, place, tables, products):
+    """Add what row n's exact entries give to products [N, B] of the neurons first:last.
+
+    The bits of four entries, side by side, are the place in their table. In place of those that are not there any will
+    do: they change nothing in it.
     """
-    for i in range(last - first):
-        products[i] = np.float32(exactly[i]) * step
-    for o in range(0, place.shape[0], 4):
-        _add_outliers(first, planes, codes, place[o : o + 4], exact[o : o + 4], products[: last - first])
-    for i in range(first, last):
-        products[i - first] *= scale[i]
-    if bias.shape[0]:
+    bits, outliers = matrix.shape[1], place.shape[1]
+    for o in range(0, outliers, 4):
+        end, table = outliers - 1, tables[n, o >> 2]
+        p0, p1, p2, p3 = place[n, o], place[n, min(o + 1, end)], place[n, min(o + 2, end)], place[n, min(o + 3, end)]
+        w0, w1, w2, w3 = np.uint64(p0 >> 6), np.uint64(p1 >> 6), np.uint64(p2 >> 6), np.uint64(p3 >> 6)
+        j0, j1, j2, j3 = p0 & 63, p1 & 63, p2 & 63, p3 & 63
+        base = table[15] * np.float32(2**bits - 1)
         for i in range(first, last):
-            products[i - first] += bias[i]
+            total = -base
+            for k in range(bits):
+                plane = matrix[i, k]
+                low = (plane[w0] >> j0 & 1) | (plane[w1] >> j1 & 1) << 1
+                high = (plane[w2] >> j2 & 1) | (plane[w3] >> j3 & 1) << 1
+                total += np.float32(2 << k) * table[np.uint64(low | high << 2)]
+            products[n, i - first] += total
+
+
+@njit(nogil=True)
+def _add_by_columns(bits, taken, which, tables, products):
+    """The same for all rows and a whole block, from the columns of the codes; which [N, K] of them."""
+    (rows, outliers), many = which.shape, tables.shape[1]
+    columns, entries, out = taken.reshape(-1), tables.reshape(-1), products.reshape(-1)
+    for n in range(rows):
+        for o in range(0, outliers, 4):
+            end, table = outliers - 1, (n * many + (o >> 2)) * 16
+            c0, c1 = which[n, o] * BLOCK, which[n, min(o + 1, end)] * BLOCK
+            c2, c3 = which[n, min(o + 2, end)] * BLOCK, which[n, min(o + 3, end)] * BLOCK
+            base = -(entries[table + 15] * np.float32(2**bits - 1))
+            for i in range(0, BLOCK, LANES):
+                starts = c0 + i, c1 + i, c2 + i, c3 + i
+                add_looked_up(columns, starts, bits, base, entries, table, out, n * BLOCK + i)
+
+
+@njit(nogil=True)
+def _estimate(first, last, sketch, rounded, bias, room):
+    """Estimated products of the neurons first:last with every row: those of the room."""
+    _integers(first, last, sketch[0], rounded, room)
+    (matrix, scale), (_, step, _, place, tables, _, _, which) = sketch, rounded
+    products, exactly, _, taken = room
+    for n in range(products.shape[0]):
+        for i in range(last - first):
+            products[n, i] = np.float32(exactly[n, i]) * step[n]
+        if not taken.shape[0]:
+            _add_by_bits(first, last, n, matrix, place, tables, products)
+    if taken.shape[0]:
+        _add_by_columns(matrix.shape[1], taken, which, tables, products)
+    for n in range(products.shape[0]):
+        for i in range(first, last):
+            products[n, i - first] *= scale[i]
+        if bias.shape[0]:
+            for i in range(first, last):
+                products[n, i - first] += bias[i]
 
 
 @njit(nogil=True)
 def estimates_part(first, last, rounded, sketch, out):
     """Estimated products of the neurons first:last with every row, without biases, to out [N, I].
 
-    rounded: as `selector_kernels.round_rows` gives them, and `input_bytes` of them.
+    rounded: planes, step, total and place of `selector_kernels.round_rows`, `outlier_tables` of the exact entries,
+    `input_bytes` and `outlier_columns`.
     """
-    matrix, scale = sketch
-    planes, step, total, place, exact, inputs = rounded
-    none = np.empty(0, np.float32)
-    exactly, codes = _room(rounded)
+    room, none = _room(rounded), np.empty(0, np.float32)
     for start in range(first, last, BLOCK):
         end = min(start + BLOCK, last)
-        _integers(start, end, matrix, planes, total, inputs, codes, exactly)
-        for n in range(planes.shape[0]):
-            row = step[n], place[n], exact[n]
-            _estimate(start, end, matrix, scale, *row, none, exactly[n], codes, out[n, start:end])
+        _estimate(start, end, sketch, rounded, none, room)
+        for n in range(out.shape[0]):
+            for i in range(start, end):
+                out[n, i] = room[0][n, i - start]
 
 
 @njit(nogil=True)
@@ -220,25 +250,18 @@ def expected_block(kind, gated, g, u, errors, low, high):
 def score_part(first, last, rounded, weights, sketches, slots, importance, errors, kind, key):
     """Scores of the neurons first:last for every row, to key [N, I]: see `sketch.sketch_scores`."""
     gated, _, _, _, gate_bias, up_bias, _ = weights
-    gate, gate_scale, up, up_scale = sketches
-    planes, step, total, place, exact, inputs = rounded
-    g, u = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     low, high = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    of_gate, gate_codes = _room(rounded)
-    of_up, up_codes = _room(rounded)
+    gate_room, up_room = _room(rounded), _room(rounded)
     for start in range(first, last, BLOCK):
         end = min(start + BLOCK, last)
-        _integers(start, end, up, planes, total, inputs, up_codes, of_up)
+        size = end - start
+        _estimate(start, end, sketches[2:], rounded, up_bias, up_room)
         if gated:
-            _integers(start, end, gate, planes, total, inputs, gate_codes, of_gate)
-        for n in range(planes.shape[0]):
-            row = step[n], place[n], exact[n]
-            _estimate(start, end, up, up_scale, *row, up_bias, of_up[n], up_codes, u)
-            if gated:
-                _estimate(start, end, gate, gate_scale, *row, gate_bias, of_gate[n], gate_codes, g)
-            size = end - start
+            _estimate(start, end, sketches[:2], rounded, gate_bias, gate_room)
+        for n in range(key.shape[0]):
+            g, u = gate_room[0][n, :size], up_room[0][n, :size]
             known = errors[slots[n], :, start:end] if errors.shape[0] else errors[:0, 0, 0:0]
-            expected_block(kind, gated, g[:size], u[:size], known, low[:size], high[:size])
+            expected_block(kind, gated, g, u, known, low[:size], high[:size])
             scale = importance[slots[n] if importance.shape[0] > 1 else 0]
             for i in range(start, end):
                 key[n, i] = abs(u[i - start] * scale[i])

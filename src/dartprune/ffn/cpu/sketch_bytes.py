@@ -96,65 +96,71 @@ def byte_dots(context: Any, codes: Any, inputs: Any) -> Any:
 
 @intrinsic
 def add_looked_up(
-    context: Any, codes: Any, first: Any, places: Any, bits: Any, start: Any, table: Any, out: Any
+    context: Any, columns: Any, starts: Any, bits: Any, base: Any, tables: Any, table: Any, out: Any, at: Any
 ) -> Any:
-    """Add sums of table entries to out float32 [B], for 16 neurons from `first` on or as many as are left.
+    """Add sums of table entries to the 16 numbers of out float32 that begin `at`.
 
-    codes uint8 [B, words * 64] with three bytes behind the last row; places: four columns, whose k-th bits side by side
-    tell an entry of table float32 [16]; `start` plus 2^(k + 1) times that for each k, in turn.
+    Flat arrays, and where in them what is meant begins: four columns of uint8, whose k-th bits side by side tell an
+    entry of a table of 16 float32; `base` plus 2^(k + 1) times that for each k, in turn.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        rows, to = data_of(context, builder, signature.args[0], args[0]), signature.args[6]
-        entries = data_of(context, builder, signature.args[5], args[5])
-        count = builder.extract_value(context.make_array(to)(context, builder, args[6]).shape, 0)
-        stride = builder.extract_value(array.strides, 0)
-        sizes, floats = ir.VectorType(_SIZE, LANES), ir.VectorType(ir.FloatType(), LANES)
-        masks = ir.VectorType(ir.IntType(1), LANES)
-
+        codes, entries, to = (data_of(context, builder, signature.args[k], args[k]) for k in (0, 4, 6))
+        narrow, floats = ir.VectorType(_BYTE, LANES), ir.VectorType(ir.FloatType(), LANES)
         every = partial(_every, builder)
 
-        def gather(base: Any, offsets: Any, kind: Any, name: str) -> Any:
-            starts = every(builder.ptrtoint(base, _SIZE), sizes)
-            pointers = ir.VectorType(kind.element.as_pointer(), LANES)
-            places = builder.inttoptr(builder.add(starts, offsets), pointers)
-            zeros = ir.Constant(kind, [0] * LANES)
-            function = ir.FunctionType(kind, [pointers, _INT, masks, kind])
-            call = cgutils.get_or_insert_function(builder.module, function, f"llvm.masked.gather.{name}.v16p0")
-            return builder.call(call, [places, _INT(1), there, zeros])
+        def looked_up(entry: Any) -> Any:
+            first = builder.mul(args[5], _SIZE(4))
+            if native(LANES):
+                kind = ir.FunctionType(floats, [floats, _SUMS])
+                permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
+                return builder.call(permute, [load_at(builder, entries, first, floats), entry])
+            values = ir.Constant(floats, ir.Undefined)
+            for lane in range(LANES):
+                offset = builder.mul(builder.zext(builder.extract_element(entry, _INT(lane)), _SIZE), _SIZE(4))
+                value = load_at(builder, entries, builder.add(first, offset), ir.FloatType())
+                values = builder.insert_element(values, value, _INT(lane))
+            return values
 
-        lanes = ir.Constant(sizes, list(range(LANES)))
-        neurons = builder.add(every(args[1], sizes), lanes)
-        there = builder.icmp_signed("<", neurons, every(count, sizes))
-        at = builder.mul(neurons, every(stride, sizes))
         found = [
-            gather(rows, builder.add(at, every(builder.extract_value(args[2], o), sizes)), _SUMS, "v16i32")
-            for o in range(4)
+            builder.zext(load_at(builder, codes, builder.extract_value(args[1], o), narrow), _SUMS) for o in range(4)
         ]
-        total = cgutils.alloca_once_value(builder, every(args[4], floats))
-        with cgutils.for_range(builder, args[3]) as loop:
+        total = cgutils.alloca_once_value(builder, every(args[3], floats))
+        with cgutils.for_range(builder, args[2]) as loop:
             shift = every(builder.trunc(loop.index, _INT), _SUMS)
             entry = ir.Constant(_SUMS, [0] * LANES)
             for o, code in enumerate(found):
                 bit = builder.and_(builder.lshr(code, shift), ir.Constant(_SUMS, [1] * LANES))
                 entry = builder.or_(entry, builder.shl(bit, ir.Constant(_SUMS, [o] * LANES)))
-            value = gather(
-                entries, builder.shl(builder.zext(entry, sizes), ir.Constant(sizes, [2] * LANES)), floats, "v16f32"
-            )
             factor = builder.uitofp(builder.shl(ir.Constant(_SUMS, [2] * LANES), shift), floats)
-            builder.store(builder.fadd(builder.load(total), builder.fmul(factor, value)), total)
-        base = data_of(context, builder, to, args[6])
-        place = builder.bitcast(builder.gep(base, [builder.mul(args[1], _SIZE(4))]), floats.as_pointer())
-        kind = ir.FunctionType(floats, [place.type, _INT, masks, floats])
-        load = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.load.v16f32.p0")
-        before = builder.call(load, [place, _INT(4), there, ir.Constant(floats, [0.0] * LANES)])
-        kind = ir.FunctionType(ir.VoidType(), [floats, place.type, _INT, masks])
-        store = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.store.v16f32.p0")
-        builder.call(store, [builder.fadd(before, builder.load(total)), place, _INT(4), there])
+            builder.store(builder.fadd(builder.load(total), builder.fmul(factor, looked_up(entry))), total)
+        place = builder.bitcast(builder.gep(to, [builder.mul(args[7], _SIZE(4))]), floats.as_pointer())
+        builder.store(builder.fadd(builder.load(place, align=4), builder.load(total)), place, align=4)
         return context.get_dummy_value()
 
-    return types.void(codes, types.int64, places, types.int64, types.float32, table, out), generate
+    counts = types.UniTuple(types.int64, 4), types.int64, types.float32
+    return types.void(columns, *counts, tables, types.int64, out, types.int64), generate
+
+
+@njit(nogil=True)
+def outlier_columns(place, width):
+    """The columns that any row keeps exact, int64 [U], and which of them each does, int64 [N, K]; place [N, K].
+
+    width: columns that there are; 0 where the weights go by their bits, and none is needed.
+    """
+    if not width:
+        return np.empty(0, np.int64), np.empty(place.shape, np.int64)
+    number = np.full(width, -1, np.int64)
+    columns, which = np.empty(place.size, np.int64), np.empty(place.shape, np.int64)
+    found = 0
+    for n in range(place.shape[0]):
+        for o in range(place.shape[1]):
+            j = place[n, o]
+            if number[j] < 0:
+                number[j], columns[found] = found, j
+                found += 1
+            which[n, o] = number[j]
+    return columns[:found].copy(), which
 
 
 @njit(nogil=True)

@@ -34,7 +34,7 @@ from torch import Tensor
 from dartprune.ffn.gpu.backend import ready
 from dartprune.ffn.operators import gated_operator, room_for_rows, sketched_operator
 from dartprune.ffn.selector_ops import TokenRows
-from dartprune.ffn.sketch import FFNSketch, InputPlanes, SketchPlanes
+from dartprune.ffn.sketch import FFNSketch, InputPlanes, Products, SketchPlanes
 from dartprune.ffn.weights import FFNWeights
 
 MOST_ROWS = 32  # computed at a time: the partial sums of so many rows fit into memory beside any model
@@ -197,19 +197,21 @@ def sketched_rows(
     return call.rows
 
 
-def estimates(x: Tensor, planes: SketchPlanes, activation_bits: int, outliers: int) -> Tensor:
-    """Rows x [N, H] rounded, and their products as `sketch.sketch_dots` gives them, float32 [N, I]."""
+def estimates(x: Tensor, sketch: FFNSketch) -> Products:
+    """Rows x [N, H] rounded, and their products as `sketch.estimated_products` gives them, float32 [N, I]."""
     from dartprune.ffn.gpu import cut as gpu_cut
     from dartprune.ffn.gpu import rounding as gpu_rounding
     from dartprune.ffn.gpu import sketch as gpu_sketch
 
-    out = torch.empty(x.shape[0], planes.neurons, dtype=torch.float32, device=x.device)
+    matrices = [sketch.up] if sketch.gate is None else [sketch.gate, sketch.up]
+    outs = [torch.empty(x.shape[0], m.neurons, dtype=torch.float32, device=x.device) for m in matrices]
     with torch.cuda.device_of(x):
-        rounded = room_for_planes(x, activation_bits, outliers)
+        rounded = room_for_planes(x, sketch.activation_bits, sketch.outliers)
         tally = torch.empty(x.shape[0], gpu_cut.TALLY, dtype=torch.int32, device=x.device)
         gpu_rounding.launch_round(x.detach().contiguous(), rounded, tally)
-        gpu_sketch.launch_estimate(rounded, _contiguous(planes), out)
-    return out
+        for matrix, out in zip(matrices, outs, strict=True):
+            gpu_sketch.launch_estimate(rounded, _contiguous(matrix), out)
+    return (None if sketch.gate is None else outs[0]), outs[-1]
 
 
 def _contiguous(planes: SketchPlanes) -> SketchPlanes:

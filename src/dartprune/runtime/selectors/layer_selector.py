@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dartprune.ffn.selector_kernels import SelectorKernels
 from dartprune.ffn.selector_ops import TokenRows, chosen_mask, chosen_rows
-from dartprune.ffn.sketch import AnySketch
+from dartprune.ffn.sketch import AnySketch, Products
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.layer import Decoder, Layer
 from dartprune.runtime.selection import LayerSelection
@@ -37,9 +37,6 @@ class LayerFacts:
     norms: Tensor
     kernels: SelectorKernels | None = None
     sketch: AnySketch | None = None
-
-
-Products = tuple[Tensor | None, Tensor]
 
 
 @dataclass(frozen=True)

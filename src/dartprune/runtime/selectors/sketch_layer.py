@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from dartprune.errors import UserError
-from dartprune.ffn.dropped import dropped_sums
-from dartprune.ffn.estimates import estimated, nested_estimated
-from dartprune.ffn.expected import error_moments, mean_and_square, mean_and_variance
+from dartprune.ffn.estimates import estimated
+from dartprune.ffn.expected import mean_and_square, mean_and_variance
+from dartprune.ffn.lessons import Activation, Drops, lesson_sums
 from dartprune.ffn.quantised import NestedSketch, QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
-from dartprune.ffn.sketch import AnySketch, estimated_sizes
+from dartprune.ffn.sketch import AnySketch, Products, estimated_sizes
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.layer import Layer
 from dartprune.model.packed import packed_rows
-from dartprune.runtime.selectors.layer_selector import LayerFacts, LayerSelector, Lesson, ModelFacts, Place, Products
+from dartprune.runtime.selectors.layer_selector import LayerFacts, LayerSelector, Lesson, ModelFacts, Place
 from dartprune.selectors.settings import Sketch, register_selector
 from dartprune.selectors.sketches import Matrices, Sketcher, matrices_of
 
@@ -101,6 +101,7 @@ class SketchLayer(LayerSelector):
         self.sketch = sketch
         self.gate_bias, self.up_bias = biases
         self._dtype = facts.place[1]
+        self._activation = Activation(facts.layer.activated, facts.layer.activation)
         self.calibrates, self.compensates = calibrate, compensate
         self._rounding: Tensor | None = None
         if calibrate:
@@ -153,12 +154,7 @@ class SketchLayer(LayerSelector):
 
     def _estimates(self, x: Tensor) -> Products:
         """Estimated products of x [N, H] with gate (None for a plain FFN) and up, biases added, float32 [N, I]."""
-        if isinstance(self.sketch, NestedSketch):
-            gate, up = nested_estimated(x, self.sketch.rows)
-        else:
-            options = self.sketch.activation_bits, self.sketch.outliers
-            gate = None if self.sketch.gate is None else estimated(x, self.sketch.gate, *options)
-            up = estimated(x, self.sketch.up, *options)
+        gate, up = estimated(x, self.sketch)
         if gate is not None and self.gate_bias is not None:
             gate = gate + self.gate_bias.float()
         return gate, up if self.up_bias is None else up + self.up_bias.float()
@@ -168,27 +164,13 @@ class SketchLayer(LayerSelector):
         """See `LayerSelector.lesson`: sums of the sketch's errors and their squares, of gate and up, [B, 4 or 2, I]."""
         rows = x.reshape(-1, x.shape[-1])
         exact = self.layer.products(rows) if products is None else products
-        estimates = self._estimates(rows)
-        errors = self._error_sums(exact, estimates, weight) if self.calibrates else None
-        dropped = self._dropped_sums(exact, estimates, weight, slots) if self.compensates else None
+        drops = None
+        if self.compensates:
+            assert self.importance is not None
+            drops = Drops(self.importance, self.wanted.index_select(0, slots))
+        errors, dropped = lesson_sums(self._activation, exact, self._estimates(rows), weight, drops)
         # of a norm's outputs all tokens have about the same size, so the first one tells it
-        return Lesson(errors, x[:, 0].float().square().mean(-1), dropped)
-
-    def _error_sums(self, exact: Products, estimates: Products, weight: Tensor) -> Tensor:
-        shape = (*weight.shape, -1)
-        sums = [
-            error_moments(of_matrix.view(shape), estimate.view(shape), weight)
-            for of_matrix, estimate in zip(exact, estimates, strict=True)
-            if of_matrix is not None and estimate is not None
-        ]
-        return torch.cat(sums, dim=1)
-
-    def _dropped_sums(self, exact: Products, estimates: Products, weight: Tensor, slots: Tensor) -> Tensor:
-        act, (gate, up), shape = self.layer.activated, exact, (*weight.shape, -1)
-        a = act(up) if gate is None else act(gate) * up
-        assert self.importance is not None
-        scores = estimated_sizes(act, *estimates, None) * self.importance
-        return dropped_sums(a.view(shape), scores.view(shape), self.wanted.index_select(0, slots), weight)
+        return Lesson(errors if self.calibrates else None, x[:, 0].float().square().mean(-1), dropped)
 
     @torch.no_grad()
     def learn(self, lesson: Lesson, slots: Tensor, weight: Tensor, memory: float | None = None) -> None:
@@ -238,7 +220,8 @@ class SketchLayer(LayerSelector):
         x = torch.randn(1, _PROBES, self.layer.hidden, generator=generator, dtype=torch.float32, device="cpu")
         ones = torch.ones(1, _PROBES, dtype=torch.float32, device=device)
         rows = x.to(device, dtype).flatten(0, 1)
-        moments = self._error_sums(self.layer.products(rows), self._estimates(rows), ones)[0] / _PROBES
+        products = self.layer.products(rows), self._estimates(rows)
+        moments = lesson_sums(self._activation, *products, ones, None)[0][0] / _PROBES
         moments[::2] = 0.0
         return moments.bfloat16()
 
