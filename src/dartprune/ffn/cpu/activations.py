@@ -10,6 +10,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from dartprune.ffn.cpu.lean import lean
+
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "quick_gelu": 5}
 
 ZERO, ONE, HALF = np.float32(0.0), np.float32(1.0), np.float32(0.5)
@@ -64,7 +66,7 @@ def exp(v):
 
 
 # a division that may raise an error keeps a loop from being vectorised: here it gives infinity or NaN
-@njit(fastmath={"contract"}, nogil=True, error_model="numpy")
+@lean(fastmath={"contract"}, error_model="numpy")
 def activate_all(kind, v):
     """Activate v float32 [B] in place, a vector at a time."""
     if kind == 0:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from dartprune.ffn.cpu.lean import lean
+
 BINS = 2048
 INFINITE = np.uint32(0x7F800000)  # the bits of float32 infinity
 
 
-@njit(nogil=True)
+@lean()
 def _bin_of(tally, need):
     """The highest bin with `need` entries in it and above, and how many of its own are needed."""
     b = tally.shape[0] - 1
@@ -19,7 +21,7 @@ def _bin_of(tally, need):
     return b, need
 
 
-@njit(nogil=True)
+@lean()
 def cut_of(key, wanted, tally, pool):
     """The wanted-th highest key, and how many keys equal to it are taken; wanted is 1 .. the number of keys over 0.
 
@@ -47,7 +49,7 @@ def cut_of(key, wanted, tally, pool):
     return cut | np.uint32(b), need
 
 
-@njit(nogil=True)
+@lean()
 def _choose(key, wanted, least, threshold, tally, pool, index):
     """The highest keys of one row: see `selector_ops.chosen_rows`.
 

@@ -26,6 +26,7 @@ from dartprune.ffn.cpu.group_parts import (
     neuron_value,
     product,
 )
+from dartprune.ffn.cpu.lean import lean
 from dartprune.ffn.cpu.sketch import expected_block
 from dartprune.ffn.row_format import GROUP, QUAD
 
@@ -44,13 +45,13 @@ def _inputs(x, groups):
     return codes, scale, sums
 
 
-@njit(nogil=True)
+@lean()
 def _share(neurons, t, threads):
     """The neurons of a thread."""
     return neurons * t // threads, neurons * (t + 1) // threads
 
 
-@njit(nogil=True)
+@lean()
 def _span(
     inputs, n, head, tail, offsets, biases, kind, known, gates, ups, means,
     index, first, last, values, shares, partial,
@@ -199,7 +200,7 @@ def gate_rows(
         gather(partial, n, out[n])
 
 
-@njit(nogil=True)
+@lean()
 def _estimate_part(first, last, inputs, head, offsets, gates, ups, gate_middles, up_middles):
     """Products of the neurons first:last without their low codes, [N, I]; and what these add in the middle, [N, B]."""
     codes, scale, sums = inputs

@@ -11,6 +11,7 @@ from numba import njit
 
 from dartprune.ffn.cpu.activations import ZERO, activate
 from dartprune.ffn.cpu.group_blocks import add_codes, fetch_bytes, float_at, row_parts
+from dartprune.ffn.cpu.lean import lean
 from dartprune.ffn.row_format import GROUP, QUAD, SEGMENTS, STEPS
 
 LARGEST, SECOND, THIRD = SEGMENTS
@@ -18,7 +19,7 @@ MOST = np.float32(127.0)
 BOTH = 4  # neurons whose down rows are added at a time
 
 
-@njit(nogil=True)
+@lean()
 def lanes_of(left):
     """How many of the groups that are left the kernels take next: see `row_format.segments`."""
     return LARGEST if left >= LARGEST else (SECOND if left >= SECOND else THIRD)
@@ -178,7 +179,7 @@ def add(out, lows, shares, values, many, tail, offsets, rows):
             add_codes(out, factor, shares, (tail[rows[0]],), at, groups, 8)
 
 
-@njit(nogil=True)
+@lean()
 def gather(partial, n, out):
     """Out float32 [H] = what all threads summed for input n: partial float32 [threads, N, width + groups]."""
     width = partial.shape[2] // (GROUP + 1) * GROUP

@@ -15,6 +15,7 @@ from dartprune.ffn.cpu.activations import ACTIVATIONS as ACTIVATIONS
 from dartprune.ffn.cpu.activations import ZERO, activate
 from dartprune.ffn.cpu.blocks import add_rows, dots
 from dartprune.ffn.cpu.cache import kernel
+from dartprune.ffn.cpu.lean import lean
 
 # workqueue, the third threading layer, aborts the process when two Python threads enter it
 if numba.config.THREADING_LAYER == "default":
@@ -40,7 +41,7 @@ def _plain(up, row, up_bias, biased, kind):
     return np.float32(activate(kind, up))
 
 
-@njit(nogil=True)
+@lean()
 def _four(x, gated, gate, up, down, gate_bias, up_bias, biased, index, i, later, kind, out):
     """Four neurons of one row x [H], index[i : i + 4], while index[later : later + 4] are fetched."""
     r0, r1, r2, r3 = index[i], index[i + 1], index[i + 2], index[i + 3]
@@ -63,7 +64,7 @@ def _four(x, gated, gate, up, down, gate_bias, up_bias, biased, index, i, later,
     add_rows((out,), (a0, a1, a2, a3), downs, ahead_downs)
 
 
-@njit(nogil=True)
+@lean()
 def _one(x, gated, gate, up, down, gate_bias, up_bias, biased, row, later, kind, out):
     """One neuron of one row x [H], while the neuron `later` is fetched."""
     if gated:
@@ -75,7 +76,7 @@ def _one(x, gated, gate, up, down, gate_bias, up_bias, biased, row, later, kind,
     add_rows((out,), (a,), (down[row],), (down[later],))
 
 
-@njit(nogil=True)
+@lean()
 def _for_two(x, y, gated, gate, up, down, gate_bias, up_bias, biased, row, later, kind, out, out_y):
     """One neuron of two rows x and y [H]: its weights are read and widened once."""
     if gated:
@@ -89,7 +90,7 @@ def _for_two(x, y, gated, gate, up, down, gate_bias, up_bias, biased, row, later
     add_rows((out, out_y), (a0, a1), (down[row],), (down[later],))
 
 
-@njit(nogil=True)
+@lean()
 def _span(x, gated, gate, up, down, gate_bias, up_bias, biased, index, first, last, kind, out):
     """Add what the neurons index[first:last] give for one row x [H] to out [H], four at a time."""
     i = first

@@ -10,12 +10,13 @@ from dartprune.ffn.cpu.activations import ONE, ZERO, activate_all
 from dartprune.ffn.cpu.blocks import float_of
 from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.cut import BINS, cut_of
+from dartprune.ffn.cpu.lean import lean
 from dartprune.ffn.cpu.sketch import BLOCK
 
 TINY = np.finfo(np.float32).tiny
 
 
-@njit(nogil=True)
+@lean()
 def _size(kind, gated, gate, up, importance):
     """Make up [B] the scores of neurons, not negative, from estimated products; gate [B] is used up."""
     if gated:
@@ -42,7 +43,7 @@ def _cut_of_row(kind, gated, gate, up, importance, stride, kept):
     return max(bits.view(np.float32)[0], TINY)
 
 
-@njit(nogil=True, fastmath={"contract"})
+@lean(fastmath={"contract"})
 def _add_errors(rows, weight, first, exact, estimate, sums, squares):
     """Add the errors of the rows that count to sums and squares [B], of the neurons from `first` on; weight [m]."""
     # places without a sign: where one might count from the end, a loop is not vectorised
@@ -56,7 +57,7 @@ def _add_errors(rows, weight, first, exact, estimate, sums, squares):
                 squares[i] += error * error
 
 
-@njit(nogil=True)
+@lean()
 def _add_dropped(rows, weight, first, gated, exact, estimates, importance, cuts, kind, rooms, sums, tokens):
     """Add what neurons gave in the rows in which they score less than the cut to sums [B], and those to tokens [B].
 

@@ -7,6 +7,7 @@ from numba import njit, prange
 
 from dartprune.ffn.cpu.activations import HALF, ONE, ZERO
 from dartprune.ffn.cpu.cache import kernel
+from dartprune.ffn.cpu.lean import lean
 
 # the order of a sum may change, so that it vectorises; NaN and infinity stay what they are
 _LOOSE = {"reassoc", "contract", "nsz"}
@@ -19,7 +20,7 @@ def _level(value, inverse, top):
     return min(max(code, ZERO), top)
 
 
-@njit(nogil=True, fastmath=_LOOSE)
+@lean(fastmath=_LOOSE)
 def _moments(row, scale, top):
     """Products of a row with its levels, and of those with themselves."""
     inverse = ONE / scale if scale > ZERO else ZERO
@@ -31,7 +32,7 @@ def _moments(row, scale, top):
     return mixed, own
 
 
-@njit(nogil=True, fastmath=_LOOSE)
+@lean(fastmath=_LOOSE)
 def _error(row, scale, top):
     inverse = ONE / scale if scale > ZERO else ZERO
     total = ZERO
@@ -41,7 +42,7 @@ def _error(row, scale, top):
     return total
 
 
-@njit(nogil=True, fastmath=_LOOSE)
+@lean(fastmath=_LOOSE)
 def _mean_size(row):
     total = ZERO
     for j in range(row.shape[0]):
@@ -49,7 +50,7 @@ def _mean_size(row):
     return total / np.float32(row.shape[0])
 
 
-@njit(nogil=True)
+@lean()
 def _fitted(row, scale, top, starts):
     best, least = scale, np.float32(np.inf)
     for start in starts:
@@ -63,7 +64,7 @@ def _fitted(row, scale, top, starts):
     return best
 
 
-@njit(nogil=True)
+@lean()
 def _pack(row, scale, top, code, planes):
     """Planes int64 [b, words]; code uint8 [words * 64], beyond the row 0."""
     inverse = ONE / scale if scale > ZERO else ZERO

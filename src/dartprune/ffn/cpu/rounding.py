@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from dartprune.ffn.cpu.activations import ONE, ZERO
 from dartprune.ffn.cpu.cache import kernel
+from dartprune.ffn.cpu.lean import lean
 from dartprune.ffn.cpu.threads import use_threads
 from dartprune.ffn.row_format import GROUP, SHRINK, SHRINKS, SHRUNK, TINY, RowFormat
 
@@ -54,7 +55,7 @@ def round_rows(weight, groups, most, factors, threads, codes, scales, floats):
                 _encode(group, scale * unit, low * low_unit, most, codes[i, g * GROUP : (g + 1) * GROUP])
 
 
-@njit(nogil=True)
+@lean()
 def _ranges(row, groups, most, middles, reaches):
     """The middle and the reach of each group; the units in which the row's widest group and farthest low fit."""
     widest, farthest = ZERO, ZERO
@@ -69,7 +70,7 @@ def _ranges(row, groups, most, middles, reaches):
     return max(widest, _TINY) / _TOP, max(farthest, _TINY) / _LOWEST
 
 
-@njit(nogil=True)
+@lean()
 def _chosen(group, middle, reach, unit, low_unit, most, factors):
     """The scale and the low with the least squared error, in units."""
     best_scale, best_low, least = ZERO, ZERO, np.float32(np.inf)
@@ -84,7 +85,7 @@ def _chosen(group, middle, reach, unit, low_unit, most, factors):
     return best_scale, best_low
 
 
-@njit(nogil=True, fastmath=_LOOSE)
+@lean(fastmath=_LOOSE)
 def _error(group, step, start, most):
     inverse = ONE / max(step, _TINY)
     total = ZERO
@@ -95,7 +96,7 @@ def _error(group, step, start, most):
     return total
 
 
-@njit(nogil=True)
+@lean()
 def _encode(group, step, start, most, codes):
     inverse = ONE / max(step, _TINY)
     for j in range(GROUP):

@@ -18,6 +18,7 @@ from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.cut import choose_part
 from dartprune.ffn.cpu.kernels import MOST_ROWS as MOST_ROWS
 from dartprune.ffn.cpu.kernels import union_of
+from dartprune.ffn.cpu.lean import lean
 from dartprune.ffn.cpu.sketch import BLOCK, estimates_part, integers_of, outlier_tables, round_row, score_part
 from dartprune.ffn.cpu.sketch_bytes import input_bytes, outlier_columns
 
@@ -31,7 +32,7 @@ def _dot(x, row, following):
     return total
 
 
-@njit(nogil=True)
+@lean()
 def _gate_part(first, last, x, weights, member, union, slots, importance, kind, key, value):
     """Read the candidates union[first:last]: their activations to value [N, I], their scores to key [N, I]."""
     gated, gate, up, _, gate_bias, up_bias, biased = weights
@@ -52,7 +53,7 @@ def _gate_part(first, last, x, weights, member, union, slots, importance, kind, 
                 key[n, i] = abs(v)  # last, also for the sign of a NaN: the search needs bits without a sign
 
 
-@njit(nogil=True)
+@lean()
 def _up_part(first, last, x, weights, member, union, kind, known, means, slots, value):
     """Make value[n, i] the chosen neurons' `act(gate . x) * (up . x)`; with `known` it holds the activation already.
 
@@ -80,7 +81,7 @@ def _up_part(first, last, x, weights, member, union, kind, known, means, slots, 
                 value[n, i] = v
 
 
-@njit(nogil=True)
+@lean()
 def _down_block(first, last, down, rows, ahead, value, out):
     """Add the down rows of the neurons `rows` to out, columns first:last of one output row, while `ahead` are fetched.
 
@@ -126,7 +127,7 @@ def _down_part(first, last, down, union, index, count, value, compensation, slot
             done[n] = until
 
 
-@njit(nogil=True)
+@lean()
 def _share(whole, t, threads, unit):
     """The t-th of `threads` shares of a range, cut at multiples of `unit`."""
     units = -(-whole // unit)

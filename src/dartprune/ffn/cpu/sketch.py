@@ -7,6 +7,7 @@ from numba import njit
 
 from dartprune.ffn.cpu.activations import ZERO, activate_all
 from dartprune.ffn.cpu.blocks import common_ones, float_of
+from dartprune.ffn.cpu.lean import lean
 from dartprune.ffn.cpu.sketch_bytes import LANES, WORD, add_looked_up, bits_of, integers_by_bytes
 
 BLOCK = 64  # neurons that pass through the nearer caches at a time
@@ -27,7 +28,7 @@ def _take_outliers(x, peak, place, exact):
         peak[w] = part.max()
 
 
-@njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True)
+@lean(fastmath={"reassoc", "contract", "nsz"})
 def _root_mean_square(x):
     total = ZERO
     for j in range(x.shape[0]):
@@ -57,7 +58,7 @@ def round_row(x, bits, gaussian_step, planes, place, exact):
     return step, total
 
 
-@njit(nogil=True)
+@lean()
 def integers_of(first, last, planes, x, total, out):
     """`sketch.sketch_integers` of the neurons first:last and one row, to out [last - first], four at a time.
 
@@ -111,7 +112,7 @@ def _room(rounded):
     return np.empty((rows, BLOCK), np.float32), np.empty((rows, BLOCK), np.int32), codes, taken
 
 
-@njit(nogil=True)
+@lean()
 def _integers(first, last, matrix, rounded, room):
     """`sketch.sketch_integers` of the neurons first:last and all rows; by bytes, where there are any."""
     planes, _, total, _, _, inputs, columns, _ = rounded
@@ -127,7 +128,7 @@ def _integers(first, last, matrix, rounded, room):
             taken[c, i] = codes[i, j]
 
 
-@njit(nogil=True)
+@lean()
 def _add_by_bits(first, last, n, matrix, place, tables, products):
     """Add what row n's exact entries give to products [N, B] of the neurons first:last.
 
@@ -151,7 +152,7 @@ def _add_by_bits(first, last, n, matrix, place, tables, products):
             products[n, i - first] += total
 
 
-@njit(nogil=True)
+@lean()
 def _add_by_columns(bits, taken, which, tables, products):
     """The same for all rows and a whole block, from the columns of the codes; which [N, K] of them."""
     (rows, outliers), many = which.shape, tables.shape[1]
@@ -167,7 +168,7 @@ def _add_by_columns(bits, taken, which, tables, products):
                 add_looked_up(columns, starts, bits, base, entries, table, out, n * BLOCK + i)
 
 
-@njit(nogil=True)
+@lean()
 def _estimate(first, last, sketch, rounded, bias, room):
     """Estimated products of the neurons first:last with every row: those of the room."""
     _integers(first, last, sketch[0], rounded, room)
@@ -204,7 +205,7 @@ def estimates_part(first, last, rounded, sketch, out):
                 out[n, i] = room[0][n, i - start]
 
 
-@njit(nogil=True)
+@lean()
 def _mean_square(kind, estimate, mean, variance, low, high):
     """Make the estimates [B] `expected.expected_sizes`' mean squares of the activation; low and high [B]: room."""
     for i in range(estimate.shape[0]):
@@ -219,7 +220,7 @@ def _mean_square(kind, estimate, mean, variance, low, high):
         estimate[i] = np.float32(2 / 3) * (estimate[i] * estimate[i]) + np.float32(1 / 6) * sides
 
 
-@njit(nogil=True)
+@lean()
 def _expect(kind, gated, g, u, errors, low, high):
     """Make u [B] the expected sizes, see `expected.expected_sizes`; errors bf16 words [4 or 2, B]."""
     if gated:
@@ -233,7 +234,7 @@ def _expect(kind, gated, g, u, errors, low, high):
             u[i] = np.sqrt(u[i])
 
 
-@njit(nogil=True)
+@lean()
 def expected_block(kind, gated, g, u, errors, low, high):
     """Make u [B] sizes of activations from products g and u [B]; expected ones where errors [4 or 2, B] are given."""
     if errors.shape[0]:

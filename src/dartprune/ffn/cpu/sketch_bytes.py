@@ -15,6 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from dartprune.ffn.cpu.group_blocks import byte_products, data_of, load_at, native
+from dartprune.ffn.cpu.lean import lean
 
 WORD = 64  # bits of a word of a plane, which become as many bytes
 TILE = 4  # neurons, and rows, whose products are made side by side
@@ -176,7 +177,7 @@ def input_bytes(planes):
     return out
 
 
-@njit(nogil=True)
+@lean()
 def integers_by_bytes(first, last, planes, x, total, codes, out):
     """`sketch.sketch_integers` of the neurons first:last and all rows, to out int32 [N, last - first or more].
 

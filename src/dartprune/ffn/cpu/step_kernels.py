@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from dartprune.ffn.cpu.activations import ZERO
+from dartprune.ffn.cpu.activations import ZERO, exp
 from dartprune.ffn.cpu.blocks import LINE, add_rows, dots, float_of, word_of
 from dartprune.ffn.cpu.cache import kernel
+from dartprune.ffn.cpu.lean import lean
 
 FOUR = 4  # rows of a weight, or tokens of a cache, that are taken at a time
 
 
-@njit(nogil=True)
+@lean()
 def _linear_part(first, last, x, weight, bias, out):
     """Outputs first:last of x float32 [N, K]; weight [O, K] in words, bias float32 [O] or empty.
 
@@ -46,7 +47,7 @@ def _linear_part(first, last, x, weight, bias, out):
                 out[n, o] += bias[o]
 
 
-@njit(nogil=True)
+@lean()
 def _share(rows, t, threads):
     """The rows of a thread, whole fours."""
     units = -(-rows // FOUR)
@@ -67,7 +68,7 @@ def linear_alone(x, weight, bias, out):
     _linear_part(0, weight.shape[0], x, weight, bias, out)
 
 
-@njit(nogil=True)
+@lean()
 def _by_inputs_part(first, last, x, rows, bias, out):
     """Outputs first:last of x float32 [N, K], where rows [K, O] hold an input's weights: added in their order."""
     for n in range(x.shape[0]):
@@ -105,7 +106,7 @@ def linear_by_inputs(x, rows, bias, threads, out):
         _by_inputs_part(first, last, x, rows, bias, out)
 
 
-@njit(fastmath={"reassoc", "contract"}, nogil=True)
+@lean(fastmath={"reassoc", "contract"})
 def _normed(x, weight, epsilon):
     """RMS norm of x float32 [D] in place; weight [D] in words, or empty: none."""
     if not weight.shape[0]:
@@ -118,7 +119,7 @@ def _normed(x, weight, epsilon):
         x[j] *= factor * float_of(weight[j])
 
 
-@njit(nogil=True)
+@lean()
 def _widened(words, out):
     """Words [D] as float32 [D]."""
     for j in range(words.shape[0]):
@@ -133,7 +134,7 @@ def _floats(words):
     return out
 
 
-@njit(nogil=True)
+@lean()
 def _narrowed(x, out):
     """Float32 [D] as words [D]."""
     for j in range(x.shape[0]):
@@ -150,7 +151,7 @@ def norm(x, weight, epsilon, out):
         _narrowed(row, out[n])
 
 
-@njit(nogil=True)
+@lean()
 def _turned(head, weight, epsilon, cos, sin):
     """Norm a head float32 [D] and turn it by its position, in place; cos and sin float32 [D]."""
     _normed(head, weight, epsilon)
@@ -161,7 +162,19 @@ def _turned(head, weight, epsilon, cos, sin):
         head[half + j] = b * cos[half + j] + a * sin[half + j]
 
 
-@njit(nogil=True)
+@lean(fastmath={"reassoc", "contract", "nsz"})
+def _exponentials(weight, highest):
+    """Make weight [T] shares of 1: e to the power of each, less the highest one."""
+    total = ZERO
+    for t in range(weight.shape[0]):
+        weight[t] = exp(weight[t] - highest)
+        total += weight[t]
+    inverse = np.float32(1.0) / total
+    for t in range(weight.shape[0]):
+        weight[t] *= inverse
+
+
+@lean()
 def _head(query, keys, values, mask, scale, weight, out):
     """One head's attention: query float32 [D], keys and values [T, D] in words, mask float32 [T] or empty, out [D]."""
     tokens = keys.shape[0]
@@ -180,13 +193,7 @@ def _head(query, keys, values, mask, scale, weight, out):
         if mask.shape[0]:
             weight[t] += mask[t]
         highest = max(highest, weight[t])
-    total = ZERO
-    for t in range(tokens):
-        weight[t] = np.exp(weight[t] - highest)
-        total += weight[t]
-    inverse = np.float32(1.0) / total
-    for t in range(tokens):
-        weight[t] *= inverse
+    _exponentials(weight[:tokens], highest)
     out[:] = ZERO
     t = 0
     while t < tokens:

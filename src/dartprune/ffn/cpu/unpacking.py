@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from dartprune.ffn.cpu.blocks import word_of
 from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.group_blocks import float_at
 from dartprune.ffn.cpu.group_parts import lanes_of
+from dartprune.ffn.cpu.lean import lean
 from dartprune.ffn.row_format import GROUP, LANES, QUAD, STEPS
 
 WORD = 32  # bits
@@ -34,7 +35,7 @@ def unpack_rows(head, tail, offsets, role, threads, out):
             _values(codes, row[scales : scales + 2 * groups + 8], groups, out[i])
 
 
-@njit(nogil=True)
+@lean()
 def _fields(head, tail, offsets, of_up, fields):
     """The codes of a gate's or up's row as the kernels read them: step by step, four codes of each group."""
     groups, high, low = offsets[0], offsets[1], offsets[2]
@@ -54,21 +55,21 @@ def _fields(head, tail, offsets, of_up, fields):
         first += lanes
 
 
-@njit(nogil=True)
+@lean()
 def _shifted(packed, shift, width, out):
     shift, mask = np.uint8(shift), np.uint8((1 << width) - 1)
     for k in range(out.shape[0]):
         out[k] = np.uint8(packed[k] >> shift) & mask
 
 
-@njit(nogil=True)
+@lean()
 def _joined(packed, shift, width, out):
     shift, mask, width = np.uint8(shift), np.uint8((1 << width) - 1), np.uint8(width)
     for k in range(out.shape[0]):
         out[k] = np.uint8(out[k] << width) | (np.uint8(packed[k] >> shift) & mask)
 
 
-@njit(nogil=True)
+@lean()
 def _in_order(fields, groups, codes):
     """Words of four codes, step by step of a segment, to the order of the weights."""
     first = 0
@@ -80,7 +81,7 @@ def _in_order(fields, groups, codes):
         first += lanes
 
 
-@njit(nogil=True)
+@lean()
 def _down_codes(packed, bits, codes):
     """Down's codes in the order of the weights from words uint32: see `row_format.pack_down`."""
     each, mask = WORD // bits, np.uint32((1 << bits) - 1)
@@ -92,7 +93,7 @@ def _down_codes(packed, bits, codes):
                 codes[place + lane] = np.uint8((lanes[lane] >> shift) & mask)
 
 
-@njit(nogil=True)
+@lean()
 def _values(codes, scales, groups, out):
     """A row of weights from its codes and its scales, lows and two floats."""
     unit, low_unit = float_at(scales, 2 * groups), float_at(scales, 2 * groups + 4)
