@@ -7,7 +7,7 @@ import torch
 
 import dartprune.runtime.trace as trace_module
 from dartprune.model.rows import Phase, Rows
-from dartprune.runtime.ring import LayerRing
+from dartprune.runtime.ring import LayerRing, settle
 from dartprune.runtime.selection import LayerSelection
 from dartprune.runtime.trace import STATISTICS, LayerTrace, impact_terms
 
@@ -163,6 +163,28 @@ def test_a_ring_remembers_to_eight_bits(dtype):
     largest = x.float().abs().amax(1, keepdim=True)
     assert ((got.float() - x.float()).abs() <= x.float().abs() / 16 + largest / 448 / 512 + 1e-6).all()
     assert ring.bytes_per_slot() == 7 * (40 + 4)
+
+
+def test_what_is_put_aside_is_stored_as_if_it_were_written_at_once():
+    torch.manual_seed(0)
+    widths = [40, 40, 24, 40]  # layers need not be alike
+    rings, at_once = ([LayerRing(4, width, torch.bfloat16, CPU) for width in widths] for _ in range(2))
+    slots, places, rows = torch.tensor([1, 0, 1]), torch.tensor([0, 3, 2]), torch.tensor([4, 0, 2])
+    for ring, other in zip(rings, at_once, strict=True):
+        x = torch.randn(5, widths[rings.index(ring)]).bfloat16()
+        ring.grow(2)
+        other.grow(2)
+        ring.keep(x, rows, slots, places)
+        x_before = x.clone()
+        x.zero_()  # what follows may work in place
+        other.write(x_before, rows, slots, places)
+    rings[3].forget()
+    settle(rings)
+    settle(rings)  # nothing is stored twice
+    for ring, other in list(zip(rings, at_once, strict=True))[:3]:
+        assert torch.equal(ring.codes, other.codes)
+        assert torch.equal(ring.scales, other.scales)
+    assert not rings[3].codes.any()
 
 
 def test_slots_grow_and_move_at_once():

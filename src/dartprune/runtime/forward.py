@@ -15,6 +15,7 @@ from dartprune.model.rows import Phase, Rows
 from dartprune.runtime.events import Events
 from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.prompt import prefilled
+from dartprune.runtime.ring import settle
 from dartprune.runtime.rows_or_dense import RowsOrDense
 from dartprune.runtime.sample import Sample, sample
 from dartprune.runtime.selectors.spending import Spending
@@ -88,6 +89,8 @@ class Forwards:
         self.rows = None
         for layer in self.layers:
             layer.sampled = layer.lesson = None
+            if layer.ring is not None:
+                layer.ring.forget()
 
     def _gathers(self, rows: Rows, slots: list[Slot]) -> bool:
         # where some lines are dense all weights are read anyway: masks cost nothing more
@@ -110,6 +113,7 @@ class Forwards:
         if rows is None:
             return
         self._planner.plain()
+        settle(layer.ring for layer in self.layers if layer.ring is not None)
         attention = self.layers[-1].state.attention if self.method.prunes and not self._paused else None
         if attention is not None:
             attention = attention.reshape(len(rows.slots), rows.tokens, -1)

@@ -180,7 +180,9 @@ class LiveLayer:
         if step.masking and self.selector is not None:
             self._x = x
         if step.ring is not None and self.ring is not None:
-            self.ring.write(x.reshape(-1, x.shape[-1]), *step.ring)
+            # in a graph that is compiled or captured nothing is done afterwards
+            later = x.is_cpu and not torch.compiler.is_compiling()
+            (self.ring.keep if later else self.ring.write)(x.reshape(-1, x.shape[-1]), *step.ring)
 
     def _teaches(self, x: Tensor, step: Step) -> bool:
         """Whether a selector learns from this forward at once: from a prompt, and not while it is compiled."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,16 +31,48 @@ class LayerRing(SlotTensors):
         # as bytes: few operations know 8-bit floats
         self._allocate("codes", (tokens + 1, hidden), torch.uint8)
         self._allocate("scales", (tokens + 1,), torch.float32)
+        self._kept: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def write(self, x: Tensor, rows: Tensor, slots: Tensor, places: Tensor) -> None:
         """Store rows of x ([N, H]): row rows[m] goes to place places[m] of slot slots[m] (int64 [M] each)."""
-        chosen = x.index_select(0, rows).float()
-        scale = (chosen.abs().amax(1) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
-        self.codes.index_put_((slots, places), (chosen / scale[:, None]).to(EIGHT).view(torch.uint8))
-        self.scales.index_put_((slots, places), scale)
+        self._store(*_rounded(x.index_select(0, rows)), (slots, places))
+
+    def keep(self, x: Tensor, rows: Tensor, slots: Tensor, places: Tensor) -> None:
+        """The same, put aside until `settle`, which must come before slots and places change."""
+        self._kept = x.index_select(0, rows), (slots, places)
+
+    def forget(self) -> None:
+        """Drop what is put aside."""
+        self._kept = None
+
+    def _store(self, codes: Tensor, scales: Tensor, where: tuple[Tensor, Tensor]) -> None:
+        self.codes.index_put_(where, codes)
+        self.scales.index_put_(where, scales)
 
     def read(self, slots: Tensor, places: Tensor) -> Tensor:
         """Stored inputs [n, m, H] of slots [n] at places [n, m], in the dtype of the inputs."""
         at = (slots[:, None], places)
         wide = self.codes[at].view(EIGHT).float() * self.scales[at][..., None]
         return wide.to(self.dtype)
+
+
+def settle(rings: Iterable[LayerRing]) -> None:
+    """Store what rings have put aside. Inputs of one shape are rounded together: few operations for all layers."""
+    alike: dict[Any, list[LayerRing]] = {}
+    for ring in rings:
+        if ring._kept is not None:
+            x = ring._kept[0]
+            alike.setdefault((x.shape, x.dtype, x.device), []).append(ring)
+    for group in alike.values():
+        kept = [ring._kept for ring in group if ring._kept is not None]
+        codes, scales = _rounded(torch.stack([x for x, _ in kept]))
+        for ring, (_, where), part, scale in zip(group, kept, codes.unbind(0), scales.unbind(0), strict=True):
+            ring._store(part, scale, where)
+            ring.forget()
+
+
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs [..., H] as bits of 8-bit floats and their scales [...]."""
+    wide = x.float()
+    scale = (wide.abs().amax(-1) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    return (wide / scale[..., None]).to(EIGHT).view(torch.uint8), scale

@@ -285,42 +285,54 @@ def estimates(x, head, offsets, threads, gates, ups):
                 gates[:, start:end] += middles[0, :, : end - start]
 
 
+@lean()
+def _products_part(first, last, inputs, head, tail, offsets, of_up, out):
+    """Products of the neurons first:last with all inputs, to out [N, I]."""
+    (codes, scale, sums), groups = inputs, offsets[0]
+    at, scales, rest = (offsets[5], offsets[7], offsets[9]) if of_up else (offsets[4], offsets[6], offsets[8])
+    size, size_rest = groups * QUAD * offsets[1], groups * QUAD * offsets[2]
+    for i in range(first, last):
+        later = min(i + BOTH, last - 1)
+        fetch_bytes(head[later], at, size)
+        fetch_bytes(tail[later], rest, size_rest)
+        fetch_bytes(head[later], scales, 2 * groups + 8)
+        for n in range(codes.shape[0]):
+            out[n, i] = product(codes[n], scale[n], sums[n], head[i], tail[i], offsets, of_up)
+
+
 @kernel(parallel=True)
 def products(x, head, tail, offsets, of_up, threads, out):
     """All neurons' dot products with the gate's or up's rows: x float32 [N, H], out float32 [N, I]."""
-    rows, groups, neurons = x.shape[0], offsets[0], head.shape[0]
-    codes, scale, sums = _inputs(x, groups)
-    at, scales, rest = (offsets[5], offsets[7], offsets[9]) if of_up else (offsets[4], offsets[6], offsets[8])
-    size, size_rest = groups * QUAD * offsets[1], groups * QUAD * offsets[2]
+    inputs = _inputs(x, offsets[0])
     for t in prange(threads):
-        last = neurons * (t + 1) // threads
-        for i in range(neurons * t // threads, last):
-            later = min(i + BOTH, last - 1)
-            fetch_bytes(head[later], at, size)
-            fetch_bytes(tail[later], rest, size_rest)
-            fetch_bytes(head[later], scales, 2 * groups + 8)
-            for n in range(rows):
-                out[n, i] = product(codes[n], scale[n], sums[n], head[i], tail[i], offsets, of_up)
+        first, last = _share(head.shape[0], t, threads)
+        _products_part(first, last, inputs, head, tail, offsets, of_up, out)
+
+
+@lean()
+def _down_part(first, last, a, tail, offsets, order, shares, partial):
+    """Add the down rows of the neurons first:last, each by its value a [N, I], to partial [N, width + groups]."""
+    width, i = offsets[0] * GROUP, first
+    while i < last:
+        many = BOTH if i + BOTH <= last else 1
+        then = i + many if i + 2 * many <= last else i
+        for r in range(many):
+            fetch_bytes(tail[then + r], offsets[10], tail.shape[1] - offsets[10])
+        for n in range(a.shape[0]):
+            part, values = partial[n], a[n, i : i + many]
+            add(part[:width], part[width:], shares, values, many, tail, offsets, order[i : i + many])
+        i += many
 
 
 @kernel(parallel=True)
 def down_rows(a, tail, offsets, threads, out):
     """All neurons' down rows, each by its value: a float32 [N, I], out float32 [N, H]."""
     rows, groups, neurons = a.shape[0], offsets[0], tail.shape[0]
-    width = groups * GROUP
-    partial = np.zeros((threads, rows, width + groups), np.float32)
+    partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
     order = np.arange(neurons)
     for t in prange(threads):
         shares = np.empty((BOTH // 2, groups), np.int32)
-        i, last = neurons * t // threads, neurons * (t + 1) // threads
-        while i < last:
-            many = BOTH if i + BOTH <= last else 1
-            then = i + many if i + 2 * many <= last else i
-            for r in range(many):
-                fetch_bytes(tail[then + r], offsets[10], tail.shape[1] - offsets[10])
-            for n in range(rows):
-                part, values = partial[t, n], a[n, i : i + many]
-                add(part[:width], part[width:], shares, values, many, tail, offsets, order[i : i + many])
-            i += many
+        first, last = _share(neurons, t, threads)
+        _down_part(first, last, a, tail, offsets, order, shares, partial[t])
     for n in range(rows):
         gather(partial, n, out[n])
