@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dartprune.ffn.backend import activation
-from dartprune.ffn.lessons import Activation, Drops, lesson_sums, reference_sums
+from dartprune.ffn.dropped import Drops
+from dartprune.ffn.lessons import Activation, lesson_sums, reference_sums
 from ffn_cases import ACTS, DTYPES
 
 

@@ -10,10 +10,20 @@ and the second sum is the same for all tokens of a sequence, so that no row is r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 SAMPLED = 256  # neurons, at least, that tell where a token's cut lies: to sort thousands takes as long as the estimates
+
+
+@dataclass(frozen=True)
+class Drops:
+    """Which neurons tokens drop: importance float32 [1, I] of their scores, kept int32 [B] neurons of each line."""
+
+    importance: Tensor
+    kept: Tensor
 
 
 def dropped_sums(a: Tensor, scores: Tensor, kept: Tensor, weight: Tensor) -> Tensor:

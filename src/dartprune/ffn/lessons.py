@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dartprune.ffn.cpu.threads import kept_threads
-from dartprune.ffn.dropped import dropped_sums
+from dartprune.ffn.dropped import Drops, dropped_sums
 from dartprune.ffn.expected import error_moments
 from dartprune.ffn.sketch import Products, estimated_sizes
 
@@ -24,14 +24,6 @@ class Activation:
 
     act: Callable[[Tensor], Tensor]
     name: str
-
-
-@dataclass(frozen=True)
-class Drops:
-    """Which neurons the tokens drop: importance float32 [1, I], and how many each line keeps, kept int32 [B]."""
-
-    importance: Tensor
-    kept: Tensor
 
 
 def lesson_sums(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
@@ -10,11 +10,8 @@ from torch import Tensor
 
 from dartprune.ffn.cpu.arrays import WORDS, floats, words
 from dartprune.ffn.cpu.threads import use_threads
-from dartprune.ffn.dropped import SAMPLED
+from dartprune.ffn.dropped import SAMPLED, Drops
 from dartprune.ffn.sketch import Products
-
-if TYPE_CHECKING:
-    from dartprune.ffn.lessons import Drops
 
 _NONE = numpy.empty(0, numpy.int32)
 

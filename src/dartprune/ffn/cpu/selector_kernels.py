@@ -54,12 +54,34 @@ def _gate_part(first, last, x, weights, member, union, slots, importance, kind, 
 
 
 @lean()
+def _up_alone(first, last, x, weights, union, kind, means, slot, value):
+    """`_up_part` of one row, which has chosen the whole union, two neurons at a time; returns where the rest begins."""
+    _, gate, up, _, gate_bias, up_bias, biased = weights
+    while first + 2 <= last:
+        i, j = union[first], union[first + 1]
+        p, q = union[min(first + AHEAD, last - 1)], union[min(first + AHEAD + 1, last - 1)]
+        g, a, h, b = dots((x,), (gate[i], up[i], gate[j], up[j]), (gate[p], up[p], gate[q], up[q]))
+        if biased & 1:
+            g, h = g + gate_bias[i], h + gate_bias[j]
+        if biased & 2:
+            a, b = a + up_bias[i], b + up_bias[j]
+        a, b = a * activate(kind, g), b * activate(kind, h)
+        if means.shape[0]:
+            a, b = a - float_of(means[slot, i]), b - float_of(means[slot, j])
+        value[i], value[j] = a, b
+        first += 2
+    return first
+
+
+@lean()
 def _up_part(first, last, x, weights, member, union, kind, known, means, slots, value):
     """Make value[n, i] the chosen neurons' `act(gate . x) * (up . x)`; with `known` it holds the activation already.
 
     means bf16 words [S, I] or empty: taken off, for they stand in the place of all neurons.
     """
     gated, gate, up, _, gate_bias, up_bias, biased = weights
+    if gated and not known and x.shape[0] == 1:
+        first = _up_alone(first, last, x[0], weights, union, kind, means, slots[0], value[0])
     for u in range(first, last):
         i, following = union[u], union[min(u + AHEAD, last - 1)]
         for n in range(x.shape[0]):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from dartprune.errors import UserError
+from dartprune.ffn.dropped import Drops
 from dartprune.ffn.estimates import estimated
 from dartprune.ffn.expected import mean_and_square, mean_and_variance
-from dartprune.ffn.lessons import Activation, Drops, lesson_sums
+from dartprune.ffn.lessons import Activation, lesson_sums
 from dartprune.ffn.quantised import NestedSketch, QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
 from dartprune.ffn.sketch import AnySketch, Products, estimated_sizes
