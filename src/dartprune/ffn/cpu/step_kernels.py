@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from dartprune.ffn.cpu.activations import ZERO, exp
+from dartprune.ffn.cpu.activations import ZERO
 from dartprune.ffn.cpu.blocks import LINE, add_rows, dots, float_of, word_of
 from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.lean import lean
@@ -162,18 +162,6 @@ def _turned(head, weight, epsilon, cos, sin):
         head[half + j] = b * cos[half + j] + a * sin[half + j]
 
 
-@lean(fastmath={"reassoc", "contract", "nsz"})
-def _exponentials(weight, highest):
-    """Make weight [T] shares of 1: e to the power of each, less the highest one."""
-    total = ZERO
-    for t in range(weight.shape[0]):
-        weight[t] = exp(weight[t] - highest)
-        total += weight[t]
-    inverse = np.float32(1.0) / total
-    for t in range(weight.shape[0]):
-        weight[t] *= inverse
-
-
 @lean()
 def _head(query, keys, values, mask, scale, weight, out):
     """One head's attention: query float32 [D], keys and values [T, D] in words, mask float32 [T] or empty, out [D]."""
@@ -193,7 +181,14 @@ def _head(query, keys, values, mask, scale, weight, out):
         if mask.shape[0]:
             weight[t] += mask[t]
         highest = max(highest, weight[t])
-    _exponentials(weight[:tokens], highest)
+    # one after another: masked tokens before a shorter text's own must not change how its own are summed
+    total = ZERO
+    for t in range(tokens):
+        weight[t] = np.exp(weight[t] - highest)
+        total += weight[t]
+    inverse = np.float32(1.0) / total
+    for t in range(tokens):
+        weight[t] *= inverse
     out[:] = ZERO
     t = 0
     while t < tokens:
