@@ -413,3 +413,17 @@ def test_a_captured_graph_follows_inputs_and_rates_that_change_in_place():
             wanted.copy_(torch.tensor(rates))
             graph.replay()
             assert_nearly_agree(got, reference())
+
+
+@no_warning
+@pytest.mark.parametrize("gated", [True, False])
+def test_estimates_of_gate_and_up(gated):
+    torch.manual_seed(0)
+    planes = [build_planes(torch.randn(50, 130, device=DEVICE), 2) for _ in range(2)]
+    sketch = sketch_oracle.FFNSketch(planes[0] if gated else None, planes[1])
+    x = torch.randn(5, 130, device=DEVICE)
+    got, want = gpu_selectors.estimates(x, sketch), sketch_oracle.estimated_products(x, sketch)
+    assert (got[0] is None) == (not gated)
+    for one, other in zip(got, want, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
