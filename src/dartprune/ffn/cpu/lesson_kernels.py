@@ -6,12 +6,12 @@ import numpy as np
 from numba import njit, prange
 
 from dartprune.ffn.cpu.activations import ACTIVATIONS as ACTIVATIONS
-from dartprune.ffn.cpu.activations import ONE, ZERO, activate_all
+from dartprune.ffn.cpu.activations import ONE, ZERO
 from dartprune.ffn.cpu.blocks import float_of
 from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.cut import BINS, cut_of
 from dartprune.ffn.cpu.lean import lean
-from dartprune.ffn.cpu.sketch import BLOCK
+from dartprune.ffn.cpu.sketch import BLOCK, activate_block
 
 TINY = np.finfo(np.float32).tiny
 
@@ -19,14 +19,9 @@ TINY = np.finfo(np.float32).tiny
 @lean()
 def _size(kind, gated, gate, up, importance):
     """Make up [B] the scores of neurons, not negative, from estimated products; gate [B] is used up."""
-    if gated:
-        activate_all(kind, gate)
-        for i in range(up.shape[0]):
-            up[i] = abs(up[i] * gate[i] * importance[i])
-    else:
-        activate_all(kind, up)
-        for i in range(up.shape[0]):
-            up[i] = abs(up[i] * importance[i])
+    activate_block(kind, gated, gate, up)
+    for i in range(up.shape[0]):
+        up[i] = abs(up[i] * importance[i])
 
 
 @njit(nogil=True)
@@ -75,11 +70,7 @@ def _add_dropped(rows, weight, first, gated, exact, estimates, importance, cuts,
         if gated:
             for i in range(size):
                 g[i], b[i] = gate[n, start + i], float_of(exact_gate[n, start + i])
-            activate_all(kind, b)
-            for i in range(size):
-                a[i] *= b[i]
-        else:
-            activate_all(kind, a)
+        activate_block(kind, gated, b, a)
         _size(kind, gated, g, u, importance)
         for i in range(size):
             is_dropped = u[i] < cut

@@ -235,16 +235,23 @@ def _expect(kind, gated, g, u, errors, low, high):
 
 
 @lean()
-def expected_block(kind, gated, g, u, errors, low, high):
-    """Make u [B] sizes of activations from products g and u [B]; expected ones where errors [4 or 2, B] are given."""
-    if errors.shape[0]:
-        _expect(kind, gated, g, u, errors, low, high)
-    elif gated:
+def activate_block(kind, gated, g, u):
+    """Make u [B] activations from products g and u [B], `act(g) u`; `act(u)` where there is no gate."""
+    if gated:
         activate_all(kind, g)
         for i in range(u.shape[0]):
             u[i] *= g[i]
     else:
         activate_all(kind, u)
+
+
+@lean()
+def expected_block(kind, gated, g, u, errors, low, high):
+    """Make u [B] sizes of activations from products g and u [B]; expected ones where errors [4 or 2, B] are given."""
+    if errors.shape[0]:
+        _expect(kind, gated, g, u, errors, low, high)
+    else:
+        activate_block(kind, gated, g, u)
 
 
 @njit(nogil=True)
