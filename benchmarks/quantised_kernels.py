@@ -22,10 +22,27 @@ from dartprune.bench.result import Result, Row
 from dartprune.bench.timing import Spread, alternate, seconds_per_call
 from dartprune.ffn.cpu import quantised as cpu
 from dartprune.ffn.quantised import QuantisedRows, quantised_rows
+from dartprune.ffn.row_format import GROUP
 from dartprune.ffn.weights import FFNWeights
-from dartprune.model.packed import ByteLinear, PackedLinear, bytes_of
+from dartprune.model.packed import ByteLinear, bytes_of
 
 Way = tuple[Callable[[], None], int]  # what is timed, and the weight bytes that a layer of it reads
+
+
+class TorchPacked(torch.nn.Module):
+    """A linear layer of 4 bits as torch's own CPU kernel takes it; its weights are any: only time is measured."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape
+        codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.int32)
+        self.weight4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        self.scales = torch.rand(inputs // GROUP, outputs, 2).to(weight.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output of x [N, K]."""
+        out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight4, GROUP, self.scales)
+        return out
 
 
 def copies(rows: QuantisedRows, layers: int) -> list[QuantisedRows]:
@@ -62,7 +79,7 @@ def ways(args: argparse.Namespace) -> dict[str, Way]:
     matrices = gate, up, down.t().contiguous()
     torch_way(
         "torch int4pack",
-        [[PackedLinear(m, None) for m in matrices] for _ in range(args.layers)],
+        [[TorchPacked(m) for m in matrices] for _ in range(args.layers)],
         3 * hidden * neurons * 5 // 8,
     )
     torch_way(

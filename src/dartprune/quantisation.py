@@ -1,4 +1,4 @@
-"""Packs a model's weights into 4 or 8 bits in place: the FFN in rows, the rest as torch's kernels take it."""
+"""Packs a model's weights into 4 or 8 bits in place: the FFN in rows, the rest in rows or in bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dartprune.errors import UserError, require
 from dartprune.ffn.quantised import BITS, quantised_rows
 from dartprune.model.families import Decoder, Layer, describe
 from dartprune.model.layer import held
-from dartprune.model.packed import ByteEmbedding, ByteLinear, Packed, PackedLinear, RowProjection, bytes_of
+from dartprune.model.packed import ByteEmbedding, ByteLinear, Packed, RowProjection, bytes_of
 from dartprune.model.weights import row_weights
 from dartprune.run import run_of
 
@@ -46,8 +46,8 @@ def quantise(
 ) -> Quantisation:
     """Pack a model's weights into 4 or 8 bits, in place and layer by layer; pruners are attached to it as to any other.
 
-    The FFN becomes rows, one neuron a row, with a scale and a low for each 32 weights. Other linear layers become what
-    torch's CPU kernels take: 4 bits in groups of 32, or 8 bits a row. Embedding and head become 8 bits.
+    The FFN becomes rows, one neuron a row, with a scale and a low for each 32 weights. Other linear layers become such
+    rows of 4 bits, one output a row, or bytes with one scale a row. Embedding and head become bytes.
 
     Args:
         model: a transformers decoder on the CPU, in evaluation mode.
@@ -147,7 +147,7 @@ def _pack_ffn(model: nn.Module, layer: Layer, bits: int, nested: bool, paths: di
 
 
 def _pack_rest(model: Any, bits: int) -> list[str]:
-    """Pack what is no FFN; returns the names of linear layers and embeddings that torch's kernels do not take."""
+    """Pack what is no FFN; returns the names of other modules with matrices, which are left as they are."""
     left: list[str] = []
     shared: dict[int, tuple[Tensor, Tensor]] = {}
     head = model.get_output_embeddings()
@@ -161,12 +161,11 @@ def _pack_rest(model: Any, bits: int) -> list[str]:
 
     for path, module in list(model.named_modules()):
         kind = type(module).__name__
-        packed: nn.Module | None = None
         if type(module) is nn.Embedding or kind in _SCALED:
             if module is not model.get_input_embeddings():
                 continue  # of positions: small, and added to something
             factor = float(getattr(module, "embed_scale", 1.0)) if kind in _SCALED else 1.0
-            packed = ByteEmbedding(*rows_of(module.weight), factor)
+            packed: Packed = ByteEmbedding(*rows_of(module.weight), factor)
         elif kind == "Conv1D" or type(module) is nn.Linear:
             weight = module.weight.detach()
             weight = weight.t().contiguous() if kind == "Conv1D" else weight
@@ -174,16 +173,12 @@ def _pack_rest(model: Any, bits: int) -> list[str]:
                 packed = ByteLinear(*rows_of(module.weight), module.bias)
             elif bits == 8:
                 packed = ByteLinear(*bytes_of(weight), module.bias)
-            elif PackedLinear.fits(weight):
-                packed = PackedLinear(weight, module.bias)
-        elif not isinstance(module, Packed) and isinstance(getattr(module, "weight", None), Tensor):
-            if module.weight.dim() > 1:
-                left.append(path)
-            continue
+            else:
+                packed = RowProjection.alone(weight, module.bias)
         else:
-            continue
-        if packed is None:
-            left.append(path)
+            weight = getattr(module, "weight", None)
+            if not isinstance(module, Packed) and isinstance(weight, Tensor) and weight.dim() > 1:
+                left.append(path)
             continue
         parent = model.get_submodule(path.rpartition(".")[0])
         setattr(parent, path.rpartition(".")[2], packed)

@@ -10,6 +10,7 @@ import transformers as t
 
 import dartprune
 from dartprune.model.caches import handed
+from dartprune.model.packed import ByteEmbedding, ByteLinear, RowProjection
 from dartprune.model.step_attention import grown
 from tiny import FAMILIES
 
@@ -82,6 +83,74 @@ def test_steps_are_as_near_to_exact_as_transformers_own(family, lines, padded, d
     assert report.step.startswith("3 attention layers")
     assert ours.square().mean() <= 1.5 * theirs.square().mean() + 1e-6
     assert torch.equal(logits_of(model, inputs).float() - exact, theirs)  # given back as it was
+
+
+def quantised(family, bits, whole=True):
+    """A model in bf16 whose weights are packed, and one in float32 with the weights that it computes with."""
+    model, exact = model_of(family), FAMILIES[family]()
+    dartprune.quantise(model, bits, whole=whole)
+    for name, module in model.named_modules():
+        other = exact.get_submodule(name)
+        if isinstance(module, RowProjection):
+            unpacked = module.rows().unpacked(module.role, dtype=torch.float32)
+            other.weight.data = unpacked.t().contiguous() if module.role == "down" else unpacked
+        elif isinstance(module, (ByteLinear, ByteEmbedding)):
+            other.weight.data = module.weight8.float() * module.scale.float()[:, None]
+        elif isinstance(getattr(module, "weight", None), torch.Tensor):
+            other.weight.data = module.weight.detach().float()
+        if isinstance(getattr(module, "bias", None), torch.Tensor):
+            other.bias.data = module.bias.detach().float()
+    return model, exact
+
+
+@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize(("lines", "padded"), [(1, False), (3, True), (6, False)])
+@pytest.mark.parametrize(("bits", "whole"), [(4, True), (8, True), (4, False)])
+def test_quantised_steps_are_near_those_with_unpacked_weights(family, lines, padded, bits, whole):
+    """Attached and not, they differ by the rounding of inputs to 8 bits, in places of their own."""
+    inputs, (model, exact) = prompt(lines, padded=padded), quantised(family, bits, whole)
+    want, theirs = logits_of(exact, inputs), logits_of(model, inputs)
+    ours, report = attached(model, inputs)
+    assert "3 attention layers" in report.step and "3 dense FFNs" in report.step
+    size = want.square().mean()
+    assert (theirs - want).square().mean() < 0.01 * size
+    assert (ours - want).square().mean() < 0.01 * size
+    assert torch.equal(logits_of(model, inputs), theirs)
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj", "mlp.act_fn"]
+)
+def test_hooks_on_packed_projections_are_in_force(name):
+    inputs, (model, _) = prompt(), quantised("qwen2", 4)
+    plain, _ = attached(model, inputs)
+    seen = []
+    part = model.model.layers[1].get_submodule(name)
+    handle = part.register_forward_hook(lambda module, args, out: seen.append(out.shape) or out * 0)
+    changed, want = attached(model, inputs)[0], logits_of(model, inputs)
+    handle.remove()
+    assert len(seen) == 2 * 7  # the prompt and six tokens, twice
+    assert (changed - want).abs().max() < 0.1 * want.abs().max() and not torch.allclose(changed, plain, atol=1e-3)
+    assert torch.equal(attached(model, inputs)[0], plain)
+
+
+def test_weights_that_are_replaced_are_the_ones_that_are_read():
+    """What the kernels see of a module is made again where its weights lie elsewhere by now."""
+    inputs, model = prompt(), model_of("qwen2")
+    token = {"input_ids": torch.tensor([[20]]), "attention_mask": torch.ones(1, 13, dtype=torch.int64)}
+    caches = [t.DynamicCache(config=model.config) for _ in range(3)]
+    with torch.no_grad():
+        for cache in caches:
+            model(**inputs, **handed(cache), use_cache=True)
+        with dartprune.Dense()(model) as run, run.phase("decode"):
+            before = model(**token, **handed(caches[0])).logits
+            layer = model.model.layers[0]
+            for module in (layer.self_attn.v_proj, layer.input_layernorm):
+                module.weight.data = module.weight.data * 3
+            ours = model(**token, **handed(caches[1])).logits
+        want = model(**token, **handed(caches[2])).logits
+    size = want.abs().max()
+    assert (ours - want).abs().max() < 0.1 * size < (ours - before).abs().max()
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "phi3"])
@@ -255,15 +324,15 @@ def test_words_become_floats_and_floats_the_nearest_words(dtype):
     import numpy as np
 
     from dartprune.ffn.cpu.arrays import words
-    from dartprune.ffn.cpu.step_kernels import _narrowed, _widened
+    from dartprune.ffn.cpu.step_kernels import narrowed, widened
 
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     wide = np.empty(len(every), np.float32)
-    _widened(words("every", every), wide)
+    widened(words("every", every), wide)
     assert torch.equal(torch.from_numpy(wide).nan_to_num(123), every.float().nan_to_num(123))
     torch.manual_seed(0)
     values = torch.cat((every.float(), torch.randn(5000) * 100, torch.tensor([1 + 2**-9, 1 + 3 * 2**-9, 3e38, 1e-42])))
     out = torch.empty(len(values), dtype=dtype)
-    _narrowed(values.numpy(), words("out", out))
+    narrowed(values.numpy(), words("out", out))
     want = values.to(dtype)
     assert torch.equal(out.isnan(), want.isnan()) and torch.equal(out.nan_to_num(), want.nan_to_num())

@@ -1,4 +1,4 @@
-"""The modules of a quantised model: FFN projections in rows of 4 or 8 bits, other layers as torch packs them."""
+"""The modules of a quantised model: rows of 4 or 8 bits, or bytes with one scale a row."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from dartprune.errors import UserError
 from dartprune.ffn.backend import outside_graphs
 from dartprune.ffn.quantised import QuantisedRows
-from dartprune.ffn.row_format import GROUP, RowFormat
+from dartprune.ffn.row_format import RowFormat, pack_fields
 from dartprune.model.layer import Layer
 
 FEW = 16  # inputs of one call that the row kernels serve; more are multiplied with unpacked blocks
 FEW_BYTES = 8  # the same for layers of bytes; more are torch's kernel's
 WHOLE = 16  # torch's kernel of bytes ends the process where rows of bf16 weights are no multiple of this
 BLOCK = 1 << 22  # weights that are unpacked at a time
+ALONE = 4  # bits of a linear layer in rows that is no part of an FFN
 
 
 class Packed(nn.Module):
@@ -45,14 +46,14 @@ class PackedRows(QuantisedRows):
 
 
 def _wants_gradient(x: Tensor) -> bool:
-    """Whether a gradient is to pass to an input: neither our kernels nor torch's packed ones have one."""
+    """Whether a gradient is to pass to an input: neither our kernels nor torch's have one."""
     return torch.is_grad_enabled() and x.requires_grad
 
 
 class RowProjection(Packed):
-    """One projection of an FFN in rows; all projections of the FFN hold the same two tensors.
+    """A linear layer in rows: a projection of an FFN, whose projections all hold the same two tensors, or one alone.
 
-    role: gate, up, gate_up (both in one, gate first) or down.
+    role: gate, up, gate_up (both in one, gate first) or down; up for a layer that is alone, whose rows are its outputs.
     """
 
     head: Tensor
@@ -61,11 +62,25 @@ class RowProjection(Packed):
     def __init__(self, rows: QuantisedRows, role: str, bias: Tensor | None) -> None:
         super().__init__()
         self.keep(head=rows.head, tail=rows.tail)
-        self.layout, self.role = rows.layout, role
-        self.dtype = rows.dtype
+        self.layout, self.role, self.dtype = rows.layout, role, rows.dtype
+        self.is_alone = not rows.tail.shape[1]
         wide = rows.neurons * (2 if role == "gate_up" else 1)
         self.in_features, self.out_features = (wide, rows.hidden) if role == "down" else (rows.hidden, wide)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @staticmethod
+    def alone(weight: Tensor, bias: Tensor | None) -> RowProjection:
+        """A linear layer of a weight [O, K], rounded to 4 bits in groups of 32 along its inputs."""
+        from dartprune.ffn.cpu.rounding import rounded
+
+        layout = RowFormat(weight.shape[1], False, ALONE, 0)
+        codes, scales = rounded(weight, layout, ALONE)
+        head = torch.zeros(weight.shape[0], layout.head, dtype=torch.uint8, device="cpu")
+        whole = torch.cat((pack_fields(codes, ALONE, layout), scales), dim=1)
+        head[:, : whole.shape[1]] = whole
+        tail = torch.empty(weight.shape[0], 0, dtype=torch.uint8, device="cpu")
+        rows = PackedRows(head, tail, layout, (None, None, None), "other", F.silu, weight.dtype)
+        return RowProjection(rows, "up", bias)
 
     def rows(self) -> PackedRows:
         """The rows, without biases."""
@@ -146,7 +161,7 @@ def _unpacked(rows: PackedRows, role: str, first: int, last: int | None, dtype: 
     return QuantisedRows.unpacked(rows, role, first, last, dtype)
 
 
-_int4, _int8 = torch.ops.aten._weight_int4pack_mm_for_cpu, torch.ops.aten._weight_int8pack_mm
+_int8 = torch.ops.aten._weight_int8pack_mm
 
 
 def _shaped(out: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -154,60 +169,6 @@ def _shaped(out: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     if bias is not None:
         out = out + bias
     return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
-
-
-class PackedLinear(Packed):
-    """A linear layer of 4 bits in groups of 32 along its inputs, as torch's own CPU kernel takes it."""
-
-    weight4: Tensor
-    scales: Tensor
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        codes, scale, low = _groups(weight)
-        # torch's zero is the value in the middle of the codes
-        pairs = torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1).contiguous()
-        self.keep(
-            weight4=torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1),
-            scales=pairs.to(weight.dtype),
-        )
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-
-    @staticmethod
-    def fits(weight: Tensor) -> bool:
-        """Whether torch's kernel takes a weight of this shape and dtype."""
-        outputs, inputs = weight.shape
-        floats = (torch.bfloat16, torch.float16, torch.float32)
-        return outputs % 16 == 0 and inputs % GROUP == 0 and weight.dtype in floats
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output of x [..., in_features]."""
-        scales = self.scales
-        given = x.reshape(-1, self.in_features).to(scales.dtype)
-        if _wants_gradient(x):
-            each = torch.eye(self.in_features, dtype=scales.dtype, device="cpu")  # its products are the weights
-            return _shaped(given @ _int4(each, self.weight4, GROUP, scales), self.bias, x)
-        out: Tensor = _int4(given, self.weight4, GROUP, scales)
-        return _shaped(out, self.bias, x)
-
-    def extra_repr(self) -> str:
-        """What torch prints."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, 4 bits"
-
-
-def _groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [O, K], scale and low float32 [O, K / 32] of a weight rounded as rows are."""
-    from dartprune.ffn.cpu.rounding import rounded
-
-    layout = RowFormat(weight.shape[1], False, 4, 0)
-    codes, scales = rounded(weight, layout, 4)
-    groups = layout.groups
-    floats = scales[:, 2 * groups :].contiguous().view(torch.float32)
-    scale = scales[:, :groups].float() * floats[:, :1]
-    low = scales[:, groups : 2 * groups].contiguous().view(torch.int8).float() * floats[:, 1:]
-    count = weight.shape[1] // GROUP
-    return codes[:, : weight.shape[1]], scale[:, :count], low[:, :count]
 
 
 class ByteLinear(Packed):

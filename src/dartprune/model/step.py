@@ -8,16 +8,20 @@ more tokens, goes on to what was there before.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
 import torch
 from torch import nn
 
+from dartprune.ffn.row_format import RowFormat
 from dartprune.model.calls import replaced
-from dartprune.model.packed import ByteLinear, has_kernels
+from dartprune.model.layer import Decoder, Layer
+from dartprune.model.packed import ALONE, ByteLinear, RowProjection, has_kernels, packed_rows
 from dartprune.model.patch import Patch
 from dartprune.model.step_attention import ForwardInputs, OwnAttention
+from dartprune.model.step_ffn import OwnFFN
 from dartprune.model.step_parts import HALVES, OwnLinear, OwnModule, OwnNorm, StepMode
 
 # attention of Llama's kind: q, k, v and o as linear layers, whole heads turned by halves, perhaps a norm for each head
@@ -30,9 +34,15 @@ _ACTIVATIONS = {"transformers.activations.SiLUActivation", "torch.nn.modules.act
 class OwnStep:
     """Everything of a model that is computed here while a run is attached."""
 
-    def __init__(self, modules: list[Any], *, of_bytes: bool = False) -> None:
-        """Set up for these modules, in a model that has layers of bytes or not; nothing is changed yet."""
-        self._of_bytes = of_bytes
+    def __init__(self, modules: list[Any], layers: Sequence[Layer] = (), *, of_bytes: bool = False) -> None:
+        """Set up; nothing is changed yet.
+
+        Args:
+            modules: linear layers, norms and attention.
+            layers: whose FFN lies in rows of 4 or 8 bits.
+            of_bytes: whether the model has layers of bytes.
+        """
+        self._given = [*modules, *(layer.entry for layer in layers)], of_bytes
         self.mode = StepMode()
         self.shared = ForwardInputs()
         self._parts: list[OwnModule] = []
@@ -43,24 +53,25 @@ class OwnStep:
                 self._parts.append(OwnNorm(module, self.mode))
             else:
                 self._parts.append(OwnAttention(module, self.mode, self.shared))
+        self._parts += [OwnFFN(layer, self.mode) for layer in layers]
 
-    def fits(self, modules: list[Any], of_bytes: bool) -> bool:
+    def fits(self, modules: list[Any], layers: Sequence[Layer], *, of_bytes: bool) -> bool:
         """Whether it was made for the very same modules."""
-        return [part.module for part in self._parts] == modules and of_bytes == self._of_bytes
+        return self._given == ([*modules, *(layer.entry for layer in layers)], of_bytes)
 
     @property
     def said(self) -> str:
         """What is computed here, for the report."""
-        attentions = sum(isinstance(part, OwnAttention) for part in self._parts)
-        linears = sum(isinstance(part, OwnLinear) for part in self._parts)
         if not self._parts:
             return "transformers' own"
-        parts = [f"{attentions} attention layers"] * bool(attentions) + [f"{linears} linear layers"] * bool(linears)
-        return f"{' and '.join(parts)} by kernels"
+        kinds = (OwnAttention, "attention layers"), (OwnLinear, "linear layers"), (OwnFFN, "dense FFNs")
+        counted = [(sum(isinstance(part, kind) for part in self._parts), name) for kind, name in kinds]
+        return f"{' and '.join(f'{count} {name}' for count, name in counted if count)} by kernels"
 
     def prepare(self) -> None:
         """Compile the kernels, so that no token waits for it."""
-        if not self._parts and not self._of_bytes:
+        of_bytes = self._given[1]
+        if not self._parts and not of_bytes:
             return
         from dartprune.ffn.cpu import step_kernels as kernels
         from dartprune.ffn.cpu.arrays import words
@@ -75,10 +86,14 @@ class OwnStep:
                 )
                 kernels.linear_alone(x, weight, nothing, out)
                 kernels.linear(x, weight, nothing, use_threads(), out)
-            if self._of_bytes:
+            if of_bytes:
                 kernels.linear(x, numpy.zeros((4, 64), numpy.int8), nothing, use_threads(), numpy.empty_like(x[:, :4]))
             for dtype in {part.module.weight.dtype for part in self._parts if isinstance(part, OwnNorm)}:
-                _compile_attention(dtype)
+                _compile_attention(dtype, of_rows=any(map(_has_rows, self._parts)))
+            for part in self._parts:
+                if isinstance(part, OwnFFN):
+                    part.prepare()
+                    break
 
     def install(self) -> None:
         """Put them in place."""
@@ -93,6 +108,7 @@ class OwnStep:
             if part.patch is not None and not part.patch.remove():
                 kept.append(f"the forward of a {type(part.module).__name__}")
             part.patch = None
+            part.views.forget()
         self.shared.forget()
         self.mode.invariant = False
         return kept
@@ -115,8 +131,13 @@ class OwnStep:
         return None
 
 
-def _compile_attention(dtype: torch.dtype) -> None:
-    """Call the kernels of norms and attention once with a dtype's words."""
+def _has_rows(part: OwnModule) -> bool:
+    """Whether it is attention whose products are of rows."""
+    return isinstance(part, OwnAttention) and any(isinstance(m, RowProjection) for m in part.module.children())
+
+
+def _compile_attention(dtype: torch.dtype, *, of_rows: bool) -> None:
+    """Call the kernels of norms and attention once with a dtype's words, and the one of rows where it may be used."""
     from dartprune.ffn.cpu import step_kernels as kernels
     from dartprune.ffn.cpu.arrays import words
     from dartprune.ffn.cpu.threads import use_threads
@@ -130,6 +151,12 @@ def _compile_attention(dtype: torch.dtype) -> None:
     kernels.attend(zeros(1, 64), zeros(1, 64), zeros(1, 64), *work, 1.0, zeros(1, 64))
     weights, biases = (zeros(64, 64),) * 4, (zeros(0),) * 4
     kernels.attention(zeros(1, 64), weights, biases, *work, 1.0, use_threads(), zeros(1, 64))
+    if of_rows:
+        from dartprune.ffn.cpu import step_rows
+
+        format_ = RowFormat(64, False, ALONE, 0)
+        rows, formats = (numpy.zeros((64, format_.head), numpy.uint8),) * 4, (format_.offsets,) * 2
+        step_rows.attention_of_rows(zeros(1, 64), rows, formats, biases, *work, 1.0, use_threads(), zeros(1, 64))
 
 
 def _compile_by_inputs(dtype: torch.dtype) -> None:
@@ -176,11 +203,17 @@ def _is_taken(module: nn.Module) -> bool:
 _steps: weakref.WeakKeyDictionary[nn.Module, OwnStep] = weakref.WeakKeyDictionary()
 
 
-def own_step(core: nn.Module) -> OwnStep:
+def own_step(core: nn.Module, decoder: Decoder) -> OwnStep:
     """What can be computed here of a model, the same object at each attach as long as its modules are the same."""
     modules = _modules(core)
     of_bytes = has_kernels() and any(isinstance(module, ByteLinear) for module in core.modules())
+    layers = [] if not modules else [layer for layer in decoder.layers if _in_rows(layer)]
     step = _steps.get(core)
-    if step is None or not step.fits(modules, of_bytes):
-        step = _steps[core] = OwnStep(modules, of_bytes=of_bytes)
+    if step is None or not step.fits(modules, layers, of_bytes=of_bytes):
+        step = _steps[core] = OwnStep(modules, layers, of_bytes=of_bytes)
     return step
+
+
+def _in_rows(layer: Layer) -> bool:
+    """Whether an FFN module's projections are rows that a kernel takes."""
+    return not layer.inline and not replaced(layer.entry) and packed_rows(layer) is not None

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from dartprune.model.caches import cache_in
+from dartprune.model.packed import FEW, RowProjection
 from dartprune.model.step_parts import HALVES, SMALL, OwnModule, StepMode, plain_mode, untouched
+
+_PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class OwnAttention(OwnModule):
@@ -41,9 +45,8 @@ class OwnAttention(OwnModule):
         self, x: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any, kwargs: dict[str, Any]
     ) -> bool:
         module = self.module
-        norms = [norm for norm in self._norms() if norm is not None]
         if positions[0].shape[-1] != module.head_dim or not all(
-            untouched(norm) and norm.weight.dtype == x.dtype for norm in norms
+            norm is None or (untouched(norm) and norm.weight.dtype == x.dtype) for norm in self._norms()
         ):
             return False
         layers = getattr(cache, "layers", None)
@@ -58,51 +61,60 @@ class OwnAttention(OwnModule):
         return known and held.keys.dtype == x.dtype and held.keys.shape[0] == x.shape[0]
 
     def _attend(self, x: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any) -> Tensor:
-        from dartprune.ffn.cpu import step_kernels as kernels
+        from dartprune.ffn.cpu import step_kernels, step_rows
         from dartprune.ffn.cpu.arrays import words
         from dartprune.ffn.cpu.threads import use_threads
 
         module, lines, layer = self.module, x.shape[0], cache.layers[self.module.layer_idx]
-        length, whole = layer.keys.shape[2], self._plain(x.dtype)
-        nothing = torch.empty(0, dtype=x.dtype, device="cpu")
-        norms = self._norms()
+        length, norms = layer.keys.shape[2], self._norms()
         epsilon = 0.0 if norms[0] is None else norms[0].variance_epsilon
-        scaled = *(words("norm", nothing if norm is None else norm.weight) for norm in norms), epsilon
-        if not whole:
-            products = (part(x) for part in (module.q_proj, module.k_proj, module.v_proj))
-            given = [part.reshape(lines, -1).to(x.dtype).contiguous() for part in products]  # others may return more
+        parts = [module._modules[name] for name in _PRODUCTS]
+        weights = self._weights(parts, x)
+        *known, query_norm, key_norm = self.views.of(
+            [*weights, *(None if norm is None else norm.weight for norm in norms)], x.dtype
+        )
+        if not weights:
+            # others may return more
+            given = [part(x).reshape(lines, -1).to(x.dtype).contiguous() for part in parts[:-1]]
         room = (words("cache", part) for part in grown(layer))
-        work = scaled, *self.shared.of(positions, lines), *room, length, self.shared.added(mask, lines, length + 1)
-        if whole:
-            parts = (module.q_proj, module.k_proj, module.v_proj, module.o_proj)
-            weights = tuple(words("weight", part.weight) for part in parts)
-            biases = tuple(words("bias", nothing if part.bias is None else part.bias) for part in parts)
-            out = torch.empty(lines, module.o_proj.out_features, dtype=x.dtype, device="cpu")
-            flat = words("input", x.reshape(lines, -1))
-            kernels.attention(flat, weights, biases, *work, module.scaling, use_threads(), words("output", out))
-            return out.view(lines, 1, -1)
+        added = self.shared.added(mask, lines, length + 1)
+        scaled = query_norm, key_norm, epsilon
+        work = scaled, *self.shared.of(positions, lines), *room, length, added, module.scaling
+        if weights:
+            out = torch.empty(lines, 1, parts[-1].out_features, dtype=x.dtype, device="cpu")
+            flat, result = (words("token", part.view(lines, -1)) for part in (x.contiguous(), out))
+            products, biases, threads = tuple(known[:4]), tuple(known[4:]), use_threads()
+            if isinstance(parts[0], RowProjection):
+                formats = parts[0].layout.offsets, parts[-1].layout.offsets
+                step_rows.attention_of_rows(flat, products, formats, biases, *work, threads, result)
+            else:
+                step_kernels.attention(flat, products, biases, *work, threads, result)
+            return out
         heads = torch.empty_like(given[0])
         use_threads(1 if heads.numel() * length < SMALL else None)
-        kernels.attend(*(words("input", part) for part in given), *work, module.scaling, words("output", heads))
-        result: Tensor = module.o_proj(heads.view(lines, 1, -1))
-        return result
+        step_kernels.attend(*(words("input", part) for part in given), *work, words("output", heads))
+        made: Tensor = parts[-1](heads.view(lines, 1, -1))
+        return made
 
     def _norms(self) -> list[Any]:
         """The norms of queries and of keys, None for none."""
-        return [getattr(self.module, name, None) for name in ("q_norm", "k_norm")]
+        return [self.module._modules.get(name) for name in ("q_norm", "k_norm")]
 
-    def _plain(self, dtype: torch.dtype) -> bool:
-        """Whether all four products are nobody else's business: one kernel then does the whole."""
-        module = self.module
-        return all(_is_plain(part, dtype) for part in (module.q_proj, module.k_proj, module.v_proj, module.o_proj))
+    def _weights(self, parts: list[Any], x: Tensor) -> list[Tensor | None]:
+        """Weights, then biases, of the four products, where one kernel can do the whole; else nothing.
 
-
-def _is_plain(module: Any, dtype: torch.dtype) -> bool:
-    """Whether a module is an ordinary linear layer with weights of a dtype, and nothing around it."""
-    if type(module) is not nn.Linear or not untouched(module):
-        return False
-    weight, bias = module.weight, module.bias
-    return weight.dtype == dtype and weight.is_contiguous() and weight.is_cpu and (bias is None or bias.dtype == dtype)
+        They must be nobody else's business, and either all ordinary or all rows of 4 bits.
+        """
+        if not all(map(untouched, parts)):
+            return []
+        if all(type(part) is nn.Linear for part in parts):
+            weights = [part.weight for part in parts]
+            fit = all(part.dtype == x.dtype and part.is_contiguous() and part.is_cpu for part in weights)
+        else:
+            fit = x.shape[0] <= FEW and all(type(part) is RowProjection and part.is_alone for part in parts)
+            weights = [part.head for part in parts] if fit else []
+        biases = [part.bias for part in parts] if fit else []
+        return [*weights, *biases] if fit and all(b is None or b.dtype == x.dtype for b in biases) else []
 
 
 class ForwardInputs:
@@ -125,7 +137,7 @@ class ForwardInputs:
     def added(self, mask: Tensor | None, lines: int, tokens: int) -> Any:
         """What is added to the scores of every line's tokens, float32 [lines, tokens]; [lines, 0] where nothing is."""
         if mask is None:
-            return torch.empty(lines, 0, dtype=torch.float32, device="cpu").numpy()
+            return numpy.empty((lines, 0), numpy.float32)
         if self._mask is not mask:
             flat = mask.reshape(mask.shape[0], -1)[:, -tokens:].expand(lines, -1)
             if flat.dtype == torch.bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,30 @@ class StepMode:
         return x.numel() <= FEW * x.shape[-1] or (self.invariant and x.dim() == 3 and x.shape[1] == 1)
 
 
+class Views:
+    """Tensors of a module as the kernels take them, made again where one is another or lies elsewhere than before."""
+
+    def __init__(self) -> None:
+        self._key: list[Any] = []
+        self._arrays: tuple[Any, ...] = ()
+
+    def of(self, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Any, ...]:
+        """Arrays of these tensors, in words or bytes; empty ones in words of `dtype` in the place of None."""
+        key = [dtype, *(None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in tensors)]
+        if key != self._key:
+            from dartprune.ffn.cpu.arrays import words
+
+            nothing = torch.empty(0, dtype=dtype, device="cpu")
+            given = (nothing if tensor is None else tensor for tensor in tensors)
+            self._arrays = tuple(t.numpy() if t.dtype is torch.uint8 else words("weight", t) for t in given)
+            self._key = key
+        return self._arrays
+
+    def forget(self) -> None:
+        """Hold no memory."""
+        self._key, self._arrays = [], ()
+
+
 class OwnModule(StandIn, Refuses, ABC):
     """Base: the forward of one module while a run is attached, by kernels where they fit and else as before."""
 
@@ -37,6 +62,7 @@ class OwnModule(StandIn, Refuses, ABC):
         self.module = module
         self.mode = mode
         self.patch: Patch | None = None
+        self.views = Views()
 
     @property
     def in_use(self) -> bool:
@@ -119,16 +145,16 @@ class OwnNorm(OwnModule):
         """The norm of x [..., H]."""
         weight = self.module.weight
         if self.in_use and weight.dtype == hidden_states.dtype and self.mode.takes(hidden_states):
-            return _normed(hidden_states, weight, self.module.variance_epsilon)
+            return _normed(hidden_states, self.views.of((weight,), weight.dtype)[0], self.module.variance_epsilon)
         out: Tensor = self.before(hidden_states)
         return out
 
 
-def _normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def _normed(x: Tensor, weight: Any, epsilon: float) -> Tensor:
     from dartprune.ffn.cpu import step_kernels as kernels
     from dartprune.ffn.cpu.arrays import words
 
-    flat = x.reshape(-1, x.shape[-1])
-    out = torch.empty_like(flat, memory_format=torch.contiguous_format)
-    kernels.norm(words("input", flat), words("weight", weight), epsilon, words("output", out))
-    return out.view(x.shape)
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    given, made = (words("token", part.view(-1, x.shape[-1])) for part in (x.contiguous(), out))
+    kernels.norm(given, weight, epsilon, made)
+    return out

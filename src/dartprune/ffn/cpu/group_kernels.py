@@ -21,10 +21,11 @@ from dartprune.ffn.cpu.group_parts import (
     add,
     fetch,
     gather,
-    group_inputs,
     high_part,
     neuron_value,
     product,
+    rounded_rows,
+    share,
 )
 from dartprune.ffn.cpu.lean import lean
 from dartprune.ffn.cpu.sketch import expected_block
@@ -32,23 +33,6 @@ from dartprune.ffn.row_format import GROUP, QUAD
 
 BLOCK = 256  # neurons that pass through the second cache at a time
 SCORED = 64  # neurons that are scored at a time
-
-
-@njit(nogil=True)
-def _inputs(x, groups):
-    """Rows x float32 [N, H] rounded, see `group_parts.group_inputs`."""
-    rows = x.shape[0]
-    codes = np.empty((rows, groups * GROUP), np.int8)
-    scale, sums = np.empty((rows, groups), np.float32), np.empty((rows, groups), np.float32)
-    for n in range(rows):
-        group_inputs(x[n], codes[n], scale[n], sums[n])
-    return codes, scale, sums
-
-
-@lean()
-def _share(neurons, t, threads):
-    """The neurons of a thread."""
-    return neurons * t // threads, neurons * (t + 1) // threads
 
 
 @lean()
@@ -129,12 +113,12 @@ def _lists(index, count, slots):
 def chosen(x, head, tail, offsets, biases, kind, index, count, slots, threads, out):
     """The FFN of inputs x float32 [N, H], each over its slot's neurons: index int32 [S, W], count int32 [S]."""
     rows, groups = x.shape[0], offsets[0]
-    inputs = _inputs(x, groups)
+    inputs = rounded_rows(x, groups)
     index, count = _lists(index, count, slots)
     nothing, means = np.empty((rows, 0), np.float32), np.empty((0, 0), np.uint16)
     partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
     for t in prange(threads):
-        first, last = _share(head.shape[0], t, threads)
+        first, last = share(head.shape[0], t, threads)
         _rows_part(
             first, last, inputs, head, tail, offsets, biases, kind, 0,
             nothing, nothing, means, slots, index, count, partial[t],
@@ -181,17 +165,17 @@ def gate_rows(
     float32 [N, H] are filled.
     """
     rows, groups = x.shape[0], offsets[0]
-    inputs = _inputs(x, groups)
+    inputs = rounded_rows(x, groups)
     gates = np.empty(key.shape, np.float32)
     listed, many = _lists(*candidates, slots)
     for t in prange(threads):
-        first, last = _share(head.shape[0], t, threads)
+        first, last = share(head.shape[0], t, threads)
         _gate_part(first, last, inputs, head, tail, offsets, biases, kind, listed, many, slots, importance, gates, key)
     choose_part(0, rows, key.view(np.uint32), slots, *choice, index, count, cut)
     partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
     known, means = 2 if offsets[3] else 0, np.empty((0, 0), np.uint16)
     for t in prange(threads):
-        first, last = _share(head.shape[0], t, threads)
+        first, last = share(head.shape[0], t, threads)
         _rows_part(
             first, last, inputs, head, tail, offsets, biases, kind, known,
             gates, gates, means, slots, index, count, partial[t],
@@ -251,15 +235,15 @@ def nested_rows(
     empty.
     """
     rows, groups = x.shape[0], offsets[0]
-    inputs = _inputs(x, groups)
+    inputs = rounded_rows(x, groups)
     gates, ups = np.empty(key.shape, np.float32), np.empty(key.shape, np.float32)
     for t in prange(threads):
-        first, last = _share(head.shape[0], t, threads)
+        first, last = share(head.shape[0], t, threads)
         _score_part(first, last, inputs, head, offsets, biases, kind, slots, importance, errors, gates, ups, key)
     choose_part(0, rows, key.view(np.uint32), slots, *choice, index, count, cut)
     partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
     for t in prange(threads):
-        first, last = _share(head.shape[0], t, threads)
+        first, last = share(head.shape[0], t, threads)
         _rows_part(
             first, last, inputs, head, tail, offsets, biases, kind, 1,
             gates, ups, others[0], slots, index, count, partial[t],
@@ -273,9 +257,9 @@ def nested_rows(
 @kernel(parallel=True)
 def estimates(x, head, offsets, threads, gates, ups):
     """Products of inputs x float32 [N, H] with the high codes, the low ones in the middle: gates and ups [N, I]."""
-    inputs = _inputs(x, offsets[0])
+    inputs = rounded_rows(x, offsets[0])
     for t in prange(threads):
-        first, last = _share(head.shape[0], t, threads)
+        first, last = share(head.shape[0], t, threads)
         middles = np.zeros((2, x.shape[0], SCORED), np.float32)
         for start in range(first, last, SCORED):
             end = min(start + SCORED, last)
@@ -283,56 +267,3 @@ def estimates(x, head, offsets, threads, gates, ups):
             ups[:, start:end] += middles[1, :, : end - start]
             if offsets[3]:
                 gates[:, start:end] += middles[0, :, : end - start]
-
-
-@lean()
-def _products_part(first, last, inputs, head, tail, offsets, of_up, out):
-    """Products of the neurons first:last with all inputs, to out [N, I]."""
-    (codes, scale, sums), groups = inputs, offsets[0]
-    at, scales, rest = (offsets[5], offsets[7], offsets[9]) if of_up else (offsets[4], offsets[6], offsets[8])
-    size, size_rest = groups * QUAD * offsets[1], groups * QUAD * offsets[2]
-    for i in range(first, last):
-        later = min(i + BOTH, last - 1)
-        fetch_bytes(head[later], at, size)
-        fetch_bytes(tail[later], rest, size_rest)
-        fetch_bytes(head[later], scales, 2 * groups + 8)
-        for n in range(codes.shape[0]):
-            out[n, i] = product(codes[n], scale[n], sums[n], head[i], tail[i], offsets, of_up)
-
-
-@kernel(parallel=True)
-def products(x, head, tail, offsets, of_up, threads, out):
-    """All neurons' dot products with the gate's or up's rows: x float32 [N, H], out float32 [N, I]."""
-    inputs = _inputs(x, offsets[0])
-    for t in prange(threads):
-        first, last = _share(head.shape[0], t, threads)
-        _products_part(first, last, inputs, head, tail, offsets, of_up, out)
-
-
-@lean()
-def _down_part(first, last, a, tail, offsets, order, shares, partial):
-    """Add the down rows of the neurons first:last, each by its value a [N, I], to partial [N, width + groups]."""
-    width, i = offsets[0] * GROUP, first
-    while i < last:
-        many = BOTH if i + BOTH <= last else 1
-        then = i + many if i + 2 * many <= last else i
-        for r in range(many):
-            fetch_bytes(tail[then + r], offsets[10], tail.shape[1] - offsets[10])
-        for n in range(a.shape[0]):
-            part, values = partial[n], a[n, i : i + many]
-            add(part[:width], part[width:], shares, values, many, tail, offsets, order[i : i + many])
-        i += many
-
-
-@kernel(parallel=True)
-def down_rows(a, tail, offsets, threads, out):
-    """All neurons' down rows, each by its value: a float32 [N, I], out float32 [N, H]."""
-    rows, groups, neurons = a.shape[0], offsets[0], tail.shape[0]
-    partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
-    order = np.arange(neurons)
-    for t in prange(threads):
-        shares = np.empty((BOTH // 2, groups), np.int32)
-        first, last = _share(neurons, t, threads)
-        _down_part(first, last, a, tail, offsets, order, shares, partial[t])
-    for n in range(rows):
-        gather(partial, n, out[n])

@@ -57,6 +57,23 @@ def group_inputs(x, codes, scale, sums):
         first += lanes
 
 
+@njit(nogil=True)
+def rounded_rows(x, groups):
+    """Rows x float32 [N, H] rounded, see `group_inputs`."""
+    rows = x.shape[0]
+    codes = np.empty((rows, groups * GROUP), np.int8)
+    scale, sums = np.empty((rows, groups), np.float32), np.empty((rows, groups), np.float32)
+    for n in range(rows):
+        group_inputs(x[n], codes[n], scale[n], sums[n])
+    return codes, scale, sums
+
+
+@lean()
+def share(neurons, t, threads):
+    """The neurons of a thread."""
+    return neurons * t // threads, neurons * (t + 1) // threads
+
+
 @njit(inline="always")
 def product(x, scale, sums, head, tail, offsets, of_up):
     """One input's dot product with the gate's or up's row of a neuron: head and tail are its own."""

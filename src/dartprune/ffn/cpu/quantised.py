@@ -132,7 +132,7 @@ def estimates(x: Tensor, rows: QuantisedRows) -> tuple[Tensor | None, Tensor]:
 
 def products(x: Tensor, rows: QuantisedRows, role: str) -> Tensor:
     """X [N, H] times all rows of gate or up, [N, I], without bias."""
-    from dartprune.ffn.cpu import group_kernels as kernels
+    from dartprune.ffn.cpu import group_products as kernels
 
     out = torch.empty(x.shape[0], rows.neurons, dtype=torch.float32, device="cpu")
     packed = rows.head.numpy(), rows.tail.numpy(), rows.layout.offsets
@@ -142,7 +142,7 @@ def products(x: Tensor, rows: QuantisedRows, role: str) -> Tensor:
 
 def down_product(a: Tensor, rows: QuantisedRows) -> Tensor:
     """A [N, I] times all down rows, [N, H], without bias."""
-    from dartprune.ffn.cpu import group_kernels as kernels
+    from dartprune.ffn.cpu import group_products as kernels
 
     out = torch.empty(a.shape[0], rows.hidden, dtype=torch.float32, device="cpu")
     wide = a.detach().float().contiguous().numpy()

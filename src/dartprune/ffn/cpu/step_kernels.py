@@ -120,7 +120,7 @@ def _normed(x, weight, epsilon):
 
 
 @lean()
-def _widened(words, out):
+def widened(words, out):
     """Words [D] as float32 [D]."""
     for j in range(words.shape[0]):
         out[j] = float_of(words[j])
@@ -130,12 +130,12 @@ def _widened(words, out):
 def _floats(words):
     """Words [D] as a new float32 [D]."""
     out = np.empty(words.shape[0], np.float32)
-    _widened(words, out)
+    widened(words, out)
     return out
 
 
 @lean()
-def _narrowed(x, out):
+def narrowed(x, out):
     """Float32 [D] as words [D]."""
     for j in range(x.shape[0]):
         out[j] = word_of(x[j], out[j])
@@ -146,9 +146,9 @@ def norm(x, weight, epsilon, out):
     """RMS norm of rows x [N, H] to out [N, H]; weight [H]; all in words."""
     row = np.empty(x.shape[1], np.float32)
     for n in range(x.shape[0]):
-        _widened(x[n], row)
+        widened(x[n], row)
         _normed(row, weight, epsilon)
-        _narrowed(row, out[n])
+        narrowed(row, out[n])
 
 
 @lean()
@@ -202,14 +202,14 @@ def _head(query, keys, values, mask, scale, weight, out):
 
 
 @njit(nogil=True)
-def _group(n, g, query, key, value, norms, cos, sin, keys, values, length, mask, scale, out):
+def group_of_heads(n, g, query, key, value, norms, cos, sin, keys, values, length, mask, scale, out):
     """One group of heads of one line: its key and value go to the cache, its queries attend to what lies there."""
     size = cos.shape[1]
     many = query.shape[1] // key.shape[1]
     here = slice(g * size, (g + 1) * size)
     _turned(key[n, here], norms[1], norms[2], cos[n], sin[n])
-    _narrowed(key[n, here], keys[n, g, length])
-    _narrowed(value[n, here], values[n, g, length])
+    narrowed(key[n, here], keys[n, g, length])
+    narrowed(value[n, here], values[n, g, length])
     weight = np.empty(length + 1, np.float32)
     for h in range(g * many, (g + 1) * many):
         part = slice(h * size, (h + 1) * size)
@@ -231,14 +231,14 @@ def attend(query, key, value, norms, cos, sin, keys, values, length, mask, scale
     wide = np.empty(query.shape, np.float32), np.empty(key.shape, np.float32), np.empty(value.shape, np.float32)
     found = np.empty(query.shape, np.float32)
     for n in range(lines):
-        _widened(query[n], wide[0][n])
-        _widened(key[n], wide[1][n])
-        _widened(value[n], wide[2][n])
+        widened(query[n], wide[0][n])
+        widened(key[n], wide[1][n])
+        widened(value[n], wide[2][n])
     for unit in prange(lines * groups):
         n, g = unit // groups, unit % groups
-        _group(n, g, *wide, norms, cos, sin, keys, values, length, mask, scale, found)
+        group_of_heads(n, g, *wide, norms, cos, sin, keys, values, length, mask, scale, found)
     for n in range(lines):
-        _narrowed(found[n], out[n])
+        narrowed(found[n], out[n])
 
 
 @kernel(parallel=True)
@@ -254,7 +254,7 @@ def attention(x, weights, biases, norms, cos, sin, keys, values, length, mask, s
     value_bias, out_bias = _floats(biases[2]), _floats(biases[3])
     wide = np.empty(x.shape, np.float32)
     for n in range(lines):
-        _widened(x[n], wide[n])
+        widened(x[n], wide[n])
     query = np.empty((lines, query_weight.shape[0]), np.float32)
     key = np.empty((lines, key_weight.shape[0]), np.float32)
     value = np.empty((lines, value_weight.shape[0]), np.float32)
@@ -265,9 +265,9 @@ def attention(x, weights, biases, norms, cos, sin, keys, values, length, mask, s
     found = np.empty(query.shape, np.float32)
     for unit in prange(lines * groups):
         n, g = unit // groups, unit % groups
-        _group(n, g, query, key, value, norms, cos, sin, keys, values, length, mask, scale, found)
+        group_of_heads(n, g, query, key, value, norms, cos, sin, keys, values, length, mask, scale, found)
     result = np.empty((lines, out_weight.shape[0]), np.float32)
     for t in prange(threads):
         _linear_part(*_share(out_weight.shape[0], t, threads), found, out_weight, out_bias, result)
     for n in range(lines):
-        _narrowed(result[n], out[n])
+        narrowed(result[n], out[n])

@@ -1,0 +1,65 @@
+"""Whole projections over rows of 4 and 8 bits in Numba: all dot products of gate or up, all down rows."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from dartprune.ffn.cpu.cache import kernel
+from dartprune.ffn.cpu.group_blocks import fetch_bytes
+from dartprune.ffn.cpu.group_parts import BOTH, add, gather, product, rounded_rows, share
+from dartprune.ffn.cpu.lean import lean
+from dartprune.ffn.row_format import GROUP, QUAD
+
+
+@lean()
+def products_part(first, last, inputs, head, tail, offsets, of_up, out):
+    """Products of the neurons first:last with all inputs, to out [N, I]."""
+    (codes, scale, sums), groups = inputs, offsets[0]
+    at, scales, rest = (offsets[5], offsets[7], offsets[9]) if of_up else (offsets[4], offsets[6], offsets[8])
+    size, size_rest = groups * QUAD * offsets[1], groups * QUAD * offsets[2]
+    for i in range(first, last):
+        later = min(i + BOTH, last - 1)
+        fetch_bytes(head[later], at, size)
+        fetch_bytes(tail[later], rest, size_rest)
+        fetch_bytes(head[later], scales, 2 * groups + 8)
+        for n in range(codes.shape[0]):
+            out[n, i] = product(codes[n], scale[n], sums[n], head[i], tail[i], offsets, of_up)
+
+
+@kernel(parallel=True)
+def products(x, head, tail, offsets, of_up, threads, out):
+    """All neurons' dot products with the gate's or up's rows: x float32 [N, H], out float32 [N, I]."""
+    inputs = rounded_rows(x, offsets[0])
+    for t in prange(threads):
+        first, last = share(head.shape[0], t, threads)
+        products_part(first, last, inputs, head, tail, offsets, of_up, out)
+
+
+@lean()
+def _down_part(first, last, a, tail, offsets, order, shares, partial):
+    """Add the down rows of the neurons first:last, each by its value a [N, I], to partial [N, width + groups]."""
+    width, i = offsets[0] * GROUP, first
+    while i < last:
+        many = BOTH if i + BOTH <= last else 1
+        then = i + many if i + 2 * many <= last else i
+        for r in range(many):
+            fetch_bytes(tail[then + r], offsets[10], tail.shape[1] - offsets[10])
+        for n in range(a.shape[0]):
+            part, values = partial[n], a[n, i : i + many]
+            add(part[:width], part[width:], shares, values, many, tail, offsets, order[i : i + many])
+        i += many
+
+
+@kernel(parallel=True)
+def down_rows(a, tail, offsets, threads, out):
+    """All neurons' down rows, each by its value: a float32 [N, I], out float32 [N, H]."""
+    rows, groups, neurons = a.shape[0], offsets[0], tail.shape[0]
+    partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
+    order = np.arange(neurons)
+    for t in prange(threads):
+        shares = np.empty((BOTH // 2, groups), np.int32)
+        first, last = share(neurons, t, threads)
+        _down_part(first, last, a, tail, offsets, order, shares, partial[t])
+    for n in range(rows):
+        gather(partial, n, out[n])
