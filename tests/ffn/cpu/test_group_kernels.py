@@ -188,7 +188,7 @@ def test_plain_vectors_give_what_the_instructions_give(monkeypatch):
     def compiled():
         @njit
         def parts(x, scale, sums, row, at, home, scales, groups):
-            return blocks.row_parts(x, scale, sums, home, scales, row, at, groups, 2, 1)
+            return blocks.row_parts(x, scale, sums, home, scales, row, at, groups, 2, 1, None, None)
 
         @njit
         def added(out, shares, one, two, at, groups):

@@ -54,6 +54,11 @@ def _fetch(builder: Any, base: Any, at: Any) -> None:
     _function(builder, "llvm.prefetch.p0", ir.VoidType(), builder.gep(base, [at]), _INT(0), _INT(LEVEL), _INT(1))
 
 
+def _fetch_all(builder: Any, base: Any, at: Any, count: Any) -> None:
+    with cgutils.for_range_slice(builder, _SIZE(0), count, _SIZE(LINE)) as (line, _):
+        _fetch(builder, base, builder.add(at, line))
+
+
 def data_of(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     """The memory of an array as a byte pointer."""
     return builder.bitcast(context.make_array(kind)(context, builder, value).data, _BYTE.as_pointer())
@@ -134,11 +139,14 @@ def row_parts(
     groups: Any,
     width: Any,
     full: Any,
+    later_home: Any,
+    later: Any,
 ):
     """Dot products of one row's codes of `width` bits (a literal) with an input, four numbers of float32.
 
     x int8 [groups * 32], scale and sums float32 [groups]: the input as `group_inputs` rounds it. The row's codes lie at
-    row[codes:], its scale bytes, low bytes and two floats at home[scales:].
+    row[codes:], its scale bytes, low bytes and two floats at home[scales:]. The same of another row, at later and
+    later_home, is asked for meanwhile, unless these are None.
 
     Returns, with s the row's scales (bytes times the first float) and l its lows: the sum of s * scale * (codes . x)
     over the groups; with `full` (a literal) also the sum of l * sums, and of s * sums; else 0 for these two.
@@ -152,11 +160,15 @@ def row_parts(
         inputs, factors, totals_of, scales_of, bytes_ = (
             data_of(context, builder, signature.args[i], args[i]) for i in (0, 1, 2, 3, 5)
         )
+        then = None if signature.args[11] == types.none else data_of(context, builder, signature.args[11], args[11])
         scales_at, at, count = args[4], args[6], args[7]
         lows_at = builder.add(scales_at, count)
         floats_at = builder.add(lows_at, count)
         nothing = _all(_FLOAT, largest, 0.0)
         sums = [cgutils.alloca_once_value(builder, nothing) for _ in range(3 if lows_too else 1)]
+        if then is not None:
+            home_then = data_of(context, builder, signature.args[10], args[10])
+            _fetch_all(builder, home_then, scales_at, builder.add(builder.add(count, count), _SIZE(8)))
 
         def add(total: Any, one: Any, other: Any, lanes: int) -> None:
             """The products of two vectors, added to the first lanes of a sum."""
@@ -175,7 +187,10 @@ def row_parts(
             whole = _vector(_BYTE, QUAD * lanes)
             products = [_all(_INT, lanes, 0)] * 2
             for v in range(bits):
-                packed = load_at(builder, bytes_, builder.add(begin, _SIZE(v * QUAD * lanes)), whole)
+                where = builder.add(begin, _SIZE(v * QUAD * lanes))
+                if then is not None:
+                    _fetch(builder, then, where)
+                packed = load_at(builder, bytes_, where, whole)
                 for j, field in enumerate(_fields(builder, packed, bits, lanes)):
                     step = v + bits * j
                     values = load_at(builder, inputs, builder.add(start, _SIZE(step * QUAD * lanes)), whole)
@@ -206,7 +221,7 @@ def row_parts(
 
     numbers = types.UniTuple(types.float32, 3)
     places = types.int64
-    return numbers(x, scale, sums, home, places, row, places, places, width, full), generate
+    return numbers(x, scale, sums, home, places, row, places, places, width, full, later_home, later), generate
 
 
 def _folded(builder: Any, total: Any) -> Any:
@@ -222,11 +237,14 @@ def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def add_codes(context: Any, out: Any, factor: Any, shares: Any, rows: Any, codes: Any, groups: Any, width: Any):
+def add_codes(
+    context: Any, out: Any, factor: Any, shares: Any, rows: Any, codes: Any, groups: Any, width: Any, later: Any
+):
     """Out float32 [groups * 32] += factor * (for each row: the share of each group times the codes in it).
 
     shares: int32 [pairs, groups], 16 bits of each row of a pair, those of the second in the upper half.
     rows: tuple of uint8 [bytes], one or an even number, codes of `width` bits (4 or 8, a literal) lying at `codes`.
+    later: tuple of rows whose codes are asked for meanwhile.
     """
     if not isinstance(width, types.IntegerLiteral):
         return None
@@ -243,6 +261,10 @@ def add_codes(context: Any, out: Any, factor: Any, shares: Any, rows: Any, codes
             for r, kind in enumerate(signature.args[3])
         ]
         pairs = [given[r : r + 2] for r in range(0, len(given), 2)]
+        then = [
+            data_of(context, builder, kind, builder.extract_value(args[7], r))
+            for r, kind in enumerate(signature.args[7])
+        ]
         at, count = args[4], args[5]
         words, floats = _vector(_INT, lanes), _vector(_FLOAT, lanes)
         together = LINE * 8 // bits // GROUP  # groups of one vector of codes
@@ -250,6 +272,8 @@ def add_codes(context: Any, out: Any, factor: Any, shares: Any, rows: Any, codes
         with cgutils.for_range_slice(builder, _SIZE(0), count, _SIZE(together)) as (first, _):
             start = builder.add(at, builder.mul(first, _SIZE(GROUP * bits // 8)))
             totals = [_all(_INT, lanes, 0)] * (32 // bits)
+            for pointer in then:
+                _fetch(builder, pointer, start)
             for p, pair in enumerate(pairs):
                 both = [load_at(builder, pointer, start, words) for pointer in pair]
                 for k, fields in enumerate(_pairs_of_fields(builder, both, bits)):
@@ -263,7 +287,7 @@ def add_codes(context: Any, out: Any, factor: Any, shares: Any, rows: Any, codes
                 builder.store(value, builder.bitcast(builder.gep(y, [place]), floats.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.void(out, types.float32, shares, rows, types.int64, types.int64, width), generate
+    return types.void(out, types.float32, shares, rows, types.int64, types.int64, width, later), generate
 
 
 def _pairs_of_fields(builder: Any, pair: list[Any], bits: int) -> list[Any]:
@@ -313,8 +337,7 @@ def fetch_bytes(context: Any, row: Any, at: Any, count: Any):
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = data_of(context, builder, signature.args[0], args[0])
-        with cgutils.for_range_slice(builder, _SIZE(0), args[2], _SIZE(LINE)) as (line, _):
-            _fetch(builder, pointer, builder.add(args[1], line))
+        _fetch_all(builder, pointer, args[1], args[2])
         return context.get_dummy_value()
 
     return types.void(row, types.int64, types.int64), generate

@@ -19,7 +19,6 @@ from dartprune.ffn.cpu.group_blocks import fetch_bytes
 from dartprune.ffn.cpu.group_parts import (
     BOTH,
     add,
-    fetch,
     gather,
     high_part,
     neuron_value,
@@ -29,7 +28,7 @@ from dartprune.ffn.cpu.group_parts import (
 )
 from dartprune.ffn.cpu.lean import lean
 from dartprune.ffn.cpu.sketch import expected_block
-from dartprune.ffn.row_format import GROUP, QUAD
+from dartprune.ffn.row_format import GROUP
 
 BLOCK = 256  # neurons that pass through the second cache at a time
 SCORED = 64  # neurons that are scored at a time
@@ -38,7 +37,7 @@ SCORED = 64  # neurons that are scored at a time
 @lean()
 def _span(
     inputs, n, head, tail, offsets, biases, kind, known, gates, ups, means,
-    index, first, last, values, shares, partial,
+    index, first, last, values, later, shares, partial,
 ):  # fmt: skip
     """Add what the neurons index[first:last] give for input n to partial [width + groups]; those behind are fetched.
 
@@ -51,13 +50,13 @@ def _span(
         many = BOTH if i + BOTH <= last else 1
         rows = index[i : i + many]
         for r in range(many):
-            fetch(head, tail, offsets, index[min(i + BOTH + r, end)], known)
+            later[r] = index[min(i + BOTH + r, end)]
             values[r] = neuron_value(
-                codes[n], scale[n], sums[n], head, tail, offsets, rows[r], biases, kind, known, gates, ups
+                codes[n], scale[n], sums[n], head, tail, offsets, rows[r], later[r], biases, kind, known, gates, ups
             )
             if means.shape[0]:
                 values[r] -= float_of(means[rows[r]])
-        add(partial[:width], partial[width:], shares, values, many, tail, offsets, rows)
+        add(partial[:width], partial[width:], shares, values, many, tail, offsets, rows, later)
         i += many
 
 
@@ -71,7 +70,8 @@ def _rows_part(
     means bf16 words [S, I] of each slot, or empty.
     """
     rows = partial.shape[0]
-    values, shares = np.empty(BOTH, np.float32), np.empty((BOTH // 2, offsets[0]), np.int32)
+    values, later = np.empty(BOTH, np.float32), np.empty(BOTH, np.int32)
+    shares = np.empty((BOTH // 2, offsets[0]), np.int32)
     done, nothing = np.empty(rows, np.int64), np.empty(0, np.uint16)
     for n in range(rows):
         done[n] = np.searchsorted(index[n, : count[n]], first)
@@ -84,7 +84,7 @@ def _rows_part(
                 until += 1
             _span(
                 inputs, n, head, tail, offsets, biases, kind, known, gates[n], ups[n],
-                means[slots[n]] if means.shape[0] else nothing, mine, done[n], until, values, shares, partial[n],
+                means[slots[n]] if means.shape[0] else nothing, mine, done[n], until, values, later, shares, partial[n],
             )  # fmt: skip
             done[n] = until
 
@@ -132,17 +132,12 @@ def _gate_part(first, last, inputs, head, tail, offsets, biases, kind, index, co
     """Activations of the candidates first:last of every input to gates [N, I], their scores to key [N, I]."""
     codes, scale, sums = inputs
     gated = bool(offsets[3])
-    at, scales, rest = (offsets[4], offsets[6], offsets[8]) if gated else (offsets[5], offsets[7], offsets[9])
-    size, size_rest = offsets[0] * QUAD * offsets[1], offsets[0] * QUAD * offsets[2]
     for n in range(key.shape[0]):
         mine = index[n, : count[n]]
         end = mine.shape[0] - 1
         for j in range(np.searchsorted(mine, first), np.searchsorted(mine, last)):
             i, later = mine[j], mine[min(j + BOTH, end)]
-            fetch_bytes(head[later], at, size)
-            fetch_bytes(tail[later], rest, size_rest)
-            fetch_bytes(head[later], scales, 2 * offsets[0] + 8)
-            v = product(codes[n], scale[n], sums[n], head[i], tail[i], offsets, not gated)
+            v = product(codes[n], scale[n], sums[n], head, tail, offsets, not gated, i, later)
             if gated and biases[2] & 1:
                 v += biases[0][i]
             if not gated and biases[2] & 2:

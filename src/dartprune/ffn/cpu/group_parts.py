@@ -75,63 +75,54 @@ def share(neurons, t, threads):
 
 
 @njit(inline="always")
-def product(x, scale, sums, head, tail, offsets, of_up):
-    """One input's dot product with the gate's or up's row of a neuron: head and tail are its own."""
+def product(x, scale, sums, head, tail, offsets, of_up, i, later):
+    """One input's dot product with the gate's or up's row of neuron i; the same row of neuron `later` is fetched."""
     groups, high, low = offsets[0], offsets[1], offsets[2]
     at, scales, rest = (offsets[5], offsets[7], offsets[9]) if of_up else (offsets[4], offsets[6], offsets[8])
+    home, then = head[i], head[later]
     if high == 2:
-        whole, lows, _ = row_parts(x, scale, sums, head, scales, head, at, groups, 2, 1)
-        part, _, _ = row_parts(x, scale, sums, head, scales, tail, rest, groups, 2, 0)
+        whole, lows, _ = row_parts(x, scale, sums, home, scales, home, at, groups, 2, 1, then, then)
+        part, _, _ = row_parts(x, scale, sums, home, scales, tail[i], rest, groups, 2, 0, then, tail[later])
         return np.float32(4.0) * whole + part + lows
     if high == 4 and low == 4:
-        whole, lows, _ = row_parts(x, scale, sums, head, scales, head, at, groups, 4, 1)
-        part, _, _ = row_parts(x, scale, sums, head, scales, tail, rest, groups, 4, 0)
+        whole, lows, _ = row_parts(x, scale, sums, home, scales, home, at, groups, 4, 1, then, then)
+        part, _, _ = row_parts(x, scale, sums, home, scales, tail[i], rest, groups, 4, 0, then, tail[later])
         return np.float32(16.0) * whole + part + lows
     if high == 4:
-        whole, lows, _ = row_parts(x, scale, sums, head, scales, head, at, groups, 4, 1)
+        whole, lows, _ = row_parts(x, scale, sums, home, scales, home, at, groups, 4, 1, then, then)
         return whole + lows
-    whole, lows, _ = row_parts(x, scale, sums, head, scales, head, at, groups, 8, 1)
+    whole, lows, _ = row_parts(x, scale, sums, home, scales, home, at, groups, 8, 1, then, then)
     return whole + lows
 
 
 @njit(inline="always")
-def fetch(head, tail, offsets, i, known):
-    """Ask for a whole neuron at once, in the order of memory: spread through the arithmetic it takes longer by half.
-
-    known: 1 where the head was read before, of which the scales alone are needed once more.
-    """
-    first = offsets[6] if known == 1 else 0
-    fetch_bytes(head[i], first, head.shape[1] - first)
-    fetch_bytes(tail[i], 0, tail.shape[1])
-
-
-@njit(inline="always")
-def low_part(x, scale, sums, head, tail, offsets, of_up):
-    """What the low codes of a nested row add to the product that its high codes gave."""
+def low_part(x, scale, sums, head, tail, offsets, of_up, i, later):
+    """What the low codes of a nested row add to the product that its high codes gave; arguments as for `product`."""
     groups, low = offsets[0], offsets[2]
     scales, rest = (offsets[7], offsets[9]) if of_up else (offsets[6], offsets[8])
+    home, then = head[i], head[later]
     if low == 2:
-        part, _, _ = row_parts(x, scale, sums, head, scales, tail, rest, groups, 2, 0)
+        part, _, _ = row_parts(x, scale, sums, home, scales, tail[i], rest, groups, 2, 0, then, tail[later])
     else:
-        part, _, _ = row_parts(x, scale, sums, head, scales, tail, rest, groups, 4, 0)
+        part, _, _ = row_parts(x, scale, sums, home, scales, tail[i], rest, groups, 4, 0, then, tail[later])
     return part
 
 
 @njit(inline="always")
-def high_part(x, scale, sums, head, offsets, of_up):
+def high_part(x, scale, sums, home, offsets, of_up):
     """Of a nested row: the product without its low codes, and what they add where each is in the middle."""
     groups, high = offsets[0], offsets[1]
     at, scales = (offsets[5], offsets[7]) if of_up else (offsets[4], offsets[6])
     if high == 2:
-        whole, lows, plain = row_parts(x, scale, sums, head, scales, head, at, groups, 2, 1)
+        whole, lows, plain = row_parts(x, scale, sums, home, scales, home, at, groups, 2, 1, None, None)
         return np.float32(4.0) * whole + lows, np.float32(1.5) * plain
-    whole, lows, plain = row_parts(x, scale, sums, head, scales, head, at, groups, 4, 1)
+    whole, lows, plain = row_parts(x, scale, sums, home, scales, home, at, groups, 4, 1, None, None)
     return np.float32(16.0) * whole + lows, np.float32(7.5) * plain
 
 
 @njit(inline="always")
-def neuron_value(x, scale, sums, head, tail, offsets, i, biases, kind, known, gates, ups):
-    """A neuron's value, the input of its down row.
+def neuron_value(x, scale, sums, head, tail, offsets, i, later, biases, kind, known, gates, ups):
+    """The value of neuron i, the input of its down row; what neuron `later` needs for its own is fetched.
 
     biases (of gate, of up, which there are). known: what gates and ups float32 [I] hold already: 0 nothing, 1 the
     products without the low codes, 2 the gate's activation alone.
@@ -142,25 +133,26 @@ def neuron_value(x, scale, sums, head, tail, offsets, i, biases, kind, known, ga
         gate = gates[i]
     elif offsets[3]:
         if known == 1:
-            gate = gates[i] + low_part(x, scale, sums, head[i], tail[i], offsets, False)
+            gate = gates[i] + low_part(x, scale, sums, head, tail, offsets, False, i, later)
         else:
-            gate = product(x, scale, sums, head[i], tail[i], offsets, False)
+            gate = product(x, scale, sums, head, tail, offsets, False, i, later)
         if biased & 1:
             gate += gate_bias[i]
         gate = np.float32(activate(kind, gate))
     if known == 1:
-        up = ups[i] + low_part(x, scale, sums, head[i], tail[i], offsets, True)
+        up = ups[i] + low_part(x, scale, sums, head, tail, offsets, True, i, later)
     else:
-        up = product(x, scale, sums, head[i], tail[i], offsets, True)
+        up = product(x, scale, sums, head, tail, offsets, True, i, later)
     if biased & 2:
         up += up_bias[i]
     return np.float32(gate * up) if offsets[3] else np.float32(activate(kind, up))
 
 
 @njit(inline="always")
-def add(out, lows, shares, values, many, tail, offsets, rows):
+def add(out, lows, shares, values, many, tail, offsets, rows, later):
     """Add `many` (1 or 4) neurons' down rows, each by its value: codes to out [width], lows to lows [groups].
 
+    later: as many neurons, whose down rows are fetched.
     A scale times a value is a 16-bit share of the largest one that these neurons may have.
     """
     groups, bits = offsets[0], offsets[1] + offsets[2]
@@ -180,20 +172,22 @@ def add(out, lows, shares, values, many, tail, offsets, rows):
             mine[g] = share & 0xFFFF | np.int32(np.rint(step_other * np.float32(theirs[g]))) << 16
     for r in range(many):
         low = values[r] * float_at(tail[rows[r]], scales + 2 * groups + 4)
+        fetch_bytes(tail[later[r]], scales, 2 * groups + 8)
         signed = tail[rows[r], scales + groups : scales + 2 * groups].view(np.int8)
         for g in range(groups):
             lows[g] += low * np.float32(signed[g])
     if many == BOTH:
         four = (tail[rows[0]], tail[rows[1]], tail[rows[2]], tail[rows[3]])
+        then = (tail[later[0]], tail[later[1]], tail[later[2]], tail[later[3]])
         if bits == 4:
-            add_codes(out, factor, shares, four, at, groups, 4)
+            add_codes(out, factor, shares, four, at, groups, 4, then)
         else:
-            add_codes(out, factor, shares, four, at, groups, 8)
+            add_codes(out, factor, shares, four, at, groups, 8, then)
     else:
         if bits == 4:
-            add_codes(out, factor, shares, (tail[rows[0]],), at, groups, 4)
+            add_codes(out, factor, shares, (tail[rows[0]],), at, groups, 4, (tail[later[0]],))
         else:
-            add_codes(out, factor, shares, (tail[rows[0]],), at, groups, 8)
+            add_codes(out, factor, shares, (tail[rows[0]],), at, groups, 8, (tail[later[0]],))
 
 
 @lean()

@@ -6,25 +6,19 @@ import numpy as np
 from numba import prange
 
 from dartprune.ffn.cpu.cache import kernel
-from dartprune.ffn.cpu.group_blocks import fetch_bytes
 from dartprune.ffn.cpu.group_parts import BOTH, add, gather, product, rounded_rows, share
 from dartprune.ffn.cpu.lean import lean
-from dartprune.ffn.row_format import GROUP, QUAD
+from dartprune.ffn.row_format import GROUP
 
 
 @lean()
 def products_part(first, last, inputs, head, tail, offsets, of_up, out):
     """Products of the neurons first:last with all inputs, to out [N, I]."""
-    (codes, scale, sums), groups = inputs, offsets[0]
-    at, scales, rest = (offsets[5], offsets[7], offsets[9]) if of_up else (offsets[4], offsets[6], offsets[8])
-    size, size_rest = groups * QUAD * offsets[1], groups * QUAD * offsets[2]
+    codes, scale, sums = inputs
     for i in range(first, last):
         later = min(i + BOTH, last - 1)
-        fetch_bytes(head[later], at, size)
-        fetch_bytes(tail[later], rest, size_rest)
-        fetch_bytes(head[later], scales, 2 * groups + 8)
         for n in range(codes.shape[0]):
-            out[n, i] = product(codes[n], scale[n], sums[n], head[i], tail[i], offsets, of_up)
+            out[n, i] = product(codes[n], scale[n], sums[n], head, tail, offsets, of_up, i, later)
 
 
 @kernel(parallel=True)
@@ -43,11 +37,10 @@ def _down_part(first, last, a, tail, offsets, order, shares, partial):
     while i < last:
         many = BOTH if i + BOTH <= last else 1
         then = i + many if i + 2 * many <= last else i
-        for r in range(many):
-            fetch_bytes(tail[then + r], offsets[10], tail.shape[1] - offsets[10])
         for n in range(a.shape[0]):
             part, values = partial[n], a[n, i : i + many]
-            add(part[:width], part[width:], shares, values, many, tail, offsets, order[i : i + many])
+            rows, later = order[i : i + many], order[then : then + many]
+            add(part[:width], part[width:], shares, values, many, tail, offsets, rows, later)
         i += many
 
 
