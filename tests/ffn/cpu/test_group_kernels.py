@@ -192,7 +192,7 @@ def test_plain_vectors_give_what_the_instructions_give(monkeypatch):
 
         @njit
         def added(out, shares, one, two, at, groups):
-            blocks.add_codes(out, np.float32(0.5), shares, (one, two), at, groups, 4)
+            blocks.add_codes(out, np.float32(0.5), shares, (one, two), at, groups, 4, (two, one))
 
         found = [parts(codes, scale, sums, head[i], offsets[4], head[i], offsets[6], offsets[0]) for i in range(4)]
         out = np.zeros(rows.layout.width, np.float32)
