@@ -93,7 +93,7 @@ class Run(Refuses):
         self._pool = SlotPool(parts.holders, self._new_slot, self._account.close)
         self._sites = sites_of(self._core, decoder)
         self._door = model_site(self._core)
-        self._step = own_step(self._core, decoder)
+        self._step = own_step(self._core, () if self.method.prunes else decoder.layers)
         with parts.preparation("the decode step"):
             self._step.prepare()
         self._account.step = self._step.said

@@ -118,6 +118,14 @@ def test_quantised_steps_are_near_those_with_unpacked_weights(family, lines, pad
     assert torch.equal(logits_of(model, inputs), theirs)
 
 
+def test_only_runs_that_prune_nothing_compute_dense_ffns_by_rows():
+    model, _ = quantised("llama", 4)
+    for pruner, told in ((dartprune.Dense(), True), (dartprune.Dart(0.5), False), (dartprune.Dense(), True)):
+        with pruner(model) as run:
+            step = run.report().step
+        assert ("3 dense FFNs" in step) == told and "3 attention layers" in step
+
+
 @pytest.mark.parametrize(
     "name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj", "mlp.act_fn"]
 )

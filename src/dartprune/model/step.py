@@ -17,7 +17,7 @@ from torch import nn
 
 from dartprune.ffn.row_format import RowFormat
 from dartprune.model.calls import replaced
-from dartprune.model.layer import Decoder, Layer
+from dartprune.model.layer import Layer
 from dartprune.model.packed import ALONE, ByteLinear, RowProjection, has_kernels, packed_rows
 from dartprune.model.patch import Patch
 from dartprune.model.step_attention import ForwardInputs, OwnAttention
@@ -203,11 +203,16 @@ def _is_taken(module: nn.Module) -> bool:
 _steps: weakref.WeakKeyDictionary[nn.Module, OwnStep] = weakref.WeakKeyDictionary()
 
 
-def own_step(core: nn.Module, decoder: Decoder) -> OwnStep:
-    """What can be computed here of a model, the same object at each attach as long as its modules are the same."""
+def own_step(core: nn.Module, dense: Sequence[Layer]) -> OwnStep:
+    """What can be computed here of a model, the same object at each attach as long as its modules are the same.
+
+    Args:
+        core: the model.
+        dense: layers whose FFN no method looks into.
+    """
     modules = _modules(core)
     of_bytes = has_kernels() and any(isinstance(module, ByteLinear) for module in core.modules())
-    layers = [] if not modules else [layer for layer in decoder.layers if _in_rows(layer)]
+    layers = [layer for layer in dense if _in_rows(layer)] if modules else []
     step = _steps.get(core)
     if step is None or not step.fits(modules, layers, of_bytes=of_bytes):
         step = _steps[core] = OwnStep(modules, layers, of_bytes=of_bytes)

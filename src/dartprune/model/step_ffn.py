@@ -26,7 +26,7 @@ class OwnFFN(OwnModule):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The FFN of x [..., H]."""
         rows = packed_rows(self._layer) if self.in_use and self.mode.takes(x) else None
-        # a run that traces hears the down projection: then all are called
+        # where somebody listens to one of its modules, all are called
         if rows is None or args or kwargs or not all(map(untouched, self._called)):
             return self.before(x, *args, **kwargs)
         return self._over(x, rows, self._count)
