@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,12 @@ from dartprune.model.packed import packed_rows
 from dartprune.model.step_parts import OwnModule, StepMode, untouched
 
 
+@cache
+def _list_of_all(neurons: int) -> Tensor:
+    """The numbers of all neurons, int32 [1, I]: one for all layers."""
+    return torch.arange(neurons, dtype=torch.int32, device="cpu")[None]
+
+
 class OwnFFN(OwnModule):
     """The forward of one FFN module in rows: few tokens by the kernel that masks use, over all neurons."""
 
@@ -20,7 +27,7 @@ class OwnFFN(OwnModule):
         super().__init__(layer.entry, mode)
         self._layer = layer
         self._called = [part for part in layer.skipped().values() if isinstance(part, nn.Module)]
-        self._all = torch.arange(layer.neurons, dtype=torch.int32, device="cpu")[None]
+        self._all = _list_of_all(layer.neurons)
         self._count = torch.tensor([layer.neurons], dtype=torch.int32, device="cpu")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
