@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -230,6 +232,16 @@ def test_what_a_quantised_model_refuses():
     flat, _ = quantised("llama", 4, nested=False)
     with pytest.raises(ValueError, match="not nested"):
         dartprune.SketchDart(0.2).attach(flat)
+
+
+def test_torch_keeps_its_number_of_threads():
+    """The first use of Numba's threads in a process sets those of torch to the number of cores, on a shared runtime."""
+    code = (
+        "import torch; torch.set_num_threads(1); from dartprune.loading import load; load(dtype='int4'); "
+        "print(torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["1"], done.stderr
 
 
 def test_copies_and_pickles_go_on():

@@ -9,11 +9,14 @@ import torch
 
 
 def use_threads(most: int | None = None) -> int:
-    """Let Numba use as many threads as torch does, or `most`; gives their number."""
+    """Let Numba use as many threads as torch does, or `most`; gives their number. Torch's stays what it is."""
     import numba
 
-    threads = min(torch.get_num_threads(), most or torch.get_num_threads())
+    given = torch.get_num_threads()
+    threads = min(given, most or given)
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != given:  # Numba's threads were started, on an OpenMP runtime that torch shares
+        torch.set_num_threads(given)
     return threads
 
 
