@@ -145,14 +145,15 @@ def quantised_rows(
         rows = round_matrix(down[block], layout, bits)
         heads = [pack_fields(code >> layout.low, high, layout) for code, _ in codes]
         lows = [pack_fields(code & ((1 << layout.low) - 1), layout.low, layout) for code, _ in codes if layout.low]
-        _put(head[block], [*heads, *(scales for _, scales in codes)])
-        _put(tail[block], [*lows, pack_down(rows[0], bits, layout), rows[1]])
+        put_parts(head[block], [*heads, *(scales for _, scales in codes)])
+        put_parts(tail[block], [*lows, pack_down(rows[0], bits, layout), rows[1]])
     return QuantisedRows(
         head, tail, layout, (biases[0], biases[1], biases[2]), weights.activation, weights.act, weights.up.dtype
     )
 
 
-def _put(rows: Tensor, parts: list[Tensor]) -> None:
+def put_parts(rows: Tensor, parts: list[Tensor]) -> None:
+    """Fill the beginning of rows, uint8 [I, bytes], with parts [I, ...] side by side."""
     whole = torch.cat(parts, dim=1)
     rows[:, : whole.shape[1]] = whole
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dartprune.errors import UserError
 from dartprune.ffn.backend import outside_graphs
-from dartprune.ffn.quantised import QuantisedRows
+from dartprune.ffn.quantised import QuantisedRows, put_parts
 from dartprune.ffn.row_format import RowFormat, pack_fields
 from dartprune.model.layer import Layer
 
@@ -76,8 +76,7 @@ class RowProjection(Packed):
         layout = RowFormat(weight.shape[1], False, ALONE, 0)
         codes, scales = rounded(weight, layout, ALONE)
         head = torch.zeros(weight.shape[0], layout.head, dtype=torch.uint8, device="cpu")
-        whole = torch.cat((pack_fields(codes, ALONE, layout), scales), dim=1)
-        head[:, : whole.shape[1]] = whole
+        put_parts(head, [pack_fields(codes, ALONE, layout), scales])
         tail = torch.empty(weight.shape[0], 0, dtype=torch.uint8, device="cpu")
         rows = PackedRows(head, tail, layout, (None, None, None), "other", F.silu, weight.dtype)
         return RowProjection(rows, "up", bias)
