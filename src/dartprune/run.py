@@ -39,6 +39,7 @@ from dartprune.runtime.slot_pool import SlotPool
 from dartprune.runtime.slots import Detection, LoggedEvent, Slot, State
 from dartprune.runtime.tokens import Tokens
 from dartprune.runtime.trace import MeanImpact
+from dartprune.runtime.whole_steps import WholeSteps
 from dartprune.runtime.windows import Detectors
 from dartprune.selectors.sketches import Progress
 
@@ -93,10 +94,6 @@ class Run(Refuses):
         self._pool = SlotPool(parts.holders, self._new_slot, self._account.close)
         self._sites = sites_of(self._core, decoder)
         self._door = model_site(self._core)
-        self._step = own_step(self._core, () if self.method.prunes else decoder.layers)
-        with parts.preparation("the decode step"):
-            self._step.prepare()
-        self._account.step = self._step.said
         changes = Changes(self._core, self._sites, self._door, [layer.backend.gathers for layer in parts.layers])
         self._live = LiveModel(
             method,
@@ -109,11 +106,16 @@ class Run(Refuses):
             changes,
             parts.facts,
         )
+        self._step = own_step(self._core, decoder.layers, prunes=method.prunes)
+        self._whole = WholeSteps(parts.layers, self._live, self._door, prunes=method.prunes)
+        with parts.preparation("the decode step"):
+            self._step.prepare(self._whole.nested)
+        self._account.step = self._step.said(whole=self._whole.nested is not None)
         self.sequences = Sequences(method, self._pool, self._masks, self._events, self._account, self._live.state)
 
     def _install(self) -> None:
         try:
-            self._step.install()
+            self._step.install(self._whole)
             if self.method.prunes:
                 for site, layer in zip(self._sites.layers, self._parts.layers, strict=True):
                     site.install(layer)

@@ -34,7 +34,7 @@ class ModelHooks(Protocol):
     """What the run does at the doors of the model."""
 
     armed: bool
-    inside: bool
+    inside: int | None  # the thread in which a forward of the model runs
     split: int
     lock: Any  # a re-entrant lock
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -94,6 +95,11 @@ class ModelSite(Refuses):
         """Whether a run listens."""
         return self.hooks is not None
 
+    @property
+    def outermost(self) -> bool:
+        """Whether nobody has put anything around the forwards of the model and of its decoder."""
+        return all(patch.outermost for name, patch in self._patches.items() if name in ("forward", "decoder"))
+
     def lost(self) -> str | None:
         """The method whose calls do not come here any more, since somebody replaced it; None if all do.
 
@@ -154,7 +160,7 @@ class ModelSite(Refuses):
             if not hooks.armed:
                 with apart():
                     hooks.begin(_named(self._forward, args, kwargs))
-            hooks.inside = True
+            hooks.inside = threading.get_ident()
             try:
                 if hooks.split:
                     return self._in_two(hooks, original, kwargs)
@@ -165,7 +171,7 @@ class ModelSite(Refuses):
                 hooks.abort()
                 raise
             finally:
-                hooks.inside = False
+                hooks.inside = None
             return output
 
     def _make_decoder(self) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -22,27 +23,44 @@ from dartprune.model.packed import ALONE, ByteLinear, RowProjection, has_kernels
 from dartprune.model.patch import Patch
 from dartprune.model.step_attention import ForwardInputs, OwnAttention
 from dartprune.model.step_ffn import OwnFFN
+from dartprune.model.step_hooks import StepHooks
+from dartprune.model.step_layers import OwnLayers, layers_in_rows
 from dartprune.model.step_parts import HALVES, OwnLinear, OwnModule, OwnNorm, StepMode
 
 # attention of Llama's kind: q, k, v and o as linear layers, whole heads turned by halves, perhaps a norm for each head
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 ATTENTIONS = {f"transformers.models.{key}.modeling_{key}.{name}Attention" for key, name in _FAMILIES.items()}
+DECODERS = {f"transformers.models.{key}.modeling_{key}.{name}Model" for key, name in _FAMILIES.items()}
+LAYERS = {f"transformers.models.{key}.modeling_{key}.{name}DecoderLayer" for key, name in _FAMILIES.items()}
 NORMS = {f"transformers.models.{key}.modeling_{key}.{name}RMSNorm" for key, name in _FAMILIES.items()}
 _ACTIVATIONS = {"transformers.activations.SiLUActivation", "torch.nn.modules.activation.SiLU"}
+
+
+@dataclass(frozen=True)
+class StepForm:
+    """What is computed of a model beside its linear layers, norms and attention.
+
+    dense: layers whose FFN lies in rows and is looked into by no method.  of_bytes: whether there are layers of bytes.
+    whole: decoder layers and their FFNs, where one kernel computes them all.
+    """
+
+    dense: tuple[Layer, ...] = ()
+    of_bytes: bool = False
+    whole: tuple[tuple[nn.Module, Layer], ...] = ()
 
 
 class OwnStep:
     """Everything of a model that is computed here while a run is attached."""
 
-    def __init__(self, modules: list[Any], layers: Sequence[Layer] = (), *, of_bytes: bool = False) -> None:
+    def __init__(self, core: nn.Module, modules: list[Any], form: StepForm) -> None:
         """Set up; nothing is changed yet.
 
         Args:
+            core: the model.
             modules: linear layers, norms and attention.
-            layers: whose FFN lies in rows of 4 or 8 bits.
-            of_bytes: whether the model has layers of bytes.
+            form: what else is computed here.
         """
-        self._given = [*modules, *(layer.entry for layer in layers)], of_bytes
+        self._given = modules, form
         self.mode = StepMode()
         self.shared = ForwardInputs()
         self._parts: list[OwnModule] = []
@@ -53,24 +71,31 @@ class OwnStep:
                 self._parts.append(OwnNorm(module, self.mode))
             else:
                 self._parts.append(OwnAttention(module, self.mode, self.shared))
-        self._parts += [OwnFFN(layer, self.mode) for layer in layers]
+        self._parts += [OwnFFN(layer, self.mode) for layer in form.dense]
+        self._layers: OwnLayers | None = None
+        if form.whole:
+            rows = packed_rows(form.whole[0][1])
+            assert rows is not None
+            self._layers = OwnLayers(core, [module for module, _ in form.whole], rows, self.mode)
+            self._parts += self._layers.parts
 
-    def fits(self, modules: list[Any], layers: Sequence[Layer], *, of_bytes: bool) -> bool:
+    def fits(self, modules: list[Any], form: StepForm) -> bool:
         """Whether it was made for the very same modules."""
-        return self._given == ([*modules, *(layer.entry for layer in layers)], of_bytes)
+        return self._given == (modules, form)
 
-    @property
-    def said(self) -> str:
-        """What is computed here, for the report."""
+    def said(self, *, whole: bool) -> str:
+        """What is computed here, for the report; `whole`: whether a run has choices for all layers in one call."""
         if not self._parts:
             return "transformers' own"
+        if self._layers is not None and whole:
+            return f"{len(self._layers.parts)} layers in one call of a kernel"
         kinds = (OwnAttention, "attention layers"), (OwnLinear, "linear layers"), (OwnFFN, "dense FFNs")
         counted = [(sum(isinstance(part, kind) for part in self._parts), name) for kind, name in kinds]
         return f"{' and '.join(f'{count} {name}' for count, name in counted if count)} by kernels"
 
-    def prepare(self) -> None:
-        """Compile the kernels, so that no token waits for it."""
-        of_bytes = self._given[1]
+    def prepare(self, nested: bool | None) -> None:
+        """Compile the kernels, so that no token waits for it; `nested`: of the choices that will come, None for none."""
+        of_bytes = self._given[1].of_bytes
         if not self._parts and not of_bytes:
             return
         from dartprune.ffn.cpu import step_kernels as kernels
@@ -94,9 +119,13 @@ class OwnStep:
                 if isinstance(part, OwnFFN):
                     part.prepare()
                     break
+            if self._layers is not None and nested is not None:
+                self._layers.prepare(nested=nested)
 
-    def install(self) -> None:
-        """Put them in place."""
+    def install(self, hooks: StepHooks | None = None) -> None:
+        """Put them in place; `hooks`: of the run that computes all layers in one call where it can."""
+        if self._layers is not None:
+            self._layers.install(hooks)
         for part in self._parts:
             part.patch = Patch(part.module, "forward")
             part.patch.install(part.forward)
@@ -110,6 +139,8 @@ class OwnStep:
             part.patch = None
             part.views.forget()
         self.shared.forget()
+        if self._layers is not None:
+            self._layers.install(None)
         self.mode.invariant = False
         return kept
 
@@ -207,20 +238,39 @@ def _is_taken(module: nn.Module) -> bool:
 _steps: weakref.WeakKeyDictionary[nn.Module, OwnStep] = weakref.WeakKeyDictionary()
 
 
-def own_step(core: nn.Module, dense: Sequence[Layer]) -> OwnStep:
+def own_step(core: nn.Module, layers: Sequence[Layer], *, prunes: bool) -> OwnStep:
     """What can be computed here of a model, the same object at each attach as long as its modules are the same.
 
     Args:
         core: the model.
-        dense: layers whose FFN no method looks into.
+        layers: its FFNs.
+        prunes: whether a method looks into them.
     """
     modules = _modules(core)
-    of_bytes = has_kernels() and any(isinstance(module, ByteLinear) for module in core.modules())
-    layers = [layer for layer in dense if _in_rows(layer)] if modules else []
+    form = StepForm()
+    if modules:
+        dense = () if prunes else tuple(layer for layer in layers if _in_rows(layer))
+        form = StepForm(dense, _of_bytes(core), _whole(core, layers))
+    elif has_kernels():
+        form = StepForm(of_bytes=_of_bytes(core))
     step = _steps.get(core)
-    if step is None or not step.fits(modules, layers, of_bytes=of_bytes):
-        step = _steps[core] = OwnStep(modules, layers, of_bytes=of_bytes)
+    if step is None or not step.fits(modules, form):
+        step = _steps[core] = OwnStep(core, modules, form)
     return step
+
+
+def _of_bytes(core: nn.Module) -> bool:
+    return any(isinstance(module, ByteLinear) for module in core.modules())
+
+
+def _whole(core: nn.Module, layers: Sequence[Layer]) -> tuple[tuple[nn.Module, Layer], ...]:
+    """The decoder layers and FFNs of a model whose layers one kernel computes; else none."""
+    decoders: list[Any] = [module for module in core.modules() if _name(module) in DECODERS]
+    kinds = getattr(decoders[0].config, "layer_types", None) or () if decoders else ()
+    if len(decoders) != 1 or len(set(kinds)) > 1 or replaced(decoders[0]):
+        return ()
+    modules = list(decoders[0].layers)
+    return layers_in_rows(modules, layers) if all(_name(module) in LAYERS for module in modules) else ()
 
 
 def _in_rows(layer: Layer) -> bool:

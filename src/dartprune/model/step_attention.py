@@ -12,7 +12,7 @@ from dartprune.model.caches import cache_in
 from dartprune.model.packed import FEW, RowProjection
 from dartprune.model.step_parts import HALVES, SMALL, OwnModule, StepMode, plain_mode, untouched
 
-_PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class OwnAttention(OwnModule):
@@ -31,34 +31,28 @@ class OwnAttention(OwnModule):
     ) -> tuple[Tensor, Tensor | None]:
         """What the module's own forward gives."""
         mask, cache = attention_mask, cache_in(kwargs)
-        if (
-            self.in_use
-            and position_embeddings is not None
-            and self._fits(hidden_states, position_embeddings, mask, cache, kwargs)
-        ):
+        if self.in_use and self._fits(hidden_states, position_embeddings, mask, cache, kwargs):
+            assert position_embeddings is not None
             return self._attend(hidden_states, position_embeddings, mask, cache), None
         call = {"position_embeddings": position_embeddings, "attention_mask": mask, **kwargs}
         out: tuple[Tensor, Tensor | None] = self.before(hidden_states, **call)
         return out
 
     def _fits(
-        self, x: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any, kwargs: dict[str, Any]
+        self,
+        x: Tensor,
+        positions: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: Any,
+        kwargs: dict[str, Any],
     ) -> bool:
         module = self.module
-        if positions[0].shape[-1] != module.head_dim or not all(
-            norm is None or (untouched(norm) and norm.weight.dtype == x.dtype) for norm in self._norms()
-        ):
+        if not all(norm is None or (untouched(norm) and norm.weight.dtype == x.dtype) for norm in self._norms()):
             return False
         layers = getattr(cache, "layers", None)
-        if x.dim() != 3 or x.shape[1] != 1 or x.dtype not in HALVES or x.device.type != "cpu" or not layers:
+        if not layers or not attends(module, x, positions, mask, kwargs):
             return False
-        if not (mask is None or (mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1)):
-            return False
-        if kwargs.get("output_attentions") or module.config._attn_implementation != "sdpa" or not plain_mode():
-            return False
-        held: Any = layers[module.layer_idx] if module.layer_idx < len(layers) else None
-        known = type(held).__name__ == "DynamicLayer" and bool(held.is_initialized)
-        return known and held.keys.dtype == x.dtype and held.keys.shape[0] == x.shape[0]
+        return module.layer_idx < len(layers) and may_grow(layers[module.layer_idx], x)
 
     def _attend(self, x: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any) -> Tensor:
         from dartprune.ffn.cpu import step_kernels, step_rows
@@ -68,7 +62,7 @@ class OwnAttention(OwnModule):
         module, lines, layer = self.module, x.shape[0], cache.layers[self.module.layer_idx]
         length, norms = layer.keys.shape[2], self._norms()
         epsilon = 0.0 if norms[0] is None else norms[0].variance_epsilon
-        parts = [module._modules[name] for name in _PRODUCTS]
+        parts = [module._modules[name] for name in PRODUCTS]
         weights = self._weights(parts, x)
         *known, query_norm, key_norm = self.views.of(
             [*weights, *(None if norm is None else norm.weight for norm in norms)], x.dtype
@@ -115,6 +109,25 @@ class OwnAttention(OwnModule):
             weights = [part.head for part in parts] if fit else []
         biases = [part.bias for part in parts] if fit else []
         return [*weights, *biases] if fit and all(b is None or b.dtype == x.dtype for b in biases) else []
+
+
+def attends(
+    module: Any, x: Tensor, positions: tuple[Tensor, Tensor] | None, mask: Tensor | None, call: dict[str, Any]
+) -> bool:
+    """Whether the kernels compute an attention module's forward, but for its cache."""
+    if positions is None or positions[0].shape[-1] != module.head_dim:
+        return False
+    if x.dim() != 3 or x.shape[1] != 1 or x.dtype not in HALVES or x.device.type != "cpu":
+        return False
+    if not (mask is None or (mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1)):
+        return False
+    return not call.get("output_attentions") and module.config._attn_implementation == "sdpa" and plain_mode()
+
+
+def may_grow(layer: Any, x: Tensor) -> bool:
+    """Whether a cache's layer is one that `grown` knows, for lines like these."""
+    known = type(layer).__name__ == "DynamicLayer" and bool(layer.is_initialized)
+    return known and layer.keys.dtype == x.dtype and layer.keys.shape[0] == x.shape[0]
 
 
 class ForwardInputs:

@@ -48,7 +48,7 @@ class LiveModel(Refuses):
 
     phases: what the user says of direct calls.  lock: held by one thread's forward or `generate()` at a time.
     state: held for a moment, while what is known changes or is reported.  armed: the coming forward is announced.
-    split: prompt tokens at the head of a forward whose rest are candidates.  inside: a forward of the model runs.
+    split: prompt tokens at the head of a forward whose rest are candidates.  inside: the thread that runs a forward.
     """
 
     def __init__(
@@ -66,7 +66,8 @@ class LiveModel(Refuses):
         self.phases = Phases()
         self.lock = threading.RLock()
         self.state = threading.RLock()
-        self.armed = self.inside = False
+        self.armed = False
+        self.inside: int | None = None
         self.split = 0
         self._core = core
         self._pool = pool

@@ -196,9 +196,13 @@ class LayerSelector(SlotTensors, ABC):
             union = chosen_mask(rows.index, rows.count, weights.neurons).any(0).sum()
         else:
             union = rows.count.sum()
-        self._gathered[x.shape[0]] = rows.count, union
-        self._asked = True
+        self.chosen(rows.count, union)
         return rows.out
+
+    def chosen(self, count: Tensor, union: Tensor) -> None:
+        """What rows of a forward used, int32 [N], and how many neurons the backend read for them, a scalar."""
+        self._gathered[count.shape[0]] = count, union
+        self._asked = True
 
     def compute(
         self, x: Tensor, weights: FFNWeights, index: Tensor, count: Tensor, slots: Tensor, wanted: Tensor
