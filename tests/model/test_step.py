@@ -111,7 +111,10 @@ def test_quantised_steps_are_near_those_with_unpacked_weights(family, lines, pad
     inputs, (model, exact) = prompt(lines, padded=padded), quantised(family, bits, whole)
     want, theirs = logits_of(exact, inputs), logits_of(model, inputs)
     ours, report = attached(model, inputs)
-    assert "3 attention layers" in report.step and "3 dense FFNs" in report.step
+    # biases of FFNs are nothing that one call for all layers knows
+    together = bits == 4 and whole and family != "llama-bias"
+    told = "3 layers in one call of a kernel" if together else "3 attention layers"
+    assert report.step.startswith(told) and ("3 dense FFNs" in report.step) != together
     size = want.square().mean()
     assert (theirs - want).square().mean() < 0.01 * size
     assert (ours - want).square().mean() < 0.01 * size
@@ -119,7 +122,7 @@ def test_quantised_steps_are_near_those_with_unpacked_weights(family, lines, pad
 
 
 def test_only_runs_that_prune_nothing_compute_dense_ffns_by_rows():
-    model, _ = quantised("llama", 4)
+    model, _ = quantised("llama", 8)
     for pruner, told in ((dartprune.Dense(), True), (dartprune.Dart(0.5), False), (dartprune.Dense(), True)):
         with pruner(model) as run:
             step = run.report().step

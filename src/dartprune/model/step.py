@@ -94,7 +94,7 @@ class OwnStep:
         return f"{' and '.join(f'{count} {name}' for count, name in counted if count)} by kernels"
 
     def prepare(self, nested: bool | None) -> None:
-        """Compile the kernels, so that no token waits for it; `nested`: of the choices that will come, None for none."""
+        """Compile the kernels, so that no token waits for it; `nested`: of the choices to come, None for none."""
         of_bytes = self._given[1].of_bytes
         if not self._parts and not of_bytes:
             return

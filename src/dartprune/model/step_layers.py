@@ -6,6 +6,7 @@ forward of the whole model of which nobody else hears a part.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,13 +31,14 @@ class OwnLayer(OwnModule):
 
     def __init__(self, module: Any, mode: StepMode, layers: OwnLayers, index: int) -> None:
         super().__init__(module, mode)
-        self._layers = layers
+        self._layers = weakref.ref(layers)  # no cycle: a model that is let go of is gone at once
         self._index = index
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the module's own forward gives; from all but the first the input, where the first computed it all."""
-        if self.in_use and not args:
-            out = self._layers.computed(hidden_states, kwargs, self._index)
+        layers = self._layers()
+        if self.in_use and not args and layers is not None:
+            out = layers.computed(hidden_states, kwargs, self._index)
             if out is not None:
                 return out
         return self.before(hidden_states, *args, **kwargs)
@@ -103,10 +105,10 @@ class OwnLayers:
             return x if x is self._result else None
         if self.hooks is None or not self._mode.takes(x) or not self._fits(x, call):
             return None
-        choice = self.hooks.choice(x.shape[0])
-        if choice is None:
+        table, choice = self._weights(), self.hooks.choice(x.shape[0])
+        if table is None or choice is None:
             return None
-        self._result = self._computed(x, call, choice)
+        self._result = self._computed(x, call, table, choice)
         return self._result
 
     def _fits(self, x: Tensor, call: dict[str, Any]) -> bool:
@@ -131,10 +133,9 @@ class OwnLayers:
             self._forwards = forwards
         return True
 
-    def _computed(self, x: Tensor, call: dict[str, Any], choice: FFNChoice) -> Tensor:
+    def _computed(self, x: Tensor, call: dict[str, Any], table: Any, choice: FFNChoice) -> Tensor:
         cache, mask, lines = cache_in(call), call.get("attention_mask"), x.shape[0]
         length = cache.layers[0].keys.shape[2]
-        table = self._weights()
         _write_choice(table, choice)
         _write_cache(table, cache.layers)
         turned, added = self._shared.of(call["position_embeddings"], lines), self._shared.added(mask, lines, length + 1)
@@ -170,12 +171,14 @@ class OwnLayers:
         return LayersMade(inputs, attention, counts, unions)
 
     def _weights(self) -> Any:
-        """The table, with the layers' own tensors in its first columns."""
+        """The table, the layers' own tensors in its first columns; None where they are of another kind by now."""
         from dartprune.ffn.cpu.step_layers import COLUMNS
 
         held = [tensors.get(name) for tensors, name in self._places]
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in held]
         if pointers != self._pointers:
+            if any(tensor is not None and tensor.dtype not in (self._dtype, torch.uint8) for tensor in held):
+                return None
             self._table = numpy.zeros((len(self._modules), COLUMNS), numpy.int64)
             lines = numpy.array(pointers, numpy.int64).reshape(len(self._modules), -1)
             self._table[:, : lines.shape[1]] = lines

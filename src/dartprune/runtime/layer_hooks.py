@@ -182,7 +182,12 @@ class LiveLayer:
         if step.ring is not None and self.ring is not None:
             # in a graph that is compiled or captured nothing is done afterwards
             later = x.is_cpu and not torch.compiler.is_compiling()
-            (self.ring.keep if later else self.ring.write)(x.reshape(-1, x.shape[-1]), *step.ring)
+            rows, *where = step.ring
+            x = x.reshape(-1, x.shape[-1])
+            if later:
+                self.ring.keep(x.index_select(0, rows), *where)
+            else:
+                self.ring.write(x, rows, *where)
 
     def _teaches(self, x: Tensor, step: Step) -> bool:
         """Whether a selector learns from this forward at once: from a prompt, and not while it is compiled."""

@@ -37,9 +37,12 @@ class LayerRing(SlotTensors):
         """Store rows of x ([N, H]): row rows[m] goes to place places[m] of slot slots[m] (int64 [M] each)."""
         self._store(*_rounded(x.index_select(0, rows)), (slots, places))
 
-    def keep(self, x: Tensor, rows: Tensor, slots: Tensor, places: Tensor) -> None:
-        """The same, put aside until `settle`, which must come before slots and places change."""
-        self._kept = x.index_select(0, rows), (slots, places)
+    def keep(self, x: Tensor, slots: Tensor, places: Tensor) -> None:
+        """The same of rows [M, H] of its own, put aside until `settle`; that must come before slots and places change.
+
+        The rows must stay as they are.
+        """
+        self._kept = x, (slots, places)
 
     def forget(self) -> None:
         """Drop what is put aside."""

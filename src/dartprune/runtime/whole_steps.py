@@ -57,11 +57,15 @@ class WholeSteps:
         if told is None:
             return
         self._layers[-1].state.attention = step.attention
-        for number, layer in enumerate(self._layers):
-            if told.ring is not None and layer.ring is not None:
-                layer.ring.keep(step.inputs[number], *told.ring)
-            if layer.selector is not None:
-                layer.selector.chosen(step.counts[number], step.unions[number])
+        if told.ring is not None:
+            rows, *where = told.ring
+            for layer, x in zip(self._layers, step.inputs.index_select(1, rows).unbind(0), strict=True):
+                if layer.ring is not None:
+                    layer.ring.keep(x, *where)
+        if self.nested:
+            for layer, count, union in zip(self._layers, step.counts.unbind(0), step.unions.unbind(0), strict=True):
+                assert layer.selector is not None
+                layer.selector.chosen(count, union)
 
     @property
     def _capacity(self) -> int:
