@@ -174,26 +174,25 @@ def grown(layer: Any) -> list[Tensor]:
     copies) works on views as on other tensors; where its tensors are not the views that were left here, they are copied
     into new room.
     """
-    length, parts = layer.keys.shape[2], (layer.keys, layer.values)
-    room, left = layer.__dict__.get(_ROOM, ((), 0))
+    parts = layer.keys, layer.values
+    room, left = layer.__dict__.get(_ROOM, ((), (None, None)))
+    length = parts[0].shape[2]
     # after a crop somebody may hold what was cut off: it is not written over
-    if left != length or not all(_is_view(part, whole) for part, whole in zip(parts, room, strict=True)):
+    known = (parts[0] is left[0] and parts[1] is left[1]) or all(map(_is_same, parts, left))
+    if not known or length == room[0].shape[2]:
         capacity = length + max(64, length // 4)
         room = []
         for part in parts:
             whole = part.new_empty(*part.shape[:2], capacity, part.shape[3])
             whole[:, :, :length] = part
             room.append(whole)
-    layer.__dict__[_ROOM] = room, length + 1
-    layer.keys, layer.values = room[0][:, :, : length + 1], room[1][:, :, : length + 1]
+    layer.keys, layer.values = (whole.narrow(2, 0, length + 1) for whole in room)
+    layer.__dict__[_ROOM] = room, (layer.keys, layer.values)
     return list(room)
 
 
-def _is_view(part: Tensor, whole: Tensor) -> bool:
-    """Whether `part` is the beginning of every head of `whole`, with room behind it."""
-    return (
-        part.data_ptr() == whole.data_ptr()
-        and part.stride() == whole.stride()
-        and part.shape[:2] == whole.shape[:2]
-        and part.shape[2] < whole.shape[2]
-    )
+def _is_same(part: Tensor, left: Tensor | None) -> bool:
+    """Whether two tensors are the same memory seen in the same way."""
+    if left is None or part.data_ptr() != left.data_ptr():
+        return False
+    return part.shape == left.shape and part.stride() == left.stride()

@@ -6,13 +6,14 @@ forward of the whole model of which nobody else hears a part.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dartprune.ffn.quantised import QuantisedRows
 from dartprune.model.caches import cache_in
@@ -67,7 +68,8 @@ class OwnLayers:
         self._heard = [hooks for d in self._dicts for hooks in (d["_forward_hooks"], d["_forward_pre_hooks"])]
         self._forwards: list[Any] = []  # of all these modules, when they were last looked at
         self._places = [place for module in modules for place in _places(module)]
-        self._pointers: list[int] = []
+        self._held: list[Tensor | None] = []
+        self._pointers: list[int] = []  # of those that are parameters, whose memory may change under them
         self._table: Any = None
         self._result: Tensor | None = None
         attention, out = modules[0].self_attn, modules[0].self_attn.o_proj
@@ -97,7 +99,7 @@ class OwnLayers:
         self.hooks, self._forwards = hooks, []
         if hooks is None:
             self._shared.forget()
-            self._result, self._table, self._pointers = None, None, []
+            self._result, self._table, self._held, self._pointers = None, None, [], []
 
     def computed(self, x: Tensor, call: dict[str, Any], index: int) -> Tensor | None:
         """What layer `index` gives, or None where its own forward must."""
@@ -175,14 +177,16 @@ class OwnLayers:
         from dartprune.ffn.cpu.step_layers import COLUMNS
 
         held = [tensors.get(name) for tensors, name in self._places]
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in held]
-        if pointers != self._pointers:
+        same = len(held) == len(self._held) and all(map(operator.is_, held, self._held))
+        pointers = [tensor.data_ptr() for tensor in held if type(tensor) is nn.Parameter]
+        if not same or pointers != self._pointers:
             if any(tensor is not None and tensor.dtype not in (self._dtype, torch.uint8) for tensor in held):
                 return None
             self._table = numpy.zeros((len(self._modules), COLUMNS), numpy.int64)
-            lines = numpy.array(pointers, numpy.int64).reshape(len(self._modules), -1)
+            every = [0 if tensor is None else tensor.data_ptr() for tensor in held]
+            lines = numpy.array(every, numpy.int64).reshape(len(self._modules), -1)
             self._table[:, : lines.shape[1]] = lines
-            self._pointers = pointers
+            self._held, self._pointers = held, pointers
         return self._table
 
 
