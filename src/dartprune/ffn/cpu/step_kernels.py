@@ -14,7 +14,7 @@ FOUR = 4  # rows of a weight, or tokens of a cache, that are taken at a time
 
 
 @lean()
-def _linear_part(first, last, x, weight, bias, out):
+def linear_part(first, last, x, weight, bias, out):
     """Outputs first:last of x float32 [N, K]; weight [O, K] in words, bias float32 [O] or empty.
 
     A row of x gives the same bits whatever the others are.
@@ -48,7 +48,7 @@ def _linear_part(first, last, x, weight, bias, out):
 
 
 @lean()
-def _share(rows, t, threads):
+def share_of_rows(rows, t, threads):
     """The rows of a thread, whole fours."""
     units = -(-rows // FOUR)
     return units * t // threads * FOUR, min(units * (t + 1) // threads * FOUR, rows)
@@ -58,14 +58,14 @@ def _share(rows, t, threads):
 def linear(x, weight, bias, threads, out):
     """Out float32 [N, O] = x float32 [N, K] times weight [O, K] in words or bytes, plus bias float32 [O] or empty."""
     for t in prange(threads):
-        first, last = _share(weight.shape[0], t, threads)
-        _linear_part(first, last, x, weight, bias, out)
+        first, last = share_of_rows(weight.shape[0], t, threads)
+        linear_part(first, last, x, weight, bias, out)
 
 
 @kernel()
 def linear_alone(x, weight, bias, out):
     """The same in the calling thread."""
-    _linear_part(0, weight.shape[0], x, weight, bias, out)
+    linear_part(0, weight.shape[0], x, weight, bias, out)
 
 
 @lean()
@@ -259,15 +259,15 @@ def attention(x, weights, biases, norms, cos, sin, keys, values, length, mask, s
     key = np.empty((lines, key_weight.shape[0]), np.float32)
     value = np.empty((lines, value_weight.shape[0]), np.float32)
     for t in prange(threads):
-        _linear_part(*_share(query_weight.shape[0], t, threads), wide, query_weight, query_bias, query)
-        _linear_part(*_share(key_weight.shape[0], t, threads), wide, key_weight, key_bias, key)
-        _linear_part(*_share(value_weight.shape[0], t, threads), wide, value_weight, value_bias, value)
+        linear_part(*share_of_rows(query_weight.shape[0], t, threads), wide, query_weight, query_bias, query)
+        linear_part(*share_of_rows(key_weight.shape[0], t, threads), wide, key_weight, key_bias, key)
+        linear_part(*share_of_rows(value_weight.shape[0], t, threads), wide, value_weight, value_bias, value)
     found = np.empty(query.shape, np.float32)
     for unit in prange(lines * groups):
         n, g = unit // groups, unit % groups
         group_of_heads(n, g, query, key, value, norms, cos, sin, keys, values, length, mask, scale, found)
     result = np.empty((lines, out_weight.shape[0]), np.float32)
     for t in prange(threads):
-        _linear_part(*_share(out_weight.shape[0], t, threads), found, out_weight, out_bias, result)
+        linear_part(*share_of_rows(out_weight.shape[0], t, threads), found, out_weight, out_bias, result)
     for n in range(lines):
         narrowed(result[n], out[n])
