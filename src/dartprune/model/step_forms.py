@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dartprune.ffn.sketch import GAUSSIAN_STEP
 from dartprune.model.calls import replaced
 from dartprune.model.layer import Layer
-from dartprune.model.packed import RowProjection, packed_rows
+from dartprune.model.packed import ByteLinear, RowProjection, packed_rows
 from dartprune.model.step_attention import PRODUCTS
 from dartprune.model.step_hooks import FFNChoice, FFNKind
 from dartprune.model.step_parts import HALVES
@@ -43,7 +43,11 @@ class LayersForm(ABC):
 
     @abstractmethod
     def places(self, module: Any) -> list[Place]:
-        """Where a decoder layer keeps its tensors: attention and norms, then the FFN, by the table's columns."""
+        """Where a decoder layer keeps its tensors."""
+
+    @abstractmethod
+    def columns(self) -> list[int]:
+        """The columns of the kernels' table that these belong to."""
 
     @abstractmethod
     def usable(self, held: Sequence[Tensor | None], kind: FFNKind) -> bool:
@@ -73,6 +77,12 @@ def _list_of_all(neurons: int) -> tuple[Tensor | None, ...]:
     return None, index, torch.tensor([neurons], dtype=torch.int32, device="cpu")
 
 
+def _attention_columns() -> list[int]:
+    from dartprune.ffn.cpu.step_table import FFN_NORM
+
+    return list(range(FFN_NORM + 1))
+
+
 def _attention_places(module: Any, kept_in: str, name: str) -> list[Place]:
     attention = module.self_attn
     products = [attention._modules[product] for product in PRODUCTS]
@@ -87,7 +97,7 @@ def _attention_places(module: Any, kept_in: str, name: str) -> list[Place]:
 
 
 class RowsForm(LayersForm):
-    """Everything in rows of 4 bits."""
+    """Everything in rows of 4 bits, or the FFN in rows of 8 and attention in bytes."""
 
     kinds = FFNKind.DENSE, FFNKind.LISTS, FFNKind.NESTED
 
@@ -96,17 +106,32 @@ class RowsForm(LayersForm):
         assert rows is not None
         super().__init__(module, layer, rows.dtype)
         query, out = module.self_attn.q_proj, module.self_attn.o_proj
-        self.sizes += query.head.shape[1], out.head.shape[1], rows.layout.head, rows.layout.tail
-        self._formats = query.layout.offsets, out.layout.offsets, rows.layout.offsets
+        self.sizes += rows.layout.head, rows.layout.tail
+        self._offsets = rows.layout.offsets
+        self._formats: tuple[Any, Any] | None = None
+        if isinstance(query, RowProjection):
+            self._formats = query.layout.offsets, out.layout.offsets
+            self.sizes += query.head.shape[1], out.head.shape[1]
 
     def places(self, module: Any) -> list[Place]:
         """See `LayersForm.places`."""
         up = module.mlp.up_proj._buffers
-        return [*_attention_places(module, "_buffers", "head"), (up, "head"), (up, "tail")]
+        ffn = [(up, "head"), (up, "tail")]
+        if self._formats is not None:
+            return [*_attention_places(module, "_buffers", "head"), *ffn]
+        scales = [(module.self_attn._modules[product]._buffers, "scale") for product in PRODUCTS]
+        return [*_attention_places(module, "_buffers", "weight8"), *ffn, *scales]
+
+    def columns(self) -> list[int]:
+        """See `LayersForm.columns`."""
+        from dartprune.ffn.cpu.step_table import HEAD, OUT_SCALE, QUERY_SCALE, TAIL
+
+        scales = range(QUERY_SCALE, OUT_SCALE + 1) if self._formats is None else ()
+        return [*_attention_columns(), HEAD, TAIL, *scales]
 
     def usable(self, held: Sequence[Tensor | None], kind: FFNKind) -> bool:
         """See `LayersForm.usable`."""
-        return all(tensor is None or tensor.dtype in (self.dtype, torch.uint8) for tensor in held)
+        return all(tensor is None or tensor.dtype in (self.dtype, torch.uint8, torch.int8) for tensor in held)
 
     def tensors(self, choice: FFNChoice, layers: int) -> Sequence[Sequence[Tensor | None]]:
         """See `LayersForm.tensors`: all neurons are a list too."""
@@ -117,7 +142,8 @@ class RowsForm(LayersForm):
         from dartprune.ffn.cpu import layers_rows as kernels
 
         (x, table, kind, place), (inputs, attention, counts, unions) = given, filled
-        call = x, table, self.sizes, self._formats, self.epsilons, kind, place, choice.slots.numpy(), choice.capacity
+        form = self.sizes, self._offsets, self._formats, self.epsilons
+        call = x, table, *form, kind, place, choice.slots.numpy(), choice.capacity
         if choice.kind is FFNKind.NESTED:
             kernels.nested_layers(*call, moments, threads, inputs, attention, counts, unions)
         else:
@@ -136,6 +162,12 @@ class WordsForm(LayersForm):
         """See `LayersForm.places`."""
         ffn = [(module.mlp._modules[name]._parameters, "weight") for name in _FFN]
         return [*_attention_places(module, "_parameters", "weight"), *ffn]
+
+    def columns(self) -> list[int]:
+        """See `LayersForm.columns`."""
+        from dartprune.ffn.cpu.step_table import DOWN, GATE, UP
+
+        return [*_attention_columns(), GATE, UP, DOWN]
 
     def usable(self, held: Sequence[Tensor | None], kind: FFNKind) -> bool:
         """See `LayersForm.usable`: of a pruned FFN the rows of neurons must be contiguous in down too."""
@@ -190,8 +222,9 @@ def _description(module: Any, layer: Layer) -> tuple[Any, ...] | None:
     if rows is not None:
         dtype = rows.dtype
         forms = [part.layout for part in products if isinstance(part, RowProjection) and part.is_alone]
+        in_bytes = [part.scale.dtype for part in products if isinstance(part, ByteLinear)]
         kept = rows.layout, tuple(forms)
-        fit = len(forms) == len(products)
+        fit = len(forms) == len(products) or in_bytes == [dtype] * len(products)
     else:
         dtype = layer.up.weight.dtype if type(layer.up) is nn.Linear else None
         fit = dtype in HALVES and all(type(part) is nn.Linear for part in (*products, *ffn))

@@ -159,7 +159,7 @@ class OwnLayers:
 
     def _weights(self, kind: FFNKind) -> Any:
         """The table, the layers' own tensors in it; None where they are such by now that no kernel takes them."""
-        from dartprune.ffn.cpu.step_table import COLUMNS, FFN_NORM, ROOM
+        from dartprune.ffn.cpu.step_table import COLUMNS
 
         held = [tensors.get(name) for tensors, name in self._places]
         known = kind, *(tensor.data_ptr() for tensor in held if type(tensor) is nn.Parameter)
@@ -169,8 +169,7 @@ class OwnLayers:
             if not all(self.form.usable(line, kind) for line in lines):
                 return None
             self._table = numpy.zeros((len(lines), COLUMNS), numpy.int64)
-            places = [*range(FFN_NORM + 1), *range(ROOM + 1, ROOM + many - FFN_NORM)]
-            self._table[:, places] = [_addresses(line) for line in lines]
+            self._table[:, self.form.columns()] = [_addresses(line) for line in lines]
             self._held, self._known = held, known
         return self._table
 

@@ -24,7 +24,8 @@ COMPENSATION = 18
 INDEX, COUNT, WIDTH = 19, 20, 21  # lists of neurons
 WANTED, IMPORTANCE, ERRORS, MEANS = 19, 20, 21, 22  # or each token's own choice
 GATE_PLANES, GATE_SCALE, UP_PLANES, UP_SCALE = 23, 24, 25, 26  # and its sketch, where that lies by itself
-COLUMNS = 27
+QUERY_SCALE, KEY_SCALE, VALUE_SCALE, OUT_SCALE = 27, 28, 29, 30  # of bytes
+COLUMNS = 31
 
 
 @intrinsic
