@@ -110,7 +110,7 @@ class Run(Refuses):
         self._whole = WholeSteps(parts.layers, self._live, self._door, prunes=method.prunes)
         with parts.preparation("the decode step"):
             self._step.prepare(self._whole.example())
-        self._account.step = self._step.said(whole=self._whole.kind is not None)
+        self._account.step = lambda steps: self._step.said(self._whole.steps, steps)
         self.sequences = Sequences(method, self._pool, self._masks, self._events, self._account, self._live.state)
 
     def _install(self) -> None:

@@ -127,8 +127,14 @@ def test_other_methods_say_how_their_steps_are_computed(pruner, calls):
 
 def test_more_lines_than_the_kernels_are_for_go_by_modules(calls):
     model = model_of("llama")
-    decoded(model, dartprune.Dense(), prompt(5))
-    assert not calls
+    report = decoded(model, dartprune.Dense(), prompt(5))[2]
+    assert not calls and report.step.startswith("3 attention layers")
+
+
+def test_sliding_windows_go_by_modules(calls):
+    model = FAMILIES["mistral"]().bfloat16()
+    report = decoded(model, dartprune.Dense(), prompt(1))[2]
+    assert not calls and report.step.startswith("3 attention layers")
 
 
 @pytest.mark.parametrize("family", OWN)
@@ -213,11 +219,13 @@ def test_a_hook_that_comes_while_attached_is_heard(calls):
         cache = cached(model, run)
         with run.phase("decode"):
             step(model, cache)
+            assert run.report().step == "3 layers in one call of a kernel"
             handle = model.model.layers[2].mlp.act_fn.register_forward_hook(lambda *a: seen.append(1))
             step(model, cache)
             handle.remove()
             step(model, cache)
     assert len(calls) == 2 and len(seen) == 1
+    assert run.report().step == "3 layers in one call of a kernel, in 2 of 3 steps"
 
 
 def test_global_hooks_are_heard(calls):

@@ -85,12 +85,18 @@ class OwnStep:
         """Whether it was made for the very same modules."""
         return self._given == (modules, form)
 
-    def said(self, *, whole: bool) -> str:
-        """What is computed here, for the report; `whole`: whether a run has choices for all layers in one call."""
+    def said(self, whole: int | None, steps: int) -> str:
+        """What is computed here, for the report.
+
+        Args:
+            whole: steps whose layers were one call, None where a run has no choices for that.
+            steps: all of them.
+        """
         if not self._parts:
             return "transformers' own"
-        if self._layers is not None and whole:
-            return f"{len(self._layers.parts)} layers in one call of a kernel"
+        if self._layers is not None and whole is not None and (whole or not steps):
+            some = "" if whole == steps else f", in {whole} of {steps} steps"
+            return f"{len(self._layers.parts)} layers in one call of a kernel{some}"
         kinds = (OwnAttention, "attention layers"), (OwnLinear, "linear layers"), (OwnFFN, "dense FFNs")
         counted = [(sum(isinstance(part, kind) for part in self._parts), name) for kind, name in kinds]
         return f"{' and '.join(f'{count} {name}' for count, name in counted if count)} by kernels"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,7 +45,7 @@ class Account:
         self.notes = list(parts.notes)
         self.refresh_flops = self.replays = 0
         self.steps = StepCounts()
-        self.step = ""  # what computes the rest of a decode step
+        self.step: Callable[[int], str] = lambda steps: ""  # what computed the rest of so many decode steps
         self._read = 0.0
         self._whole = 0.0
         self._ended: list[Ended] = []
@@ -207,7 +207,7 @@ class Account:
             seconds=dict(self.seconds),
             refresh_flops=self.refresh_flops,
             tokens_per_second=self._rate(dense + pruned),
-            step=self.step,
+            step=self.step(self.steps.all),
             reasons=self._reasons(sequences, saved),
             notes=self.notes + list(dict.fromkeys(note for row in rows for note in row.slot.notes)),
         )

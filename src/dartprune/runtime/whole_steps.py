@@ -20,7 +20,7 @@ from dartprune.runtime.step import Step
 class WholeSteps:
     """What a run says and hears of such steps: see `StepHooks`.
 
-    kind: of the choices that come, None where its FFNs are not computed so.
+    kind: of the choices that come, None where its FFNs are not computed so.  made_so_far: how many such steps.
     """
 
     def __init__(self, layers: Sequence[LiveLayer], live: LiveModel, door: ModelSite, *, prunes: bool) -> None:
@@ -28,6 +28,12 @@ class WholeSteps:
         kinds = {_kind(layer) for layer in layers} if prunes else {FFNKind.DENSE}
         self.kind = kinds.pop() if len(kinds) == 1 else None
         self._step: Step | None = None  # of the forward under way
+        self.made_so_far = 0
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps were computed so, None where none can be."""
+        return None if self.kind is None else self.made_so_far
 
     def example(self) -> FFNChoice | None:
         """A choice as they come, for kernels that are to be compiled: nothing of it is read."""
@@ -52,6 +58,7 @@ class WholeSteps:
 
     def made(self, step: LayersMade) -> None:
         """See `StepHooks.made`."""
+        self.made_so_far += 1
         told, self._step = self._step, None
         if told is None:
             return
