@@ -327,6 +327,38 @@ def test_norms_of_another_dtype_are_left_to_the_modules(calls):
     assert len(calls) == 3
 
 
+def test_weights_of_another_shape_are_left_to_the_modules(calls):
+    """A kernel that still counts on the old one would read what lies behind."""
+    model, want = model_of("llama", bits=None), []
+    mlp = model.model.layers[1].mlp
+    with torch.no_grad(), dartprune.Dense()(model) as run:
+        cache = cached(model, run)
+        with run.phase("decode"):
+            step(model, cache)
+            cache.crop(-1)
+            for part in (mlp.gate_proj, mlp.up_proj):
+                part.weight = torch.nn.Parameter(part.weight[:40].clone())
+            mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :40].clone())
+            want.append(step(model, cache).logits)
+            cache.crop(-1)
+            monitor = mlp.register_forward_hook(lambda *given: None)  # certainly by modules
+            want.append(step(model, cache).logits)
+            monitor.remove()
+    assert len(calls) == 1 and torch.equal(*want)
+
+
+def test_a_bias_that_comes_while_attached_is_added(calls):
+    model, made = model_of("llama", bits=None), []
+    with torch.no_grad(), dartprune.Dense()(model) as run:
+        cache = cached(model, run)
+        with run.phase("decode"):
+            made.append(step(model, cache).logits)
+            cache.crop(-1)
+            model.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(torch.ones(32).bfloat16())
+            made.append(step(model, cache).logits)
+    assert len(calls) == 1 and not torch.allclose(*made)
+
+
 def test_all_hidden_states_are_given(calls):
     model = model_of("llama")
     with torch.no_grad(), dartprune.Dense()(model) as run:

@@ -20,7 +20,7 @@ from dartprune.model.step_hooks import FFNChoice, FFNKind
 from dartprune.model.step_parts import HALVES
 
 Place = tuple[dict[str, Any], str]  # where a module keeps a tensor
-_FFN = ("gate_proj", "up_proj", "down_proj")
+FFN = ("gate_proj", "up_proj", "down_proj")
 
 
 class LayersForm(ABC):
@@ -160,7 +160,7 @@ class WordsForm(LayersForm):
 
     def places(self, module: Any) -> list[Place]:
         """See `LayersForm.places`."""
-        ffn = [(module.mlp._modules[name]._parameters, "weight") for name in _FFN]
+        ffn = [(module.mlp._modules[name]._parameters, "weight") for name in FFN]
         return [*_attention_places(module, "_parameters", "weight"), *ffn]
 
     def columns(self) -> list[int]:
@@ -216,7 +216,7 @@ def _description(module: Any, layer: Layer) -> tuple[Any, ...] | None:
     norms = module.input_layernorm, module.post_attention_layernorm
     heads = [attention._modules.get(name) for name in ("q_norm", "k_norm")]
     products = [attention._modules.get(name) for name in PRODUCTS]
-    ffn = [module.mlp._modules.get(name) for name in _FFN]
+    ffn = [module.mlp._modules.get(name) for name in FFN]
     dtype: torch.dtype | None
     kept: tuple[Any, ...] = ()
     if rows is not None:

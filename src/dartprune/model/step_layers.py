@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dartprune.model.caches import cache_in
 from dartprune.model.calls import GLOBAL_HOOKS, is_ours
 from dartprune.model.step_attention import ForwardInputs, attends, grown, may_grow
-from dartprune.model.step_forms import LayersForm
+from dartprune.model.step_forms import FFN, LayersForm
 from dartprune.model.step_hooks import FFNChoice, FFNKind, LayersMade, StepHooks
 from dartprune.model.step_parts import OwnModule, StepMode
 
@@ -65,8 +65,12 @@ class OwnLayers:
         self._shared = ForwardInputs()
         self._dicts = [part.__dict__ for module in modules for part in module.modules()]
         self._heard = [hooks for d in self._dicts for hooks in (d["_forward_hooks"], d["_forward_pre_hooks"])]
+        self._unbiased = [module.mlp._modules[name]._parameters for module in modules for name in FFN]
         self._forwards: list[Any] = []  # of all these modules, when they were last looked at
         self._places = [place for module in modules for place in form.places(module)]
+        self._shapes = [
+            None if (tensor := tensors.get(name)) is None else tensor.shape for tensors, name in self._places
+        ]
         self._held: list[Tensor | None] = []
         self._known: tuple[Any, ...] = ()  # the memory of those that are parameters, which may change under them
         self._table: Any = None
@@ -108,6 +112,8 @@ class OwnLayers:
         if not len(held) == len(self._modules) == self._config.num_hidden_layers:
             return False
         if any(self._heard) or any(GLOBAL_HOOKS) or not self._ours():
+            return False
+        if any(parameters.get("bias") is not None for parameters in self._unbiased):
             return False
         if not attends(attention, x, call.get("position_embeddings"), call.get("attention_mask"), call):
             return False
@@ -166,7 +172,8 @@ class OwnLayers:
         if known != self._known or len(held) != len(self._held) or not all(map(operator.is_, held, self._held)):
             many = len(held) // len(self._modules)
             lines = [held[first : first + many] for first in range(0, len(held), many)]
-            if not all(self.form.usable(line, kind) for line in lines):
+            shapes = [None if tensor is None else tensor.shape for tensor in held]
+            if shapes != self._shapes or not all(self.form.usable(line, kind) for line in lines):
                 return None
             self._table = numpy.zeros((len(lines), COLUMNS), numpy.int64)
             self._table[:, self.form.columns()] = [_addresses(line) for line in lines]
