@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy
 import torch
@@ -26,10 +26,8 @@ FFN = ("gate_proj", "up_proj", "down_proj")
 class LayersForm(ABC):
     """Decoder layers that are alike, of Llama's kind, and how one call computes them.
 
-    kinds: what the FFNs can compute.  dtype: of words.  hidden: H.  sizes, epsilons: as the kernels take them.
+    dtype: of words.  hidden: H.  sizes, epsilons: as the kernels take them.
     """
-
-    kinds: ClassVar[tuple[FFNKind, ...]]
 
     def __init__(self, module: Any, layer: Layer, dtype: torch.dtype) -> None:
         attention = module.self_attn
@@ -99,8 +97,6 @@ def _attention_places(module: Any, kept_in: str, name: str) -> list[Place]:
 class RowsForm(LayersForm):
     """Everything in rows of 4 bits, or the FFN in rows of 8 and attention in bytes."""
 
-    kinds = FFNKind.DENSE, FFNKind.LISTS, FFNKind.NESTED
-
     def __init__(self, module: Any, layer: Layer) -> None:
         rows = packed_rows(layer)
         assert rows is not None
@@ -152,8 +148,6 @@ class RowsForm(LayersForm):
 
 class WordsForm(LayersForm):
     """Everything in words: bf16 or fp16, as it was loaded."""
-
-    kinds = FFNKind.DENSE, FFNKind.LISTS, FFNKind.SKETCH
 
     def __init__(self, module: Any, layer: Layer) -> None:
         super().__init__(module, layer, module.mlp.up_proj.weight.dtype)
