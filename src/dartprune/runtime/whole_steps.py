@@ -26,7 +26,8 @@ class WholeSteps:
     def __init__(self, layers: Sequence[LiveLayer], live: LiveModel, door: ModelSite, *, prunes: bool) -> None:
         self._layers, self._live, self._door = list(layers), live, door
         kinds = {_kind(layer) for layer in layers} if prunes else {FFNKind.DENSE}
-        self.kind = kinds.pop() if len(kinds) == 1 else None
+        together = len(kinds) == len({id(layer.state) for layer in layers}) == 1  # and on one device
+        self.kind = kinds.pop() if together else None
         self._step: Step | None = None  # of the forward under way
         self.made_so_far = 0
 
@@ -45,10 +46,7 @@ class WholeSteps:
         # a call of one layer, which nobody follows, must not be taken for the beginning of a forward
         if self.kind is None or self._live.inside != threading.get_ident() or not self._door.outermost:
             return None
-        states = {id(layer.state): layer.state for layer in self._layers}
         self._step = step = self._layers[0].state.step
-        if len(states) != 1:
-            return None
         if self.kind is FFNKind.DENSE:
             return FFNChoice(self.kind, torch.zeros(lines, dtype=torch.int64, device="cpu")) if step is None else None
         if step is None or not step.gathering or step.staging or step.weight is not None or step.sample is not None:
