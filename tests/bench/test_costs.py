@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dartprune import Dart, Detector, GatedDart, Griffin, Never, Replay, Sketch, SketchDart, Static
+from dartprune import Dart, Detector, GatedDart, Griffin, Never, Replay, Sketch, SketchDart, Static, quantise
 from dartprune.bench.costs import LLAMA_3_1_8B, Shape, memory_per_sequence, overhead_flops_per_token, replay_flops
 from dartprune.loading import load
 from dartprune.model.caches import handed
+from dartprune.model.families import describe
+from dartprune.model.packed import Packed
+from dartprune.model.sizes import count
 from test_matrix import tokens
 from tiny import FAMILIES
 
@@ -74,9 +79,25 @@ def test_shapes_of_models(demo_config):
     shape = Shape.of(model)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     ffn = demo_config["num_hidden_layers"] * demo_config["intermediate_size"] * demo_config["hidden_size"]
-    assert shape.ffn_parameters == 3 * ffn and shape.weight_bytes == 2
+    assert shape.ffn_parameters == 3 * ffn and shape.ffn_weight_bytes == shape.outside_weight_bytes == 2
     assert shape.ffn_bytes / shape.step_bytes == pytest.approx(
         2 * shape.ffn_parameters / (2 * shape.parameters), rel=0.01
     )
     gpt2 = Shape.of(FAMILIES["gpt2"]())
     assert gpt2.matrices == 2 and gpt2.neurons == 128
+
+
+@pytest.mark.parametrize(("family", "bits", "whole"), [("llama", 4, True), ("gpt2", 8, True), ("phi3", 4, False)])
+def test_shapes_of_quantised_models(family, bits, whole):
+    pytest.importorskip("numba")
+    model = FAMILIES[family]()
+    plain = Shape.of(model)
+    packed = quantise(model, bits, whole=whole)
+    shape = Shape.of(model)
+    sizes = {"ffn_weight_bytes": 0, "outside_weight_bytes": 0}
+    assert replace(shape, **sizes) == replace(plain, **sizes)  # as many weights
+    ffn = sum(layer.weight_bytes for layer in describe(model).layers)
+    assert shape.ffn_bytes == ffn != plain.ffn_bytes
+    unread = count(model.get_input_embeddings())[1] if shape.other_parameters else 0
+    tables = [t for part in model.modules() if not isinstance(part, Packed) for t in part.buffers(recurse=False)]
+    assert shape.step_bytes == pytest.approx(packed.bytes - unread - sum(t.nbytes for t in tables), rel=1e-3)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from dartprune.drift import KEPT_WINDOWS
 from dartprune.method import Method
 from dartprune.model.families import describe
+from dartprune.model.layer import held
+from dartprune.model.sizes import count
 from dartprune.runtime.reasons import CAUSES
 from dartprune.runtime.trace import STATISTICS
 
@@ -17,6 +21,8 @@ class Shape:
     """Sizes of a decoder. attention_parameters: of one layer.  head_parameters: of the unembedding.
 
     other_parameters: read in no decode step as a whole (embeddings that are not tied) or negligible (norms).
+    ffn_weight_bytes, outside_weight_bytes: of a weight of the FFNs, and of one that a step reads besides; scales and
+    lows of quantised weights included.
     """
 
     layers: int
@@ -26,22 +32,25 @@ class Shape:
     attention_parameters: int
     head_parameters: int
     other_parameters: int = 0
-    weight_bytes: int = 2
+    ffn_weight_bytes: float = 2
+    outside_weight_bytes: float = 2
 
     @classmethod
     def of(cls, model: Any) -> Shape:
         """The shape of a model; layers of unequal width count with their mean."""
         decoder = describe(model)
         first = decoder.layers[0]
-        total = sum(p.numel() for p in model.parameters())
         neurons = round(sum(layer.neurons for layer in decoder.layers) / len(decoder.layers))
         matrices = 3 if first.gated else 2
         ffn = len(decoder.layers) * matrices * neurons * decoder.hidden
         head = model.get_output_embeddings()
-        head_parameters = int(head.weight.numel()) if head is not None else 0
-        embedding = model.get_input_embeddings().weight
-        untied = embedding.numel() if head is not None and head.weight is not embedding else 0
+        (total, total_bytes), (of_embedding, embedding_bytes) = count(model), count(model.get_input_embeddings())
+        head_parameters = 0 if head is None else count(head)[0]
+        both = head is not None and not _share(head, model.get_input_embeddings())
+        untied, untied_bytes = (of_embedding, embedding_bytes) if both else (0, 0)
+        ffn_bytes = sum(layer.weight_bytes for layer in decoder.layers)
         attention = (total - ffn - head_parameters - untied) // len(decoder.layers)
+        outside = len(decoder.layers) * attention + head_parameters
         return cls(
             layers=len(decoder.layers),
             hidden=decoder.hidden,
@@ -49,8 +58,9 @@ class Shape:
             matrices=matrices,
             attention_parameters=attention,
             head_parameters=head_parameters,
-            other_parameters=int(untied),
-            weight_bytes=int(embedding.element_size()),
+            other_parameters=untied,
+            ffn_weight_bytes=ffn_bytes / ffn,
+            outside_weight_bytes=(total_bytes - ffn_bytes - untied_bytes) / outside,
         )
 
     @property
@@ -70,17 +80,23 @@ class Shape:
     @property
     def ffn_bytes(self) -> int:
         """FFN weight bytes of a dense decode step."""
-        return self.ffn_parameters * self.weight_bytes
+        return round(self.ffn_parameters * self.ffn_weight_bytes)
 
     @property
     def step_bytes(self) -> int:
         """Weight bytes of a dense decode step; the cache of keys and values comes on top."""
-        return self.ffn_bytes + self._outside * self.weight_bytes
+        return self.ffn_bytes + round(self._outside * self.outside_weight_bytes)
 
     @property
     def step_flops(self) -> int:
         """Floating point operations of a dense decode step, attention over the cache left out."""
         return 2 * (self.ffn_parameters + self._outside)
+
+
+def _share(head: nn.Module, embedding: nn.Module) -> bool:
+    """Whether a head and an embedding keep the same weights."""
+    places = {tensor.data_ptr() or id(tensor) for tensor in held(embedding)}  # on the meta device nothing has a place
+    return any((tensor.data_ptr() or id(tensor)) in places for tensor in held(head))
 
 
 LLAMA_3_1_8B = Shape(

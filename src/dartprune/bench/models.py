@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dartprune.bench.device import device_of, free_bytes
 from dartprune.errors import UserError
 from dartprune.model.context import context_length
+from dartprune.model.sizes import dtype_name
 from dartprune.names import Registry, unknown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -208,7 +209,7 @@ def subject(
     place = device_of(device)
     loaded, _ = load(model, dtype=dtype, device=str(place))
     count = int(loaded.config.get_text_config().num_hidden_layers)
-    return Subject(loaded, model or "demo", str(loaded.dtype).removeprefix("torch."), count, count, [])
+    return Subject(loaded, model or "demo", dtype_name(loaded), count, count, [])
 
 
 def check_room(what: str, needed: int, device: torch.device) -> None:

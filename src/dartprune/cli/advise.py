@@ -68,10 +68,11 @@ def _trials(methods: list[str], sparsity: list[str] | str) -> list[Trial]:
 
 
 def _show(found: Advice, name: str | None, model: Any) -> None:
+    from dartprune.model.sizes import count, dtype_name
     from dartprune.reporting.tables import grid, say, show
 
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
+    parameters = count(model)[0] / 1e6
+    dtype = dtype_name(model)
     say(
         f"{name or 'The model inside'}: {parameters:.0f} M parameters in {dtype} on {model.device}, "
         f"{found.tokens_per_second:.1f} tokens/s; the FFN takes {found.ffn_share:.0%} of a step"

@@ -19,6 +19,7 @@ def chat_demo(name: str, sparsity: float, out: Path, backend: str, most: int, *,
     from dartprune.demo.chat import INSTRUCTION, work_of, write_in_turn
     from dartprune.evaluation.texts import chat_prompt
     from dartprune.loading import load
+    from dartprune.model.sizes import count, dtype_name
     from dartprune.reporting.progress import bar
 
     arms = [o.make_pruner(arm, sparsity) for arm in ARMS]
@@ -32,8 +33,8 @@ def chat_demo(name: str, sparsity: float, out: Path, backend: str, most: int, *,
     _picture(found, picture)
     data = {
         "model": name,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": count(model)[0],
+        "dtype": dtype_name(model),
         "instruction": INSTRUCTION,
         "prompt_tokens": prompt["input_ids"].shape[1],
         "arms": [_row(written) for written in found],

@@ -130,6 +130,7 @@ def _study(
     from dartprune.evaluation.texts import opening, pieces, streams
     from dartprune.model.context import context_length
     from dartprune.model.families import describe
+    from dartprune.model.sizes import dtype_name, fingerprint
     from dartprune.reporting.journal import Journal
     from dartprune.reporting.progress import bar
 
@@ -149,7 +150,7 @@ def _study(
     }
     journal = Journal(
         None if out is None else out / "journal.jsonl",
-        {**settings, "model": name, "backend": backend, "dtype": str(model.dtype)},
+        {**settings, "model": name, "backend": backend, "weights": fingerprint(model)},
     )
     with bar("layers", len(settings_of(count, keeps, groups)), silent=silent) as advance:
         found = study_layers(
@@ -163,7 +164,7 @@ def _study(
             journal=journal,
             progress=advance,
         )
-    return found, {**settings, "dtype": str(model.dtype).removeprefix("torch."), "begins_with": head}
+    return found, {**settings, "dtype": dtype_name(model), "begins_with": head}
 
 
 def _groups(text: str | None) -> dict[str, tuple[int, int]] | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dartprune.ffn.backend import exactly, outside_graphs
 from dartprune.ffn.operators import SKETCH, register_operator, sketch_arguments, sketch_of
-from dartprune.ffn.planes import estimates, estimates_of_rows
+from dartprune.ffn.planes import estimates, estimates_of_rows, pairs_of_rows
 from dartprune.ffn.quantised import NestedSketch
 from dartprune.ffn.sketch import AnySketch, Products
 
@@ -30,6 +30,12 @@ _direct = exactly(estimates)
 @outside_graphs
 def _nested(x: Tensor, sketch: NestedSketch) -> Products:
     return estimates_of_rows(x, sketch.rows)
+
+
+@outside_graphs
+def exact_and_estimated(x: Tensor, sketch: NestedSketch) -> tuple[Products, Products]:
+    """Products of x [N, H] with rows, and `estimated` ones by their own sketch, in one pass over them; no biases."""
+    return pairs_of_rows(x, sketch.rows)
 
 
 def _estimate(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dartprune.ffn import sketch
 from dartprune.ffn.cpu.threads import kept_threads, use_threads
-from dartprune.ffn.quantised import QuantisedRows, nested_estimates
+from dartprune.ffn.quantised import QuantisedRows, nested_estimates, nested_pairs
 from dartprune.ffn.sketch import FFNSketch, Products, SketchPlanes
 
 _BLOCK = 1 << 24  # weights widened at a time
@@ -54,6 +54,16 @@ def estimates_of_rows(x: Tensor, rows: QuantisedRows) -> tuple[Tensor | None, Te
 
     with kept_threads():
         return cpu_quantised.estimates(x, rows)
+
+
+def pairs_of_rows(x: Tensor, rows: QuantisedRows) -> tuple[Products, Products]:
+    """Products of rows x [N, H] with nested rows, and what their high codes estimate: see `quantised.nested_pairs`."""
+    if importlib.util.find_spec("numba") is None:
+        return nested_pairs(x, rows)
+    from dartprune.ffn.cpu import quantised as cpu_quantised
+
+    with kept_threads():
+        return cpu_quantised.pairs(x, rows)
 
 
 def _fill(weight: Tensor, into: SketchPlanes) -> None:

@@ -188,6 +188,13 @@ def nested_estimates(x: Tensor, rows: QuantisedRows) -> tuple[Tensor | None, Ten
     return gate, wide @ rough(rows, "up").t()
 
 
+def nested_pairs(x: Tensor, rows: QuantisedRows) -> tuple[tuple[Tensor | None, Tensor], tuple[Tensor | None, Tensor]]:
+    """Products of x [N, H] with gate (None for a plain FFN) and up, and `nested_estimates` of them, no biases."""
+    wide = rounded_inputs(x)
+    gate = wide @ rows.unpacked("gate", dtype=torch.float32).t() if rows.layout.gated else None
+    return (gate, wide @ rows.unpacked("up", dtype=torch.float32).t()), nested_estimates(x, rows)
+
+
 def rough(rows: QuantisedRows, role: str) -> Tensor:
     """Gate or up with all low codes in the middle, float32 [I, H]."""
     layout = rows.layout

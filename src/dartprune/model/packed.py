@@ -23,7 +23,13 @@ ALONE = 4  # bits of a linear layer in rows that is no part of an FFN
 
 
 class Packed(nn.Module):
-    """Base: weights that are computed on the CPU only, kept out of state dicts."""
+    """Base: weights that are computed on the CPU only, kept out of state dicts.
+
+    role: which of the weights that its tensors stand for are its own.  weights: how many these are.
+    """
+
+    role: str = "up"
+    weights: int
 
     def keep(self, **tensors: Tensor) -> None:
         """Register packed tensors."""
@@ -66,6 +72,7 @@ class RowProjection(Packed):
         self.is_alone = not rows.tail.shape[1]
         wide = rows.neurons * (2 if role == "gate_up" else 1)
         self.in_features, self.out_features = (wide, rows.hidden) if role == "down" else (rows.hidden, wide)
+        self.weights = wide * rows.hidden
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     @staticmethod
@@ -179,6 +186,7 @@ class ByteLinear(Packed):
     def __init__(self, weight8: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight8.shape
+        self.weights = weight8.numel()
         self.keep(weight8=weight8, scale=scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
@@ -211,6 +219,7 @@ class ByteEmbedding(Packed):
     def __init__(self, weight8: Tensor, scale: Tensor, factor: float) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight8.shape
+        self.weights = weight8.numel()
         self.factor = factor
         self.keep(weight8=weight8, scale=scale)
 

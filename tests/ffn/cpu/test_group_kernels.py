@@ -11,7 +11,7 @@ import torch
 from dartprune.ffn import choose
 from dartprune.ffn.cpu import quantised as cpu
 from dartprune.ffn.cpu.backend import CpuBackend
-from dartprune.ffn.quantised import NestedSketch, nested_estimates, quantised_rows, rounded_inputs
+from dartprune.ffn.quantised import NestedSketch, nested_estimates, nested_pairs, quantised_rows, rounded_inputs
 from dartprune.ffn.selector_ops import gated_rows, sketched_rows
 from dartprune.ffn.weights import FFNWeights
 from ffn_cases import ACTS, DTYPES, lists, make, naive
@@ -134,6 +134,23 @@ def test_the_nested_sketch(block):
                 near(mine, theirs)
 
 
+@pytest.mark.parametrize("block", range(6))
+def test_products_and_estimates_in_one_pass(block):
+    for number in range(5000 + 20 * block, 5020 + 20 * block):
+        rows, draw = cases(number)
+        if not rows.layout.low:
+            rows = quantised_rows(plain(rows), rows.layout.bits)
+        x = torch.randn(draw.choice([1, 2, 3, 4, 5, 16, 18]), rows.hidden) * draw.choice([1e-3, 1.0, 30.0])
+        got, want = cpu.pairs(x, rows), nested_pairs(x, rows)
+        alone = cpu.pairs(x[-1:], rows)
+        for mine, single, theirs in zip(got, alone, want, strict=True):
+            assert (mine[0] is None) == (theirs[0] is None) == (not rows.layout.gated)
+            for each, one, right in zip(mine, single, theirs, strict=True):
+                if right is not None:
+                    near(each, right)
+                    assert torch.equal(each[-1:], one)  # whatever is beside it
+
+
 def same_choice(got, want, rows):
     """The same neurons but for ties within rounding, and where they are the same, the same output."""
     assert torch.equal(got.count, want.count)
@@ -179,6 +196,8 @@ def test_plain_vectors_give_what_the_instructions_give(monkeypatch):
     from numba import njit
 
     from dartprune.ffn.cpu import group_blocks as blocks
+    from dartprune.ffn.cpu import group_pairs
+    from dartprune.ffn.cpu import group_vectors as vectors
 
     rows = quantised_rows(make(700, 4, torch.float32, True, False, "silu"), 4)
     codes = torch.randint(-127, 128, (rows.layout.width,), dtype=torch.int8).numpy()
@@ -194,16 +213,22 @@ def test_plain_vectors_give_what_the_instructions_give(monkeypatch):
         def added(out, shares, one, two, at, groups):
             blocks.add_codes(out, np.float32(0.5), shares, (one, two), at, groups, 4, (two, one))
 
+        @njit
+        def pairs(x, scale, sums, home, tail, at, scales, rest, groups):
+            return group_pairs.row_pairs(x, scale, sums, 0, 1, home, scales, at, tail, rest, groups, 2)
+
         found = [parts(codes, scale, sums, head[i], offsets[4], head[i], offsets[6], offsets[0]) for i in range(4)]
         out = np.zeros(rows.layout.width, np.float32)
         shares = np.arange(offsets[0], dtype=np.int64)[None] * 65537 * 100 % 2**31
         added(out, shares.astype(np.int32), tail[0], tail[1], offsets[10], offsets[0])
+        given, ends = (codes[None], scale[None], sums[None]), (offsets[4], offsets[6], offsets[8], offsets[0])
+        found += [(*pairs(*given, head[i], tail[i], *ends), 0.0) for i in range(4)]
         return found, torch.from_numpy(out)
 
     import numpy as np
 
     fast = compiled()
-    monkeypatch.setattr(blocks, "native", lambda lanes: False)
+    monkeypatch.setattr(vectors, "native", lambda lanes: False)
     slow = compiled()
     torch.testing.assert_close(torch.tensor(fast[0]), torch.tensor(slow[0]))
     torch.testing.assert_close(fast[1], slow[1])

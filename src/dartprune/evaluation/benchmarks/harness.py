@@ -31,6 +31,7 @@ from dartprune.evaluation.tally import Tally
 from dartprune.evaluation.texts import headed, opening
 from dartprune.loading import load
 from dartprune.model.context import context_length
+from dartprune.model.sizes import count, dtype_name
 from dartprune.names import unknown
 from dartprune.pruner import Pruner, presets
 from dartprune.reporting.progress import bar
@@ -281,8 +282,8 @@ class DartLM(TemplateLM):  # type: ignore[misc]
             *(summary[name] for name in ("contexts_too_short", "contexts")),
         )
         return {
-            "model_num_parameters": self.model.num_parameters(),
-            "model_dtype": str(self.model.dtype),
+            "model_num_parameters": count(self.model)[0],
+            "model_dtype": dtype_name(self.model),
             "dartprune": summary,
         }
 

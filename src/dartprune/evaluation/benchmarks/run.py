@@ -18,6 +18,7 @@ from dartprune.evaluation.benchmarks.tasks import load_tasks, run_task
 from dartprune.evaluation.protocol import Protocol
 from dartprune.evaluation.texts import opening
 from dartprune.model.context import context_length
+from dartprune.model.sizes import dtype_name, fingerprint
 from dartprune.pruner import Pruner
 from dartprune.reporting.journal import Journal
 from dartprune.reporting.progress import bar
@@ -77,12 +78,11 @@ def execute(
         ValueError: a text too short, or a journal of other settings.
     """
     units, work, notes = _Work(recipe, gathered, model, tokenizer, backend, silent).of(recipe.measure)
-    dtype = str(model.dtype).removeprefix("torch.")
-    settings = {**recipe.settings(), "model": name, "backend": backend, "dtype": str(model.dtype)}
+    settings = {**recipe.settings(), "model": name, "backend": backend, "weights": fingerprint(model)}
     journal = Journal(None if out is None else out / "journal.jsonl", settings)
     arms = collect(arms_at(recipe.methods, recipe.sparsities), units, work, journal)
     notes += [f"{arm.name}: {note}" for arm in arms for note in arm.tally.notes]
-    return RecipeResults(recipe, name, dtype, arms, notes)
+    return RecipeResults(recipe, name, dtype_name(model), arms, notes)
 
 
 class _Work:

@@ -25,30 +25,13 @@ from dartprune.evaluation.compare.plan import Material, Part, Plan
 from dartprune.evaluation.compare.tuning import Tuned, tune
 from dartprune.evaluation.forced import forced_losses
 from dartprune.evaluation.texts import batch
+from dartprune.model.sizes import fingerprint
 from dartprune.pruner import Pruner
 from dartprune.reporting.journal import Journal
 from dartprune.reporting.progress import Watcher
 
 HELD = 2 << 30  # bytes of dense distributions kept between units; the rest is computed again for every unit
-DIGESTED = 1 << 18  # values of each weight that tell one checkpoint from another
 BACKEND = "masked"  # quality is the same on every backend, and masks are the quickest way through a batch
-
-
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What tells one checkpoint from another: class, parameters, dtype, and a digest of part of each weight."""
-    digest = 0
-    parameters = list(model.parameters())
-    for parameter in parameters:
-        if parameter.device.type != "meta":
-            part = parameter.detach().flatten()[:DIGESTED].cpu().contiguous()
-            digest = zlib.crc32(part.view(torch.uint8).numpy().tobytes(), digest)
-    dtype = str(parameters[0].dtype).removeprefix("torch.")
-    return {
-        "class": type(model).__name__,
-        "parameters": sum(p.numel() for p in parameters),
-        "dtype": dtype,
-        "digest": f"{digest:08x}",
-    }
 
 
 def compare(

@@ -13,12 +13,13 @@ import dartprune
 from dartprune.errors import UserError
 from dartprune.evaluation.arms import Arm, arm, check_arms
 from dartprune.evaluation.compare.plan import CHANGING, Material, Plan, material
-from dartprune.evaluation.compare.run import fingerprint, settings_digest
+from dartprune.evaluation.compare.run import settings_digest
 from dartprune.evaluation.forced import forced_losses
 from dartprune.evaluation.frontier.formats import BASE, Load, Loaded, check_formats, has_rows, loaded
 from dartprune.evaluation.stats import Interval, interval
 from dartprune.evaluation.texts import batch
 from dartprune.model.families import describe
+from dartprune.model.sizes import fingerprint
 from dartprune.pruner import Dense, Pruner
 from dartprune.refresh import Action
 from dartprune.reporting.journal import Journal

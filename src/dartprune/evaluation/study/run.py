@@ -21,6 +21,7 @@ from dartprune.evaluation.study.neurons import own_neurons
 from dartprune.evaluation.study.observe import points_of
 from dartprune.evaluation.study.results import KINDS, Record, Results, join, save_unit
 from dartprune.evaluation.study.settings import Settings
+from dartprune.model import sizes
 from dartprune.model.families import describe
 from dartprune.reporting.journal import Journal
 from dartprune.reporting.progress import Watcher
@@ -66,7 +67,7 @@ def run_study(
             "texts": fingerprint(texts),
             "batch": batch,
             "backend": backend,
-            "model": [name, sum(p.numel() for p in model.parameters()), str(next(model.parameters()).dtype)],
+            "model": {"name": name, **sizes.fingerprint(model)},
         },
     )
     units = _Units(model, tokenizer, settings, folder, journal)
@@ -88,7 +89,7 @@ def run_study(
         settings=settings,
         points=points,
         top=top_dimensions(decoder.hidden, settings.top),
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        dtype=sizes.dtype_name(model),
         neurons=[layer.neurons for layer in decoder.layers],
         arms=list(arms),
         names={kind: [text.name for text in group] for kind, group in texts.items()},

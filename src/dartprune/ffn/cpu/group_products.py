@@ -6,6 +6,7 @@ import numpy as np
 from numba import prange
 
 from dartprune.ffn.cpu.cache import kernel
+from dartprune.ffn.cpu.group_pairs import row_pairs
 from dartprune.ffn.cpu.group_parts import BOTH, add, gather, product, rounded_rows, share
 from dartprune.ffn.cpu.lean import lean
 from dartprune.ffn.row_format import GROUP
@@ -28,6 +29,44 @@ def products(x, head, tail, offsets, of_up, threads, out):
     for t in prange(threads):
         first, last = share(head.shape[0], t, threads)
         products_part(first, last, inputs, head, tail, offsets, of_up, out)
+
+
+@lean()
+def _pairs_of_row(inputs, home, tail, offsets, of_up, exact, rough):
+    """All inputs' products with the gate's or up's row of a neuron, to exact [N], and their estimates, to rough [N]."""
+    (codes, scale, sums), groups, high = inputs, offsets[0], offsets[1]
+    at, scales, rest = (offsets[5], offsets[7], offsets[9]) if of_up else (offsets[4], offsets[6], offsets[8])
+    n, rows = 0, codes.shape[0]
+    while n + 4 <= rows:
+        if high == 2:
+            found = row_pairs(codes, scale, sums, n, 4, home, scales, at, tail, rest, groups, 2)
+        else:
+            found = row_pairs(codes, scale, sums, n, 4, home, scales, at, tail, rest, groups, 4)
+        for k in range(4):
+            exact[n + k], rough[n + k] = found[k], found[4 + k]
+        n += 4
+    while n < rows:
+        if high == 2:
+            pair = row_pairs(codes, scale, sums, n, 1, home, scales, at, tail, rest, groups, 2)
+        else:
+            pair = row_pairs(codes, scale, sums, n, 1, home, scales, at, tail, rest, groups, 4)
+        exact[n], rough[n] = pair
+        n += 1
+
+
+@kernel(parallel=True)
+def pairs(x, head, tail, offsets, threads, exact, rough):
+    """All neurons' dot products with nested rows, and what their high codes estimate: x float32 [N, H].
+
+    exact and rough: of gate (only where there is one) and up, float32 [N, I] each.
+    """
+    inputs = rounded_rows(x, offsets[0])
+    for t in prange(threads):
+        first, last = share(head.shape[0], t, threads)
+        for i in range(first, last):
+            if offsets[3]:
+                _pairs_of_row(inputs, head[i], tail[i], offsets, False, exact[0][:, i], rough[0][:, i])
+            _pairs_of_row(inputs, head[i], tail[i], offsets, True, exact[1][:, i], rough[1][:, i])
 
 
 @lean()

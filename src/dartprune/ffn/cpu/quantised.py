@@ -13,6 +13,7 @@ from dartprune.ffn.cpu.arrays import error_array, floats, others_arrays
 from dartprune.ffn.cpu.threads import use_threads
 from dartprune.ffn.quantised import QuantisedRows
 from dartprune.ffn.selector_ops import TokenRows
+from dartprune.ffn.sketch import Products
 
 _ROLES = {"gate": 0, "up": 1, "down": 2}
 
@@ -119,15 +120,31 @@ def _by_parts(
     return TokenRows(_finished(out, rows, x.dtype), *lists)
 
 
-def estimates(x: Tensor, rows: QuantisedRows) -> tuple[Tensor | None, Tensor]:
+def estimates(x: Tensor, rows: QuantisedRows) -> Products:
     """See `quantised.nested_estimates`."""
     from dartprune.ffn.cpu import group_kernels as kernels
 
+    room, result = _room_of_both(x, rows)
+    wide = x.detach().float().contiguous().numpy()
+    kernels.estimates(wide, rows.head.numpy(), rows.layout.offsets, use_threads(), *room)
+    return result
+
+
+def pairs(x: Tensor, rows: QuantisedRows) -> tuple[Products, Products]:
+    """See `quantised.nested_pairs`."""
+    from dartprune.ffn.cpu import group_products as kernels
+
+    (exact, products_), (rough, estimates_) = (_room_of_both(x, rows) for _ in range(2))
+    packed = rows.head.numpy(), rows.tail.numpy(), rows.layout.offsets
+    kernels.pairs(x.detach().float().contiguous().numpy(), *packed, use_threads(), exact, rough)
+    return products_, estimates_
+
+
+def _room_of_both(x: Tensor, rows: QuantisedRows) -> tuple[tuple[Any, Any], Products]:
+    """Room for products of x with gate (of no size where there is none) and up; the same as they are returned."""
     ups = torch.empty(x.shape[0], rows.neurons, dtype=torch.float32, device="cpu")
     gates = torch.empty_like(ups) if rows.layout.gated else ups.new_empty(0, 0)
-    wide = x.detach().float().contiguous().numpy()
-    kernels.estimates(wide, rows.head.numpy(), rows.layout.offsets, use_threads(), gates.numpy(), ups.numpy())
-    return (gates if rows.layout.gated else None), ups
+    return (gates.numpy(), ups.numpy()), ((gates if rows.layout.gated else None), ups)
 
 
 def products(x: Tensor, rows: QuantisedRows, role: str) -> Tensor:

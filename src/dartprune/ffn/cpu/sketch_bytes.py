@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from dartprune.ffn.cpu.group_blocks import byte_products, data_of, load_at, native
+from dartprune.ffn.cpu.group_vectors import byte_products, data_of, load_at, native
 from dartprune.ffn.cpu.lean import lean
 
 WORD = 64  # bits of a word of a plane, which become as many bytes

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dartprune.errors import UserError
 from dartprune.ffn.dropped import Drops
-from dartprune.ffn.estimates import estimated
+from dartprune.ffn.estimates import estimated, exact_and_estimated
 from dartprune.ffn.expected import mean_and_square, mean_and_variance
 from dartprune.ffn.lessons import Activation, lesson_sums
 from dartprune.ffn.quantised import NestedSketch, QuantisedRows
@@ -155,7 +155,18 @@ class SketchLayer(LayerSelector):
 
     def _estimates(self, x: Tensor) -> Products:
         """Estimated products of x [N, H] with gate (None for a plain FFN) and up, biases added, float32 [N, I]."""
-        gate, up = estimated(x, self.sketch)
+        return self._biased(estimated(x, self.sketch))
+
+    def _exact_and_estimated(self, x: Tensor) -> tuple[Products, Products]:
+        """Products of x [N, H] with gate and up, and `_estimates` of them."""
+        if isinstance(self.sketch, NestedSketch):
+            exact, estimates = exact_and_estimated(x, self.sketch)
+            return self._biased(exact), self._biased(estimates)
+        return self.layer.products(x), self._estimates(x)
+
+    def _biased(self, products: Products) -> Products:
+        """Products without biases, with them."""
+        gate, up = products
         if gate is not None and self.gate_bias is not None:
             gate = gate + self.gate_bias.float()
         return gate, up if self.up_bias is None else up + self.up_bias.float()
@@ -164,12 +175,12 @@ class SketchLayer(LayerSelector):
     def lesson(self, x: Tensor, weight: Tensor, slots: Tensor, products: Products | None = None) -> Lesson:
         """See `LayerSelector.lesson`: sums of the sketch's errors and their squares, of gate and up, [B, 4 or 2, I]."""
         rows = x.reshape(-1, x.shape[-1])
-        exact = self.layer.products(rows) if products is None else products
+        exact, estimates = self._exact_and_estimated(rows) if products is None else (products, self._estimates(rows))
         drops = None
         if self.compensates:
             assert self.importance is not None
             drops = Drops(self.importance, self.wanted.index_select(0, slots))
-        errors, dropped = lesson_sums(self._activation, exact, self._estimates(rows), weight, drops)
+        errors, dropped = lesson_sums(self._activation, exact, estimates, weight, drops)
         # of a norm's outputs all tokens have about the same size, so the first one tells it
         return Lesson(errors if self.calibrates else None, x[:, 0].float().square().mean(-1), dropped)
 
@@ -221,7 +232,7 @@ class SketchLayer(LayerSelector):
         x = torch.randn(1, _PROBES, self.layer.hidden, generator=generator, dtype=torch.float32, device="cpu")
         ones = torch.ones(1, _PROBES, dtype=torch.float32, device=device)
         rows = x.to(device, dtype).flatten(0, 1)
-        products = self.layer.products(rows), self._estimates(rows)
+        products = self._exact_and_estimated(rows)
         moments = lesson_sums(self._activation, *products, ones, None)[0][0] / _PROBES
         moments[::2] = 0.0
         return moments.bfloat16()
