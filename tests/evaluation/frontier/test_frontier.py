@@ -12,11 +12,11 @@ from dartprune import Dense, SketchDart, quantise
 from dartprune.evaluation.arms import arm
 from dartprune.evaluation.compare.plan import CHANGING, Plan, material
 from dartprune.evaluation.forced import forced_losses
-from dartprune.evaluation.frontier import formats
-from dartprune.evaluation.frontier.formats import check_formats, gguf_bits, loaded
+from dartprune.evaluation.frontier.formats import check_formats, loaded
 from dartprune.evaluation.frontier.report import notes, table, write
 from dartprune.evaluation.frontier.run import ALIKE, frontier
 from dartprune.evaluation.texts import batch
+from dartprune.gguf_files import ffn_bits
 from dartprune.model.families import describe
 from dartprune.model.weights import row_weights
 from dartprune.reporting.journal import Journal
@@ -195,7 +195,7 @@ def test_a_gguf_file_is_taken_whole_and_its_bits_are_counted(tmp_path, monkeypat
     write_gguf(model, path)
     up, down = model.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.down_proj.weight
     bits = [34 * 8 / 32 if weight.shape[1] % 32 == 0 else 32 for weight in (up, up, down)]
-    assert gguf_bits(str(path)) == pytest.approx(sum(bits) / 3)
+    assert ffn_bits(str(path)) == pytest.approx(sum(bits) / 3)
     found = measured(formats=[str(path)], methods=["dart"])
     point = by(found)[str(path), "dense", 0.0]
     assert point.bits == pytest.approx(sum(bits) / 3)
@@ -213,4 +213,4 @@ def test_a_gguf_file_is_taken_whole_and_its_bits_are_counted(tmp_path, monkeypat
         measured(formats=[str(path)], methods=[], read=read)
     monkeypatch.setattr("gguf.GGUFReader", lambda path: type("Empty", (), {"tensors": []}))
     with pytest.raises(ValueError, match="no tensor is named"):
-        formats.gguf_bits(str(path))
+        ffn_bits(str(path))

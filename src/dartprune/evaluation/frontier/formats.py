@@ -13,7 +13,8 @@ import torch
 from dartprune.errors import UserError, require
 from dartprune.ffn.quantised import BITS
 from dartprune.ffn.row_format import RowFormat, row_values
-from dartprune.loading import GGUF, load
+from dartprune.gguf_files import GGUF, ffn_bits
+from dartprune.loading import load
 from dartprune.model.families import describe
 from dartprune.model.weights import row_weights
 from dartprune.quantisation import quantise
@@ -67,7 +68,7 @@ def loaded(source: str | None, name: str, read: Load | None = None) -> Loaded:
     read = read or (lambda path, dtype: load(path, dtype=dtype))
     if name.endswith(GGUF):
         model, tokenizer = read(name, BASE)
-        return Loaded(model, tokenizer, gguf_bits(name))
+        return Loaded(model, tokenizer, ffn_bits(name))
     model, tokenizer = read(source, BASE)
     if name == BASE:
         return Loaded(model, tokenizer, 16.0)
@@ -103,14 +104,3 @@ def _round(model: Any, bits: int) -> list[tuple[int, int]]:
             (8 * weights.neurons * weights.matrices * each, weights.neurons * weights.matrices * weights.hidden)
         )
     return sizes
-
-
-def gguf_bits(path: str) -> float:
-    """Bits of an FFN weight in a GGUF file, scales counted; ValueError where it has no FFN."""
-    require("gguf", f"reading {path!r}", "gguf")
-    from gguf import GGUFReader
-
-    tensors = [t for t in GGUFReader(path).tensors if "ffn_" in t.name and len(t.shape) == 2]
-    if not tensors:
-        raise UserError(f"{path}: no tensor is named as an FFN's is")
-    return 8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors)

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dartprune.evaluation.frontier.run import DENSE, PARTS, Frontier, Measured
-from dartprune.loading import GGUF
+from dartprune.gguf_files import GGUF
 from dartprune.reporting.frame import Frame
 from dartprune.reporting.page import TextTable
 from dartprune.reporting.plot import GREY, legend_beside, look, loss_axis
