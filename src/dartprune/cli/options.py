@@ -57,7 +57,12 @@ Texts = Annotated[
 Backend = Annotated[str, typer.Option("--backend", help="How the pruned FFN is computed: auto or a backend's name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Write a picture to this file (png, svg or pdf).")]
-DType = Annotated[str, typer.Option("--dtype", help="auto (of a GGUF file its own bits), float32, bfloat16, float16; on a CPU also int8 or int4.")]
+DType = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="auto (of a GGUF file its own bits), float32, bfloat16, float16; on a CPU also int8 or int4."
+    ),
+]
 Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda.", show_default="cpu")]
 
 
