@@ -196,7 +196,7 @@ def test_plain_vectors_give_what_the_instructions_give(monkeypatch):
     from numba import njit
 
     from dartprune.ffn.cpu import group_blocks as blocks
-    from dartprune.ffn.cpu import group_pairs
+    from dartprune.ffn.cpu import group_pairs, group_rows
     from dartprune.ffn.cpu import group_vectors as vectors
 
     rows = quantised_rows(make(700, 4, torch.float32, True, False, "silu"), 4)
@@ -206,8 +206,10 @@ def test_plain_vectors_give_what_the_instructions_give(monkeypatch):
 
     def compiled():
         @njit
-        def parts(x, scale, sums, row, at, home, scales, groups):
-            return blocks.row_parts(x, scale, sums, home, scales, row, at, groups, 2, 1, None, None)
+        def parts(x, scale, sums, head, tail, at, scales, rest, groups):
+            whole = group_rows.whole_row(x, scale, sums, head, scales, at, tail, rest, groups, 2, 2, head, tail)
+            low = group_rows.low_row(x, scale, head, scales, tail, rest, groups, 2, head, tail)
+            return whole, low, group_rows.high_row(x, scale, sums, head, scales, at, groups, 2)
 
         @njit
         def added(out, shares, one, two, at, groups):
@@ -217,11 +219,16 @@ def test_plain_vectors_give_what_the_instructions_give(monkeypatch):
         def pairs(x, scale, sums, home, tail, at, scales, rest, groups):
             return group_pairs.row_pairs(x, scale, sums, 0, 1, home, scales, at, tail, rest, groups, 2)
 
-        found = [parts(codes, scale, sums, head[i], offsets[4], head[i], offsets[6], offsets[0]) for i in range(4)]
+        ends = offsets[4], offsets[6], offsets[8], offsets[0]
+        found = []
+        for i in range(4):
+            whole, low, (high, _) = parts(codes, scale, sums, head[i], tail[i], *ends)
+            assert whole == pytest.approx(low + high, rel=1e-5, abs=1e-4)
+            found.append((whole, low, high))
         out = np.zeros(rows.layout.width, np.float32)
         shares = np.arange(offsets[0], dtype=np.int64)[None] * 65537 * 100 % 2**31
         added(out, shares.astype(np.int32), tail[0], tail[1], offsets[10], offsets[0])
-        given, ends = (codes[None], scale[None], sums[None]), (offsets[4], offsets[6], offsets[8], offsets[0])
+        given = codes[None], scale[None], sums[None]
         found += [(*pairs(*given, head[i], tail[i], *ends), 0.0) for i in range(4)]
         return found, torch.from_numpy(out)
 

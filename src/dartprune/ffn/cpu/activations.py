@@ -22,22 +22,6 @@ LOG2E = np.float32(1 / math.log(2))
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 
 
-@njit(inline="always")
-def activate(kind, v):
-    """One value; kind: a number of `ACTIVATIONS`."""
-    if kind == 0:
-        return v / (ONE + np.exp(-v))
-    if kind == 1:
-        return HALF * v * (ONE + np.float32(math.erf(v * INVERSE_ROOT_TWO)))
-    if kind == 2:
-        return HALF * v * (ONE + np.tanh(GELU_SCALE * (v + GELU_CUBE * v * v * v)))
-    if kind == 3:
-        return max(v, ZERO)
-    if kind == 4:
-        return max(v, ZERO) * max(v, ZERO)
-    return v / (ONE + np.exp(-QUICK * v))
-
-
 @intrinsic
 def power_of_two(context: Any, exponent: Any) -> Any:
     """2^k as float32 from an int32 k in -126 .. 127."""
@@ -65,20 +49,51 @@ def exp(v):
     return (p * r * r + r + ONE) * power_of_two(np.int32(k))
 
 
+@njit(inline="always")
+def _soft_gate(v, z):
+    """V / (1 + e^-z)."""
+    return v / (ONE + exp(-z))
+
+
+@njit(inline="always")
+def _tanh_gelu(v):
+    # (1 + tanh z) / 2 = 1 / (1 + e^-2z)
+    return _soft_gate(v, np.float32(2.0) * GELU_SCALE * (v + GELU_CUBE * v * v * v))
+
+
+@njit(inline="always")
+def activate(kind, v):
+    """One value; kind: a number of `ACTIVATIONS`.
+
+    No function of the C library for the frequent ones: a call takes as long as a row of weights, for what the compiler
+    holds in vectors is put away.
+    """
+    if kind == 0:
+        return _soft_gate(v, v)
+    if kind == 1:
+        return HALF * v * (ONE + np.float32(math.erf(v * INVERSE_ROOT_TWO)))
+    if kind == 2:
+        return _tanh_gelu(v)
+    if kind == 3:
+        return max(v, ZERO)
+    if kind == 4:
+        return max(v, ZERO) * max(v, ZERO)
+    return _soft_gate(v, QUICK * v)
+
+
 # a division that may raise an error keeps a loop from being vectorised: here it gives infinity or NaN
 @lean(fastmath={"contract"}, error_model="numpy")
 def activate_all(kind, v):
     """Activate v float32 [B] in place, a vector at a time."""
     if kind == 0:
         for i in range(v.shape[0]):
-            v[i] = v[i] / (ONE + exp(-v[i]))
+            v[i] = _soft_gate(v[i], v[i])
     elif kind == 5:
         for i in range(v.shape[0]):
-            v[i] = v[i] / (ONE + exp(-QUICK * v[i]))
-    elif kind == 2:  # (1 + tanh z) / 2 = 1 / (1 + e^-2z)
+            v[i] = _soft_gate(v[i], QUICK * v[i])
+    elif kind == 2:
         for i in range(v.shape[0]):
-            z = GELU_SCALE * (v[i] + GELU_CUBE * v[i] * v[i] * v[i])
-            v[i] = v[i] / (ONE + exp(np.float32(-2.0) * z))
+            v[i] = _tanh_gelu(v[i])
     elif kind == 3:
         for i in range(v.shape[0]):
             v[i] = max(v[i], ZERO)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -18,119 +17,19 @@ from dartprune.ffn.cpu.group_vectors import (
     INT,
     LINE,
     SIZE,
-    byte_products,
+    call,
     data_of,
     each_segment,
     fetch,
     fetch_all,
-    fields_of,
     filled,
-    folded,
     load_at,
     multiply_add,
     spread,
     vector,
     word_products,
 )
-from dartprune.ffn.row_format import GROUP, QUAD, SEGMENTS
-
-
-@intrinsic(prefer_literal=True)
-def row_parts(
-    context: Any,
-    x: Any,
-    scale: Any,
-    sums: Any,
-    home: Any,
-    scales: Any,
-    row: Any,
-    codes: Any,
-    groups: Any,
-    width: Any,
-    full: Any,
-    later_home: Any,
-    later: Any,
-):
-    """Dot products of one row's codes of `width` bits (a literal) with an input, four numbers of float32.
-
-    x int8 [groups * 32], scale and sums float32 [groups]: the input as `group_inputs` rounds it. The row's codes lie at
-    row[codes:], its scale bytes, low bytes and two floats at home[scales:]. The same of another row, at later and
-    later_home, is asked for meanwhile, unless these are None.
-
-    Returns, with s the row's scales (bytes times the first float) and l its lows: the sum of s * scale * (codes . x)
-    over the groups; with `full` (a literal) also the sum of l * sums, and of s * sums; else 0 for these two.
-    """
-    if not isinstance(width, types.IntegerLiteral) or not isinstance(full, types.IntegerLiteral):
-        return None
-    bits, lows_too = width.literal_value, bool(full.literal_value)
-    largest = SEGMENTS[0]
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        inputs, factors, totals_of, scales_of, bytes_ = (
-            data_of(context, builder, signature.args[i], args[i]) for i in (0, 1, 2, 3, 5)
-        )
-        then = None if signature.args[11] == types.none else data_of(context, builder, signature.args[11], args[11])
-        scales_at, at, count = args[4], args[6], args[7]
-        lows_at = builder.add(scales_at, count)
-        floats_at = builder.add(lows_at, count)
-        nothing = filled(FLOAT, largest, 0.0)
-        sums = [cgutils.alloca_once_value(builder, nothing) for _ in range(3 if lows_too else 1)]
-        if then is not None:
-            home_then = data_of(context, builder, signature.args[10], args[10])
-            fetch_all(builder, home_then, scales_at, builder.add(builder.add(count, count), SIZE(8)))
-
-        def add(total: Any, one: Any, other: Any, lanes: int) -> None:
-            """The products of two vectors, added to the first lanes of a sum."""
-            old = builder.load(total)
-            if lanes == largest:
-                builder.store(multiply_add(builder, one, other, old), total)
-                return
-            value = builder.fmul(one, other)
-            places = ir.Constant(vector(INT, largest), [min(i, lanes) for i in range(largest)])
-            zeros = filled(FLOAT, lanes, 0.0)
-            builder.store(builder.fadd(old, builder.shuffle_vector(value, zeros, places)), total)
-
-        def segment(first: Any, lanes: int) -> None:
-            begin = builder.add(at, builder.mul(first, SIZE(QUAD * bits)))
-            start = builder.mul(first, SIZE(GROUP))
-            whole = vector(BYTE, QUAD * lanes)
-            products = [filled(INT, lanes, 0)] * 2
-            for v in range(bits):
-                where = builder.add(begin, SIZE(v * QUAD * lanes))
-                if then is not None:
-                    fetch(builder, then, where)
-                packed = load_at(builder, bytes_, where, whole)
-                for j, field in enumerate(fields_of(builder, packed, bits, lanes)):
-                    step = v + bits * j
-                    values = load_at(builder, inputs, builder.add(start, SIZE(step * QUAD * lanes)), whole)
-                    products[step % 2] = byte_products(builder, products[step % 2], field, values, lanes)
-            floats, words = vector(FLOAT, lanes), vector(INT, lanes)
-            place = builder.mul(first, SIZE(4))
-            own = load_at(builder, scales_of, builder.add(scales_at, first), vector(BYTE, lanes))
-            own = builder.sitofp(builder.zext(own, words), floats)
-            dots = builder.sitofp(builder.add(*products), floats)
-            add(sums[0], dots, builder.fmul(own, load_at(builder, factors, place, floats)), lanes)
-            if lows_too:
-                theirs = load_at(builder, totals_of, place, floats)
-                low = load_at(builder, scales_of, builder.add(lows_at, first), vector(BYTE, lanes))
-                add(sums[1], builder.sitofp(builder.sext(low, words), floats), theirs, lanes)
-                add(sums[2], own, theirs, lanes)
-
-        each_segment(builder, count, segment)
-        unit, low_unit = (load_at(builder, scales_of, builder.add(floats_at, SIZE(k)), FLOAT) for k in (0, 4))
-        results = [builder.fmul(folded(builder, builder.load(sums[0])), unit)]
-        if lows_too:
-            results += [
-                builder.fmul(folded(builder, builder.load(sums[1])), low_unit),
-                builder.fmul(folded(builder, builder.load(sums[2])), unit),
-            ]
-        else:
-            results += [ir.Constant(FLOAT, 0.0)] * 2
-        return context.make_tuple(builder, signature.return_type, results)
-
-    numbers = types.UniTuple(types.float32, 3)
-    places = types.int64
-    return numbers(x, scale, sums, home, places, row, places, places, width, full, later_home, later), generate
+from dartprune.ffn.row_format import GROUP, SEGMENTS
 
 
 @intrinsic(prefer_literal=True)
@@ -185,6 +84,50 @@ def add_codes(
         return context.get_dummy_value()
 
     return types.void(out, types.float32, shares, rows, types.int64, types.int64, width, later), generate
+
+
+@intrinsic(prefer_literal=True)
+def prepare_rows(context: Any, shares: Any, lows: Any, rows: Any, scales: Any, groups: Any, steps: Any, factors: Any):
+    """What `add_codes` needs of one or four rows: their shares; and the rows' lows, each by its factor, added to lows.
+
+    shares: int32 [pairs, groups], filled.  lows: float32 [groups].  rows: tuple of uint8 [bytes], whose scale bytes and
+    low bytes lie at `scales`.  steps: of each row, what makes a scale byte its share; factors: what makes a low byte
+    its low; float32 each.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        into, total = (data_of(context, builder, signature.args[i], args[i]) for i in (0, 1))
+        count = args[4]
+        given = [
+            builder.gep(data_of(context, builder, kind, builder.extract_value(args[2], r)), [args[3]])
+            for r, kind in enumerate(signature.args[2])
+        ]
+        each, factor = ([builder.extract_value(args[i], r) for r in range(len(given))] for i in (5, 6))
+
+        def segment(first: Any, lanes: int) -> None:
+            bytes_, words, floats = vector(BYTE, lanes), vector(INT, lanes), vector(FLOAT, lanes)
+            rounded = []
+            for row, step in zip(given, each, strict=True):
+                value = builder.uitofp(load_at(builder, row, first, bytes_), floats)
+                value = builder.fmul(value, spread(builder, step, floats))
+                rounded.append(builder.fptosi(call(builder, f"llvm.rint.v{lanes}f32", floats, value), words))
+            place = builder.mul(first, SIZE(4))
+            for p in range(0, len(rounded), 2):
+                pair = builder.and_(rounded[p], filled(INT, lanes, 0xFFFF))
+                if p + 1 < len(rounded):
+                    pair = builder.or_(pair, builder.shl(rounded[p + 1], filled(INT, lanes, 16)))
+                where = builder.add(builder.mul(SIZE(p // 2), builder.mul(count, SIZE(4))), place)
+                builder.store(pair, builder.bitcast(builder.gep(into, [where]), words.as_pointer()), align=4)
+            found = load_at(builder, total, place, floats)
+            for row, low in zip(given, factor, strict=True):
+                value = builder.sitofp(load_at(builder, row, builder.add(count, first), bytes_), floats)
+                found = multiply_add(builder, value, spread(builder, low, floats), found)
+            builder.store(found, builder.bitcast(builder.gep(total, [place]), floats.as_pointer()), align=4)
+
+        each_segment(builder, count, segment)
+        return context.get_dummy_value()
+
+    return types.void(shares, lows, rows, types.int64, types.int64, steps, factors), generate
 
 
 def _pairs_of_fields(builder: Any, pair: list[Any], bits: int) -> list[Any]:

@@ -21,7 +21,7 @@ from dartprune.ffn.cpu.group_parts import (
     add,
     gather,
     high_part,
-    neuron_value,
+    neuron_values,
     product,
     rounded_rows,
     share,
@@ -37,7 +37,7 @@ SCORED = 64  # neurons that are scored at a time
 @lean()
 def _span(
     inputs, n, head, tail, offsets, biases, kind, known, gates, ups, means,
-    index, first, last, values, later, shares, partial,
+    index, first, last, room, values, later, shares, partial,
 ):  # fmt: skip
     """Add what the neurons index[first:last] give for input n to partial [width + groups]; those behind are fetched.
 
@@ -51,10 +51,12 @@ def _span(
         rows = index[i : i + many]
         for r in range(many):
             later[r] = index[min(i + BOTH + r, end)]
-            values[r] = neuron_value(
-                codes[n], scale[n], sums[n], head, tail, offsets, rows[r], later[r], biases, kind, known, gates, ups
-            )
-            if means.shape[0]:
+        neuron_values(
+            codes[n], scale[n], sums[n], head, tail, offsets, rows, later[:many], biases, kind, known, gates, ups,
+            room, values,
+        )  # fmt: skip
+        if means.shape[0]:
+            for r in range(many):
                 values[r] -= float_of(means[rows[r]])
         add(partial[:width], partial[width:], shares, values, many, tail, offsets, rows, later)
         i += many
@@ -70,7 +72,7 @@ def _rows_part(
     means bf16 words [S, I] of each slot, or empty.
     """
     rows = partial.shape[0]
-    values, later = np.empty(BOTH, np.float32), np.empty(BOTH, np.int32)
+    room, values, later = np.empty(BOTH, np.float32), np.empty(BOTH, np.float32), np.empty(BOTH, np.int32)
     shares = np.empty((BOTH // 2, offsets[0]), np.int32)
     done, nothing = np.empty(rows, np.int64), np.empty(0, np.uint16)
     for n in range(rows):
@@ -84,7 +86,8 @@ def _rows_part(
                 until += 1
             _span(
                 inputs, n, head, tail, offsets, biases, kind, known, gates[n], ups[n],
-                means[slots[n]] if means.shape[0] else nothing, mine, done[n], until, values, later, shares, partial[n],
+                means[slots[n]] if means.shape[0] else nothing, mine, done[n], until, room, values, later,
+                shares, partial[n],
             )  # fmt: skip
             done[n] = until
 

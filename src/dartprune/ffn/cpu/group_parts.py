@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from dartprune.ffn.cpu.activations import ZERO, activate
-from dartprune.ffn.cpu.group_blocks import add_codes, fetch_bytes, float_at, row_parts
+from dartprune.ffn.cpu.activations import ZERO, activate_all
+from dartprune.ffn.cpu.group_blocks import add_codes, fetch_bytes, float_at, prepare_rows
+from dartprune.ffn.cpu.group_rows import high_row, low_row, whole_row
 from dartprune.ffn.cpu.lean import lean
 from dartprune.ffn.row_format import GROUP, QUAD, SEGMENTS, STEPS
 
@@ -81,18 +82,12 @@ def product(x, scale, sums, head, tail, offsets, of_up, i, later):
     at, scales, rest = (offsets[5], offsets[7], offsets[9]) if of_up else (offsets[4], offsets[6], offsets[8])
     home, then = head[i], head[later]
     if high == 2:
-        whole, lows, _ = row_parts(x, scale, sums, home, scales, home, at, groups, 2, 1, then, then)
-        part, _, _ = row_parts(x, scale, sums, home, scales, tail[i], rest, groups, 2, 0, then, tail[later])
-        return np.float32(4.0) * whole + part + lows
+        return whole_row(x, scale, sums, home, scales, at, tail[i], rest, groups, 2, 2, then, tail[later])
     if high == 4 and low == 4:
-        whole, lows, _ = row_parts(x, scale, sums, home, scales, home, at, groups, 4, 1, then, then)
-        part, _, _ = row_parts(x, scale, sums, home, scales, tail[i], rest, groups, 4, 0, then, tail[later])
-        return np.float32(16.0) * whole + part + lows
+        return whole_row(x, scale, sums, home, scales, at, tail[i], rest, groups, 4, 4, then, tail[later])
     if high == 4:
-        whole, lows, _ = row_parts(x, scale, sums, home, scales, home, at, groups, 4, 1, then, then)
-        return whole + lows
-    whole, lows, _ = row_parts(x, scale, sums, home, scales, home, at, groups, 8, 1, then, then)
-    return whole + lows
+        return whole_row(x, scale, sums, home, scales, at, tail[i], rest, groups, 4, 0, then, tail[later])
+    return whole_row(x, scale, sums, home, scales, at, tail[i], rest, groups, 8, 0, then, tail[later])
 
 
 @njit(inline="always")
@@ -102,10 +97,8 @@ def low_part(x, scale, sums, head, tail, offsets, of_up, i, later):
     scales, rest = (offsets[7], offsets[9]) if of_up else (offsets[6], offsets[8])
     home, then = head[i], head[later]
     if low == 2:
-        part, _, _ = row_parts(x, scale, sums, home, scales, tail[i], rest, groups, 2, 0, then, tail[later])
-    else:
-        part, _, _ = row_parts(x, scale, sums, home, scales, tail[i], rest, groups, 4, 0, then, tail[later])
-    return part
+        return low_row(x, scale, home, scales, tail[i], rest, groups, 2, then, tail[later])
+    return low_row(x, scale, home, scales, tail[i], rest, groups, 4, then, tail[later])
 
 
 @njit(inline="always")
@@ -114,38 +107,50 @@ def high_part(x, scale, sums, home, offsets, of_up):
     groups, high = offsets[0], offsets[1]
     at, scales = (offsets[5], offsets[7]) if of_up else (offsets[4], offsets[6])
     if high == 2:
-        whole, lows, plain = row_parts(x, scale, sums, home, scales, home, at, groups, 2, 1, None, None)
-        return np.float32(4.0) * whole + lows, np.float32(1.5) * plain
-    whole, lows, plain = row_parts(x, scale, sums, home, scales, home, at, groups, 4, 1, None, None)
-    return np.float32(16.0) * whole + lows, np.float32(7.5) * plain
+        return high_row(x, scale, sums, home, scales, at, groups, 2)
+    return high_row(x, scale, sums, home, scales, at, groups, 4)
+
+
+@lean()
+def neuron_values(x, scale, sums, head, tail, offsets, rows, later, biases, kind, known, gates, ups, room, values):
+    """The values of a few neurons, the inputs of their down rows; what the neurons `later` need is fetched.
+
+    rows, later: int [n], n at most 4; room and values float32 [4], values is filled. biases (of gate, of up, which
+    there are). known: what gates and ups float32 [I] hold already: 0 nothing, 1 the products without the low codes, 2
+    the gate's activation alone.
+    """
+    gate_bias, up_bias, biased = biases
+    gated = bool(offsets[3])
+    for r in range(rows.shape[0]):
+        i, then = rows[r], later[r]
+        if known == 2:
+            room[r] = gates[i]
+        elif gated:
+            if known == 1:
+                gate = gates[i] + low_part(x, scale, sums, head, tail, offsets, False, i, then)
+            else:
+                gate = product(x, scale, sums, head, tail, offsets, False, i, then)
+            room[r] = gate + gate_bias[i] if biased & 1 else gate
+        if known == 1:
+            up = ups[i] + low_part(x, scale, sums, head, tail, offsets, True, i, then)
+        else:
+            up = product(x, scale, sums, head, tail, offsets, True, i, then)
+        values[r] = up + up_bias[i] if biased & 2 else up
+    # not one by one: each would wait for its own product
+    if not gated:
+        activate_all(kind, values[: rows.shape[0]])
+        return
+    if known != 2:
+        activate_all(kind, room[: rows.shape[0]])
+    for r in range(rows.shape[0]):
+        values[r] *= room[r]
 
 
 @njit(inline="always")
-def neuron_value(x, scale, sums, head, tail, offsets, i, later, biases, kind, known, gates, ups):
-    """The value of neuron i, the input of its down row; what neuron `later` needs for its own is fetched.
-
-    biases (of gate, of up, which there are). known: what gates and ups float32 [I] hold already: 0 nothing, 1 the
-    products without the low codes, 2 the gate's activation alone.
-    """
-    gate_bias, up_bias, biased = biases
-    gate = ZERO
-    if known == 2:
-        gate = gates[i]
-    elif offsets[3]:
-        if known == 1:
-            gate = gates[i] + low_part(x, scale, sums, head, tail, offsets, False, i, later)
-        else:
-            gate = product(x, scale, sums, head, tail, offsets, False, i, later)
-        if biased & 1:
-            gate += gate_bias[i]
-        gate = np.float32(activate(kind, gate))
-    if known == 1:
-        up = ups[i] + low_part(x, scale, sums, head, tail, offsets, True, i, later)
-    else:
-        up = product(x, scale, sums, head, tail, offsets, True, i, later)
-    if biased & 2:
-        up += up_bias[i]
-    return np.float32(gate * up) if offsets[3] else np.float32(activate(kind, up))
+def _units(values, rows, r, tail, at):
+    """A value times the unit of its row's scales, and times that of its lows."""
+    row = tail[rows[r]]
+    return values[r] * float_at(row, at), values[r] * float_at(row, at + 4)
 
 
 @njit(inline="always")
@@ -157,37 +162,37 @@ def add(out, lows, shares, values, many, tail, offsets, rows, later):
     """
     groups, bits = offsets[0], offsets[1] + offsets[2]
     at, scales = offsets[10], offsets[11]
-    largest = ZERO
+    floats = scales + 2 * groups
     for r in range(many):
-        largest = max(largest, abs(values[r] * float_at(tail[rows[r]], scales + 2 * groups)))
-    factor = largest * np.float32(255.0 / 32767.0)
-    inverse = np.float32(1.0) / factor if factor > ZERO else ZERO
-    for p in range(-(-many // 2)):
-        one, other = tail[rows[2 * p]], tail[rows[min(2 * p + 1, many - 1)]]
-        step = values[2 * p] * float_at(one, scales + 2 * groups) * inverse
-        step_other = values[2 * p + 1] * float_at(other, scales + 2 * groups) * inverse if many > 1 else ZERO
-        mine, bytes_, theirs = shares[p], one[scales : scales + groups], other[scales : scales + groups]
-        for g in range(groups):
-            share = np.int32(np.rint(step * np.float32(bytes_[g])))
-            mine[g] = share & 0xFFFF | np.int32(np.rint(step_other * np.float32(theirs[g]))) << 16
-    for r in range(many):
-        low = values[r] * float_at(tail[rows[r]], scales + 2 * groups + 4)
         fetch_bytes(tail[later[r]], scales, 2 * groups + 8)
-        signed = tail[rows[r], scales + groups : scales + 2 * groups].view(np.int8)
-        for g in range(groups):
-            lows[g] += low * np.float32(signed[g])
     if many == BOTH:
+        (a, a_low), (b, b_low) = _units(values, rows, 0, tail, floats), _units(values, rows, 1, tail, floats)
+        (c, c_low), (d, d_low) = _units(values, rows, 2, tail, floats), _units(values, rows, 3, tail, floats)
+        factor, inverse = _share_unit(max(max(abs(a), abs(b)), max(abs(c), abs(d))))
         four = (tail[rows[0]], tail[rows[1]], tail[rows[2]], tail[rows[3]])
         then = (tail[later[0]], tail[later[1]], tail[later[2]], tail[later[3]])
+        steps = (a * inverse, b * inverse, c * inverse, d * inverse)
+        prepare_rows(shares, lows, four, scales, groups, steps, (a_low, b_low, c_low, d_low))
         if bits == 4:
             add_codes(out, factor, shares, four, at, groups, 4, then)
         else:
             add_codes(out, factor, shares, four, at, groups, 8, then)
     else:
+        a, a_low = _units(values, rows, 0, tail, floats)
+        factor, inverse = _share_unit(abs(a))
+        one, then_one = (tail[rows[0]],), (tail[later[0]],)
+        prepare_rows(shares, lows, one, scales, groups, (a * inverse,), (a_low,))
         if bits == 4:
-            add_codes(out, factor, shares, (tail[rows[0]],), at, groups, 4, (tail[later[0]],))
+            add_codes(out, factor, shares, one, at, groups, 4, then_one)
         else:
-            add_codes(out, factor, shares, (tail[rows[0]],), at, groups, 8, (tail[later[0]],))
+            add_codes(out, factor, shares, one, at, groups, 8, then_one)
+
+
+@njit(inline="always")
+def _share_unit(largest):
+    """What a share of 1 stands for, and its inverse, where scale bytes are multiplied with `largest` at most."""
+    factor = largest * np.float32(255.0 / 32767.0)
+    return factor, np.float32(1.0) / factor if factor > ZERO else ZERO
 
 
 @lean()

@@ -114,6 +114,32 @@ def fields_of(builder: Any, packed: Any, width: int, lanes: int) -> list[Any]:
     return out
 
 
+def whole_codes(builder: Any, parts: list[Any], width: int, lanes: int) -> list[Any]:
+    """The codes whose high `width` bits are in the bytes of one vector, and whose low ones in those of another.
+
+    parts: the first alone, where there are no low ones.
+    """
+    if len(parts) == 1:
+        return fields_of(builder, parts[0], width, lanes)
+    count, words, whole = 4 * lanes, vector(ir.IntType(16), 2 * lanes), vector(BYTE, 4 * lanes)
+    mask = (1 << width) - 1
+    out = []
+    for shift in range(0, 8, width):
+        moved = []
+        for part, by in zip(parts, (shift - width, shift), strict=True):
+            move = builder.lshr if by > 0 else builder.shl
+            pairs = builder.bitcast(part, words)
+            moved.append(
+                builder.bitcast(move(pairs, filled(ir.IntType(16), 2 * lanes, abs(by))) if by else pairs, whole)
+            )
+        high, low = (
+            builder.and_(part, filled(BYTE, count, bits))
+            for part, bits in zip(moved, (mask << width, mask), strict=True)
+        )
+        out.append(builder.or_(high, low))
+    return out
+
+
 def each_segment(builder: Any, groups: Any, work: Callable[[Any, int], None]) -> None:
     """Emit `work(first group, number of groups)` for each segment of a row, a loop over those of the first size."""
     largest = SEGMENTS[0]
