@@ -104,6 +104,9 @@ def test_what_is_wrong_with_such_a_folder_is_one_line(packed, tmp_path):
         (packed / "config.json").write_text(json.dumps(config | changed))
         one_line(packed, "does not fit the configuration beside it")
     (packed / "config.json").write_text(json.dumps(config))
+    (packed / "generation_config.json").write_text("no such thing")
+    one_line(packed, "does not fit the configuration beside it")
+    (packed / "generation_config.json").unlink()
     for path in packed.glob("tokenizer*"):
         path.unlink()
     one_line(packed, "no tokenizer could be loaded from")
@@ -186,12 +189,18 @@ def test_where_nothing_can_be_kept_the_model_is_there_nonetheless(tmp_path, cach
 def test_an_ffn_that_cannot_be_in_rows_is_unpacked_and_said_so(tmp_path, cached, caplog, monkeypatch):
     _, path = file(tmp_path, "Q8_0")
 
+    def unnamed(path):
+        raise UserError("no tensor is named as an FFN's is")
+
     def refuse(model, bits):
         raise UserError("layer 0 cannot be quantised: so it is")
 
     monkeypatch.setattr("dartprune.quantisation.quantise", refuse)
     with pytest.raises(ValueError, match="layer 0 cannot be quantised"):
         load(str(path), dtype="int8")
+    with monkeypatch.context() as patch:  # a file of experts, whose weights have three sides
+        patch.setattr("dartprune.gguf_files.ffn_bits", unnamed)
+        assert dtype_name(load(str(path))[0]) == "bfloat16"
     model, _ = load(str(path))
     assert dtype_name(model) == "bfloat16"
     assert "tiny.gguf is unpacked to bfloat16: layer 0 cannot be quantised: so it is" in caplog.text

@@ -47,7 +47,7 @@ def kept_rows(path: str | Path, bits: int | None, unpacked: Unpacked) -> Path | 
 
     Returns:
         The folder, for `packed_file.load_packed`. Where nothing can be kept, the model and tokenizer that were made.
-        None where bits is None and the file's FFN is not quantised, or cannot be in rows.
+        None where bits is None and the file has no FFN whose bits could be told, or one that is not quantised.
 
     Raises:
         ValueError: the file cannot be read; with bits, also that its FFN cannot be in rows.
@@ -62,7 +62,10 @@ def kept_rows(path: str | Path, bits: int | None, unpacked: Unpacked) -> Path | 
     if bits is None:
         choice = _read(place / _CHOICE)
         if {key: choice.get(key) for key in source} != source:
-            own = ffn_bits(path)
+            try:
+                own = ffn_bits(path)
+            except UserError:
+                return None  # of experts, say; and what is wrong with the file is said by whoever unpacks it
             choice = source | {"ffn_bits": own, "bits": 4 if own <= FEW_BITS else 8 if own < WHOLE_BITS else None}
             _write(place / _CHOICE, choice)
         bits = choice["bits"]

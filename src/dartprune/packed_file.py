@@ -84,7 +84,7 @@ def load_packed(folder: str | Path) -> Any:
     Raises:
         ValueError: the file is damaged or of another version, or does not fit its configuration.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     held = _read(Path(folder) / NAME)
     options = {"local_files_only": True, "trust_remote_code": False}
@@ -93,9 +93,10 @@ def load_packed(folder: str | Path) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
         _fill(model, held)
+        if (Path(folder) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{Path(folder) / NAME} does not fit the configuration beside it: {error}") from error
-    _take_generation_config(model, folder, options)
     let_save(model)
     return model.eval()
 
@@ -150,13 +151,6 @@ def _fill(model: nn.Module, held: dict[str, Any]) -> None:
         for name, tensor in _tensors(module):
             if tensor.is_meta:
                 raise UserError(f"{_name(path, name)} is missing there")
-
-
-def _take_generation_config(model: Any, folder: str | Path, options: dict[str, Any]) -> None:
-    from transformers import GenerationConfig
-
-    if (Path(folder) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, **options)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
