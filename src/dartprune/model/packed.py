@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import astuple
 from typing import Any
@@ -23,7 +24,7 @@ BLOCK = 1 << 22  # weights that are unpacked at a time
 ALONE = 4  # bits of a linear layer in rows that is no part of an FFN
 
 
-class Packed(nn.Module):
+class Packed(nn.Module, ABC):
     """Base: weights that are computed on the CPU only, kept out of state dicts.
 
     role: which of the weights that its tensors stand for are its own.  weights: how many these are.
@@ -37,9 +38,9 @@ class Packed(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
+    @abstractmethod
     def description(self) -> dict[str, Any]:
         """What `restored` must know beside the tensors, in plain values."""
-        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if fn(torch.empty(0, dtype=torch.uint8, device="cpu")).device.type != "cpu":

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from dartprune.ffn.cpu.group_rows import RowSums
 from dartprune.ffn.cpu.group_vectors import (
     BYTE,
     FLOAT,
@@ -22,13 +21,11 @@ from dartprune.ffn.cpu.group_vectors import (
     each_segment,
     fields_of,
     filled,
-    folded,
     load_at,
     multiply_add,
-    spread,
     vector,
 )
-from dartprune.ffn.row_format import GROUP, QUAD, SEGMENTS
+from dartprune.ffn.row_format import GROUP, QUAD
 
 
 @intrinsic(prefer_literal=True)
@@ -59,32 +56,22 @@ def row_pairs(
     if not isinstance(width, types.IntegerLiteral) or not isinstance(many, types.IntegerLiteral):
         return None
     bits, inputs = width.literal_value, many.literal_value
-    largest, middle = SEGMENTS[0], ((1 << bits) - 1) / 2
+    middle = ((1 << bits) - 1) / 2
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         def pointer(i: int) -> Any:
             return data_of(context, builder, signature.args[i], args[i])
 
-        begin, count, nothing = args[3], args[10], filled(FLOAT, largest, 0.0)
-        rows = [builder.add(begin, SIZE(n)) for n in range(inputs)]
+        begin, count = args[3], args[10]
+        places_of = [builder.add(begin, SIZE(n)) for n in range(inputs)]
         size = builder.mul(count, SIZE(GROUP))
-        given = [builder.gep(pointer(0), [builder.mul(row, size)]) for row in rows]
+        given = [builder.gep(pointer(0), [builder.mul(n, size)]) for n in places_of]
         factors, totals = (
-            [builder.gep(pointer(i), [builder.mul(row, builder.mul(count, SIZE(4)))]) for row in rows] for i in (1, 2)
+            [builder.gep(pointer(i), [builder.mul(n, builder.mul(count, SIZE(4)))]) for n in places_of] for i in (1, 2)
         )
-        own_scales = builder.gep(pointer(5), [args[6]])
+        row = RowSums(builder, pointer(5), args[6], count)
         high_codes, low_codes = builder.gep(pointer(5), [args[7]]), builder.gep(pointer(8), [args[9]])
-        behind = builder.add(count, count)
-        unit, low_unit = (load_at(builder, own_scales, builder.add(behind, SIZE(k)), FLOAT) for k in (0, 4))
-        exact, rough = ([cgutils.alloca_once_value(builder, nothing) for _ in rows] for _ in range(2))
-
-        def add(total: Any, one: Any, other: Any, lanes: int) -> None:
-            old = builder.load(total)
-            if lanes < largest:
-                places = ir.Constant(vector(INT, largest), [min(i, lanes) for i in range(largest)])
-                zeros = filled(FLOAT, lanes, 0.0)
-                one, other = (builder.shuffle_vector(part, zeros, places) for part in (one, other))
-            builder.store(multiply_add(builder, one, other, old), total)
+        exact, rough = ([row.sum() for _ in range(inputs)] for _ in range(2))
 
         def segment(at: Any, lanes: int) -> None:
             start = builder.mul(at, SIZE(QUAD * bits))
@@ -103,21 +90,18 @@ def row_pairs(
                         low[n] = byte_products(builder, low[n], of_low, values, lanes)
             high = [builder.shl(total, filled(INT, lanes, bits)) for total in high]
             full = [builder.add(one, other) for one, other in zip(high, low, strict=True)]
-            scale8 = load_at(builder, own_scales, at, vector(BYTE, lanes))
-            low8 = load_at(builder, own_scales, builder.add(at, count), vector(BYTE, lanes))
-            scale = builder.fmul(builder.uitofp(scale8, floats), spread(builder, unit, floats))
-            begin_at = builder.fmul(builder.sitofp(low8, floats), spread(builder, low_unit, floats))
+            scale, begin_at = row.scale(at, lanes), row.low(at, lanes)
             middle_at = multiply_add(builder, scale, filled(FLOAT, lanes, middle), begin_at)
             place = builder.mul(at, SIZE(4))
             for n in range(inputs):
                 own = builder.fmul(scale, load_at(builder, factors[n], place, floats))
                 theirs = load_at(builder, totals[n], place, floats)
                 for total, codes, base in ((exact[n], full[n], begin_at), (rough[n], high[n], middle_at)):
-                    add(total, builder.sitofp(codes, floats), own, lanes)
-                    add(total, base, theirs, lanes)
+                    row.add(total, builder.sitofp(codes, floats), own, lanes)
+                    row.add(total, base, theirs, lanes)
 
         each_segment(builder, count, segment)
-        results = [folded(builder, builder.load(total)) for total in exact + rough]
+        results = [row.total(total) for total in exact + rough]
         return context.make_tuple(builder, signature.return_type, results)
 
     numbers = types.UniTuple(types.float32, 2 * inputs)

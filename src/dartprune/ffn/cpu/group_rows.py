@@ -37,7 +37,7 @@ from dartprune.ffn.row_format import GROUP, QUAD, SEGMENTS
 LARGEST = SEGMENTS[0]
 
 
-class _Row:
+class RowSums:
     """Emits code over one row: its scales, lows and two floats, and sums over its groups."""
 
     def __init__(self, builder: Any, home: Any, scales: Any, groups: Any) -> None:
@@ -113,7 +113,7 @@ def whole_row(
             data_of(context, builder, signature.args[i], args[i]) for i in (0, 1, 2, 3, 6, 11, 12)
         )
         count = args[8]
-        row, total = _Row(builder, own, args[4], count), None
+        row = RowSums(builder, own, args[4], count)
         total = row.sum()
         sources = [(builder.gep(own, [args[5]]), builder.gep(then, [args[5]]))]
         if below:
@@ -159,7 +159,7 @@ def low_row(
             data_of(context, builder, signature.args[i], args[i]) for i in (0, 1, 2, 4, 8, 9)
         )
         count = args[6]
-        row = _Row(builder, own, args[3], count)
+        row = RowSums(builder, own, args[3], count)
         total = row.sum()
         mine, others = builder.gep(other, [args[5]]), builder.gep(then_tail, [args[5]])
         fetch_all(builder, then, args[3], builder.add(builder.add(count, count), SIZE(8)))
@@ -198,7 +198,7 @@ def high_row(context: Any, x: Any, scale: Any, sums: Any, home: Any, scales: Any
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         inputs, factors, totals, own = (data_of(context, builder, signature.args[i], args[i]) for i in range(4))
         count = args[6]
-        row = _Row(builder, own, args[4], count)
+        row = RowSums(builder, own, args[4], count)
         product, middle = row.sum(), row.sum()
         mine = builder.gep(own, [args[5]])
 
