@@ -20,6 +20,7 @@ LANES = 16  # floats of one vector
 STEP = 2 * LANES  # weights of each row that one turn of the loop takes
 LINE = 64  # bytes that memory gives at a time
 LEVEL = 2  # fetch into the second cache: a block of eight rows would flood the first
+AGAIN = 512  # bytes ahead in a row itself that are asked for once more: a busy processor drops what it is asked for
 
 _BYTES = {types.int8: 1, types.uint16: 2, types.int16: 2, types.float32: 4}
 _FLOAT, _SIZE = ir.FloatType(), ir.IntType(64)
@@ -61,11 +62,13 @@ def _multiply_add(builder: Any, a: Any, b: Any, c: Any, kind: Any) -> Any:
     return _call(builder, name, kind, a, b, c)
 
 
-def _fetch(builder: Any, words: Any, rows: Sequence[Any], at: Any) -> None:
-    """Ask for what lies at row[at : at + STEP] of each row, without waiting for it."""
-    for row in rows:
-        for first in range(0, STEP, LINE // _BYTES[words]):
-            _prefetch(builder, row, builder.add(at, _SIZE(first)))
+def _fetch(builder: Any, words: Any, later: Sequence[Any], rows: Sequence[Any], at: Any) -> None:
+    """Ask for what lies at row[at : at + STEP] of each later row, and again for what comes in those that are read."""
+    size = _BYTES[words]
+    for group, ahead in ((later, 0), (rows, AGAIN // size)):
+        for row in group:
+            for first in range(ahead, ahead + STEP, LINE // size):
+                _prefetch(builder, row, builder.add(at, _SIZE(first)))
 
 
 def _prefetch(builder: Any, row: Any, at: Any) -> None:
@@ -122,7 +125,7 @@ def dots(context: Any, inputs: Any, rows: Any, ahead: Any) -> Any:
         zero = ir.Constant(_VECTOR, [0.0] * LANES)
         sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(2)] for _ in range(len(w) * many)]
         with cgutils.for_range_slice(builder, _SIZE(0), whole, _SIZE(STEP)) as (at, _):
-            _fetch(builder, words, later, at)
+            _fetch(builder, words, later, w, at)
             for half in range(2):
                 place = builder.add(at, _SIZE(half * LANES))
                 values = [_weights(builder, types.float32, pointer, place, _VECTOR) for pointer in x]
@@ -179,7 +182,7 @@ def add_rows(context: Any, outputs: Any, scales: Any, rows: Any, ahead: Any) -> 
                 builder.store(total, place, align=4)
 
         with cgutils.for_range_slice(builder, _SIZE(0), whole, _SIZE(STEP)) as (at, _):
-            _fetch(builder, words, later, at)
+            _fetch(builder, words, later, w, at)
             for half in range(2):
                 add(builder.add(at, _SIZE(half * LANES)), _VECTOR, spread)
         with cgutils.for_range_slice(builder, whole, length, _SIZE(1)) as (at, _):

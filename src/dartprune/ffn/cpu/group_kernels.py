@@ -17,6 +17,7 @@ from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.cut import choose_part
 from dartprune.ffn.cpu.group_blocks import fetch_bytes
 from dartprune.ffn.cpu.group_parts import (
+    AGAIN,
     BOTH,
     add,
     gather,
@@ -49,10 +50,10 @@ def _span(
     while i < last:
         many = BOTH if i + BOTH <= last else 1
         rows = index[i : i + many]
-        for r in range(many):
-            later[r] = index[min(i + BOTH + r, end)]
+        for r in range(BOTH):
+            later[r] = index[min(i + many + r, end)]
         neuron_values(
-            codes[n], scale[n], sums[n], head, tail, offsets, rows, later[:many], biases, kind, known, gates, ups,
+            codes[n], scale[n], sums[n], head, tail, offsets, rows, later, biases, kind, known, gates, ups,
             room, values,
         )  # fmt: skip
         if means.shape[0]:
@@ -188,6 +189,7 @@ def _estimate_part(first, last, inputs, head, offsets, gates, ups, gate_middles,
     codes, scale, sums = inputs
     for i in range(first, last):
         fetch_bytes(head[min(i + BOTH, head.shape[0] - 1)], 0, head.shape[1])
+        fetch_bytes(head[min(i + AGAIN, head.shape[0] - 1)], 0, head.shape[1])
         for n in range(codes.shape[0]):
             if offsets[3]:
                 gates[n, i], gate_middles[n, i - first] = high_part(

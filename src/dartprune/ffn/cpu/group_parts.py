@@ -18,6 +18,9 @@ from dartprune.ffn.row_format import GROUP, QUAD, SEGMENTS, STEPS
 LARGEST, SECOND, THIRD = SEGMENTS
 MOST = np.float32(127.0)
 BOTH = 4  # neurons whose down rows are added at a time
+# Neurons between the one that is computed and the one that is fetched once more: of what a busy processor is asked for
+# it drops some, so everything is asked for twice, the first time line by line while others are computed.
+AGAIN = 2
 
 
 @lean()
@@ -112,17 +115,39 @@ def high_part(x, scale, sums, home, offsets, of_up):
 
 
 @lean()
+def fetch_product(head, tail, offsets, of_up, i):
+    """Ask for what `product` needs of neuron i."""
+    groups, high, low = offsets[0], offsets[1], offsets[2]
+    at, scales, rest = (offsets[5], offsets[7], offsets[9]) if of_up else (offsets[4], offsets[6], offsets[8])
+    fetch_bytes(head[i], at, groups * QUAD * high)
+    fetch_bytes(head[i], scales, 2 * groups + 8)
+    if low:
+        fetch_bytes(tail[i], rest, groups * QUAD * low)
+
+
+@lean()
+def _fetch_again(head, tail, offsets, known, i):
+    """Ask for what is needed of neuron i; known: as for `neuron_values`."""
+    first = 0 if known == 0 else (offsets[6] if known == 1 else offsets[5])
+    rest = offsets[9] if known == 2 else 0
+    fetch_bytes(head[i], first, head.shape[1] - first)
+    fetch_bytes(tail[i], rest, tail.shape[1] - rest)
+
+
+@lean()
 def neuron_values(x, scale, sums, head, tail, offsets, rows, later, biases, kind, known, gates, ups, room, values):
     """The values of a few neurons, the inputs of their down rows; what the neurons `later` need is fetched.
 
-    rows, later: int [n], n at most 4; room and values float32 [4], values is filled. biases (of gate, of up, which
-    there are). known: what gates and ups float32 [I] hold already: 0 nothing, 1 the products without the low codes, 2
-    the gate's activation alone.
+    rows: int [n], n at most 4, later: int [4]; room and values float32 [4], values is filled. biases (of gate, of up,
+    which there are). known: what gates and ups float32 [I] hold already: 0 nothing, 1 the products without the low
+    codes, 2 the gate's activation alone.
     """
     gate_bias, up_bias, biased = biases
     gated = bool(offsets[3])
     for r in range(rows.shape[0]):
         i, then = rows[r], later[r]
+        again = r + AGAIN
+        _fetch_again(head, tail, offsets, known, rows[again] if again < rows.shape[0] else later[again - rows.shape[0]])
         if known == 2:
             room[r] = gates[i]
         elif gated:

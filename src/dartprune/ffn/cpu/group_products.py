@@ -7,7 +7,7 @@ from numba import prange
 
 from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.group_pairs import row_pairs
-from dartprune.ffn.cpu.group_parts import BOTH, add, gather, product, rounded_rows, share
+from dartprune.ffn.cpu.group_parts import AGAIN, BOTH, add, fetch_product, gather, product, rounded_rows, share
 from dartprune.ffn.cpu.lean import lean
 from dartprune.ffn.row_format import GROUP
 
@@ -18,6 +18,7 @@ def products_part(first, last, inputs, head, tail, offsets, of_up, out):
     codes, scale, sums = inputs
     for i in range(first, last):
         later = min(i + BOTH, last - 1)
+        fetch_product(head, tail, offsets, of_up, min(i + AGAIN, last - 1))
         for n in range(codes.shape[0]):
             out[n, i] = product(codes[n], scale[n], sums[n], head, tail, offsets, of_up, i, later)
 
