@@ -107,7 +107,7 @@ class Run(Refuses):
             parts.facts,
         )
         self._step = own_step(self._core, decoder.layers, prunes=method.prunes)
-        self._whole = WholeSteps(parts.layers, self._live, self._door, prunes=method.prunes)
+        self._whole = WholeSteps(parts.layers, self._live, self._door, parts.spending, prunes=method.prunes)
         with parts.preparation("the decode step"):
             self._step.prepare(self._whole.example())
         self._account.step = lambda steps: self._step.said(self._whole.steps, steps)

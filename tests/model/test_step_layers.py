@@ -91,7 +91,7 @@ def decoded(model, pruner, inputs, sites=None, steps=20):
             **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, output_logits=True,
             return_dict_in_generate=True, pad_token_id=0,
         )  # fmt: skip
-        rings = [layer.ring.codes.clone() for layer in run.layers if layer.ring is not None]
+        rings = [layer.ring.rings.codes[:, layer.ring.number].clone() for layer in run.layers if layer.ring is not None]
         report = run.report()
     return torch.stack(out.logits), rings, report
 

@@ -7,7 +7,7 @@ import torch
 
 import dartprune.runtime.trace as trace_module
 from dartprune.model.rows import Phase, Rows
-from dartprune.runtime.ring import LayerRing, settle
+from dartprune.runtime.ring import Rings
 from dartprune.runtime.selection import LayerSelection
 from dartprune.runtime.trace import STATISTICS, LayerTrace, impact_terms
 
@@ -135,8 +135,9 @@ def test_rows_and_rings():
     rows = Rows(Phase.PREFILL, (4, 2), 5, valid)
     assert rows.counts() == [3, 5]
     assert rows.weight([1, 0]).tolist() == [[0, 0, 0, 1, 1], [1] * 5]
-    ring = LayerRing(4, 1, torch.float32, CPU)
-    ring.grow(5)
+    rings = Rings(2, 4, 1, torch.float32, CPU)
+    rings.grow(5)
+    ring = rings.layers[1]
     x = torch.arange(10.0)[:, None]
     ring.write(x, *rows.tail(4, [3, 0]))
     # tokens 2, 3, 4 at places 3, 0, 1
@@ -145,6 +146,7 @@ def test_rows_and_rings():
     one = Rows(Phase.DECODE, (2,), 1)
     ring.write(x[:1], *one.tail(4, [1]))
     assert ring.read(torch.tensor([2]), torch.tensor([[2, 3, 0, 1]]))[0, :, 0].tolist() == [7, 8, 9, 0]
+    assert not rings.codes[:, 0].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -153,8 +155,9 @@ def test_a_ring_remembers_to_eight_bits(dtype):
     x[1, 3] = 900.0  # the outlier dimension of a large model
     x[2] = 0.0
     x[3] *= 1e-4
-    ring = LayerRing(6, 40, dtype, CPU)
-    ring.grow(1)
+    rings = Rings(1, 6, 40, dtype, CPU)
+    rings.grow(1)
+    (ring,) = rings.layers
     slots = torch.zeros(6, dtype=torch.int64)
     ring.write(x, torch.arange(6), slots, torch.arange(6))
     got = ring.read(slots[:1], torch.arange(6)[None])[0]
@@ -162,29 +165,37 @@ def test_a_ring_remembers_to_eight_bits(dtype):
     # three bits of mantissa; values far below a token's largest one have fewer
     largest = x.float().abs().amax(1, keepdim=True)
     assert ((got.float() - x.float()).abs() <= x.float().abs() / 16 + largest / 448 / 512 + 1e-6).all()
-    assert ring.bytes_per_slot() == 7 * (40 + 4)
+    assert rings.bytes_per_slot() == 7 * (40 + 4)
 
 
 def test_what_is_put_aside_is_stored_as_if_it_were_written_at_once():
     torch.manual_seed(0)
-    widths = [40, 40, 24, 40]  # layers need not be alike
-    rings, at_once = ([LayerRing(4, width, torch.bfloat16, CPU) for width in widths] for _ in range(2))
+    stores = [Rings(layers, 4, width, torch.bfloat16, CPU) for layers, width in [(3, 40), (1, 24)] * 2]
+    for store in stores:
+        store.grow(2)  # layers need not be alike
+    rings, at_once = ([*same.layers, *other.layers] for same, other in (stores[:2], stores[2:]))
     slots, places, rows = torch.tensor([1, 0, 1]), torch.tensor([0, 3, 2]), torch.tensor([4, 0, 2])
     for ring, other in zip(rings, at_once, strict=True):
-        x = torch.randn(5, widths[rings.index(ring)]).bfloat16()
-        ring.grow(2)
-        other.grow(2)
+        x = torch.randn(5, ring.rings.codes.shape[-1]).bfloat16()
         ring.keep(x.index_select(0, rows), slots, places)
         x_before = x.clone()
         x.zero_()  # what follows may work in place
         other.write(x_before, rows, slots, places)
-    rings[3].forget()
-    settle(rings)
-    settle(rings)  # nothing is stored twice
-    for ring, other in list(zip(rings, at_once, strict=True))[:3]:
-        assert torch.equal(ring.codes, other.codes)
-        assert torch.equal(ring.scales, other.scales)
-    assert not rings[3].codes.any()
+    for store in stores[:2]:
+        assert not store.codes.any()
+        store.settle()
+    every = torch.randn(3, 3, 40).bfloat16()
+    stores[0].keep(every, slots, (places + 1) % 4)  # a forward that fails
+    stores[0].forget()
+    stores[0].settle()  # nothing is stored, and nothing twice
+    assert_alike = [(store.codes, other.codes) for store, other in zip(stores[:2], stores[2:], strict=True)]
+    assert_alike += [(store.scales, other.scales) for store, other in zip(stores[:2], stores[2:], strict=True)]
+    assert all(torch.equal(*pair) for pair in assert_alike)
+    stores[0].keep(every, slots, (places + 1) % 4)  # all layers at once
+    stores[0].settle()
+    for ring, x in zip(at_once[:3], every, strict=True):
+        ring.write(x, torch.arange(3), slots, (places + 1) % 4)
+    assert all(torch.equal(*pair) for pair in assert_alike)
 
 
 def test_slots_grow_and_move_at_once():

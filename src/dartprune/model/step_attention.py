@@ -172,10 +172,11 @@ def grown(layer: Any) -> list[Tensor]:
     The layer's tensors become views of larger ones, one token longer than before, which the caller fills at
     [:, :, T], so that a step does not copy all that went before. What else is done to the cache (crops, reorders,
     copies) works on views as on other tensors; where its tensors are not the views that were left here, they are copied
-    into new room.
+    into new room. The list is the same one as long as the room is.
     """
     parts = layer.keys, layer.values
-    room, left = layer.__dict__.get(_ROOM, ((), (None, None)))
+    room: list[Tensor]
+    room, left = layer.__dict__.get(_ROOM, ([], (None, None)))
     length = parts[0].shape[2]
     # after a crop somebody may hold what was cut off: it is not written over
     known = (parts[0] is left[0] and parts[1] is left[1]) or all(map(_is_same, parts, left))
@@ -188,7 +189,7 @@ def grown(layer: Any) -> list[Tensor]:
             room.append(whole)
     layer.keys, layer.values = (whole.narrow(2, 0, length + 1) for whole in room)
     layer.__dict__[_ROOM] = room, (layer.keys, layer.values)
-    return list(room)
+    return room
 
 
 def _is_same(part: Tensor, left: Tensor | None) -> bool:

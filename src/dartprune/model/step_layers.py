@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import numpy
@@ -67,14 +68,11 @@ class OwnLayers:
         self._heard = [hooks for d in self._dicts for hooks in (d["_forward_hooks"], d["_forward_pre_hooks"])]
         self._unbiased = [module.mlp._modules[name]._parameters for module in modules for name in FFN]
         self._forwards: list[Any] = []  # of all these modules, when they were last looked at
-        self._places = [place for module in modules for place in form.places(module)]
-        self._shapes = [
-            None if (tensor := tensors.get(name)) is None else tensor.shape for tensors, name in self._places
-        ]
-        self._held: list[Tensor | None] = []
-        self._known: tuple[Any, ...] = ()  # the memory of those that are parameters, which may change under them
-        self._table: Any = None
+        places = [place for module in modules for place in form.places(module)]
+        self._owners, self._names = [owner for owner, _ in places], [name for _, name in places]
+        self._shapes = [None if tensor is None else tensor.shape for tensor in self._tensors()]
         self._result: Tensor | None = None
+        self._forget()
 
     def prepare(self, choice: FFNChoice) -> None:
         """Compile the kernel for such a choice, so that no token waits for it."""
@@ -90,7 +88,17 @@ class OwnLayers:
         self.hooks, self._forwards = hooks, []
         if hooks is None:
             self._shared.forget()
-            self._result, self._table, self._held, self._known = None, None, [], ()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._kind: FFNKind | None = None
+        self._held: list[Tensor | None] = []  # what the table is of: the layers' own tensors
+        self._movable: list[Tensor] = []  # those that are parameters, whose memory may change under them
+        self._memory: list[int] = []
+        self._chosen: list[Tensor | None] = []  # and those of the choice
+        self._rooms: list[list[Tensor]] = []  # and of the cache
+        self._table: Any = None
+        self._result = None
 
     def computed(self, x: Tensor, call: dict[str, Any], index: int) -> Tensor | None:
         """What layer `index` gives, or None where its own forward must."""
@@ -113,7 +121,7 @@ class OwnLayers:
             return False
         if any(self._heard) or any(GLOBAL_HOOKS) or not self._ours():
             return False
-        if any(parameters.get("bias") is not None for parameters in self._unbiased):
+        if any(bias is not None for bias in map(dict.get, self._unbiased, repeat("bias"))):
             return False
         if not attends(attention, x, call.get("position_embeddings"), call.get("attention_mask"), call):
             return False
@@ -122,7 +130,7 @@ class OwnLayers:
 
     def _ours(self) -> bool:
         """Whether every forward that stands on a module's instance is a run's."""
-        forwards = [d.get("forward") for d in self._dicts]
+        forwards = list(map(dict.get, self._dicts, repeat("forward")))
         if forwards != self._forwards:
             if not all(forward is None or is_ours(forward) for forward in forwards):
                 return False
@@ -132,8 +140,8 @@ class OwnLayers:
     def _computed(self, x: Tensor, call: dict[str, Any], table: Any, choice: FFNChoice) -> Tensor:
         cache, mask, lines = cache_in(call), call.get("attention_mask"), x.shape[0]
         length = cache.layers[0].keys.shape[2]
-        _write_choice(table, choice.kind, self.form.tensors(choice, len(table)))
-        _write_cache(table, cache.layers)
+        self._write_choice(choice.kind, self.form.tensors(choice, len(table)))
+        self._write_cache(cache.layers)
         turned, added = self._shared.of(call["position_embeddings"], lines), self._shared.added(mask, lines, length + 1)
         out = x.clone(memory_format=torch.contiguous_format)
         place = *turned, length, added, self._modules[0].self_attn.scaling
@@ -163,48 +171,65 @@ class OwnLayers:
         self.form.run(given, choice, moments, use_threads(), filled)
         return made
 
+    def _tensors(self) -> list[Tensor | None]:
+        """The layers' own, as they are now."""
+        return list(map(dict.get, self._owners, self._names))
+
     def _weights(self, kind: FFNKind) -> Any:
         """The table, the layers' own tensors in it; None where they are such by now that no kernel takes them."""
         from dartprune.ffn.cpu.step_table import COLUMNS
 
-        held = [tensors.get(name) for tensors, name in self._places]
-        known = kind, *(tensor.data_ptr() for tensor in held if type(tensor) is nn.Parameter)
-        if known != self._known or len(held) != len(self._held) or not all(map(operator.is_, held, self._held)):
+        held = self._tensors()
+        if (
+            kind is not self._kind
+            or not _are_same(held, self._held)
+            or list(map(Tensor.data_ptr, self._movable)) != self._memory
+        ):
             many = len(held) // len(self._modules)
             lines = [held[first : first + many] for first in range(0, len(held), many)]
             shapes = [None if tensor is None else tensor.shape for tensor in held]
+            self._forget()
             if shapes != self._shapes or not all(self.form.usable(line, kind) for line in lines):
                 return None
             self._table = numpy.zeros((len(lines), COLUMNS), numpy.int64)
             self._table[:, self.form.columns()] = [_addresses(line) for line in lines]
-            self._held, self._known = held, known
+            self._kind, self._held = kind, held
+            self._movable = [tensor for tensor in held if type(tensor) is nn.Parameter]
+            self._memory = list(map(Tensor.data_ptr, self._movable))
         return self._table
+
+    def _write_choice(self, kind: FFNKind, tensors: Sequence[Sequence[Tensor | None]]) -> None:
+        from dartprune.ffn.cpu import step_table as columns
+
+        chosen = list(chain.from_iterable(tensors))
+        if _are_same(chosen, self._chosen):
+            return
+        places = [columns.COMPENSATION]
+        if kind in OWN:
+            places += [columns.WANTED, columns.IMPORTANCE, columns.ERRORS, columns.MEANS]
+        else:
+            places += [columns.INDEX, columns.COUNT]
+            self._table[:, columns.WIDTH] = [line[1].shape[1] for line in tensors if line[1] is not None]
+        if kind is FFNKind.SKETCH:
+            places += [columns.GATE_PLANES, columns.GATE_SCALE, columns.UP_PLANES, columns.UP_SCALE]
+        self._table[:, places] = list(map(_addresses, tensors))
+        self._chosen = chosen
+
+    def _write_cache(self, layers: Sequence[Any]) -> None:
+        """Make room for a token in every layer of a cache."""
+        from dartprune.ffn.cpu import step_table as columns
+
+        rooms = list(map(grown, layers))
+        if not _are_same(rooms, self._rooms):
+            places = [columns.KEYS, columns.VALUES, columns.ROOM]
+            self._table[:, places] = [(keys.data_ptr(), values.data_ptr(), keys.shape[2]) for keys, values in rooms]
+            self._rooms = rooms
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _write_choice(table: Any, kind: FFNKind, tensors: Sequence[Sequence[Tensor | None]]) -> None:
-    from dartprune.ffn.cpu import step_table as columns
-
-    if not tensors:
-        return
-    places = [columns.COMPENSATION]
-    if kind in OWN:
-        places += [columns.WANTED, columns.IMPORTANCE, columns.ERRORS, columns.MEANS]
-    else:
-        places += [columns.INDEX, columns.COUNT]
-        table[:, columns.WIDTH] = [line[1].shape[1] for line in tensors if line[1] is not None]
-    if kind is FFNKind.SKETCH:
-        places += [columns.GATE_PLANES, columns.GATE_SCALE, columns.UP_PLANES, columns.UP_SCALE]
-    table[:, places] = list(map(_addresses, tensors))
-
-
-def _write_cache(table: Any, layers: Sequence[Any]) -> None:
-    """Make room for a token in every layer of a cache."""
-    from dartprune.ffn.cpu import step_table as columns
-
-    rooms = [grown(layer) for layer in layers]
-    places = [columns.KEYS, columns.VALUES, columns.ROOM]
-    table[:, places] = [(keys.data_ptr(), values.data_ptr(), keys.shape[2]) for keys, values in rooms]
+def _are_same(found: Sequence[Any], known: Sequence[Any]) -> bool:
+    """Whether these are the very same objects."""
+    return len(found) == len(known) and all(map(operator.is_, found, known))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from dartprune.names import unknown
 from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.preparation import Preparation
 from dartprune.runtime.reasons import CAUSES
-from dartprune.runtime.ring import LayerRing
+from dartprune.runtime.ring import LayerRing, Rings
 from dartprune.runtime.rows_or_dense import has_choice
 from dartprune.runtime.selection import LayerSelection
 from dartprune.runtime.selectors.build import SelectorBuilder
@@ -69,7 +70,8 @@ def build(
     if method.refresh.detects:
         holders.append(windows)
     for live in layers:
-        holders += [part for part in (live.trace, live.selection, live.ring, live.selector) if part is not None]
+        holders += [part for part in (live.trace, live.selection, live.selector) if part is not None]
+    holders += builder.rings
     selectors = [live.selector for live in layers if live.selector is not None]
     spending = Spending(selectors, counters.device) if selectors else None
     return LiveParts(layers, counters, windows, holders, facts, builder.notes, layout, spending, builder.preparation)
@@ -102,13 +104,27 @@ class _Builder:
             kind = type(method.token).__name__
             self.notes.append(f"{kind} has no kernels: its choice is applied as a mask, which saves no time")
         self._states: dict[torch.device, DeviceState] = {}
+        self._rings: dict[int, LayerRing] = {}
+        self.rings = self._made_rings(decoder) if method.refresh.replay_tokens else []
+
+    def _made_rings(self, decoder: Decoder) -> list[Rings]:
+        """Rings of all layers, those that are alike together."""
+        alike: dict[Any, list[int]] = {}
+        for layer in decoder.layers:
+            device, dtype = self._places[layer.index]
+            alike.setdefault((layer.hidden, dtype, device), []).append(layer.index)
+        made = []
+        for kind, indices in alike.items():
+            rings = Rings(len(indices), self._method.refresh.replay_tokens, *kind)
+            self._rings.update(zip(indices, rings.layers, strict=True))
+            made.append(rings)
+        return made
 
     def layer(self, layer: Layer) -> LiveLayer:
         """A layer with all it holds."""
         method = self._method
         device, dtype = self._places[layer.index]
         backend, weights = self._laid_out(layer, device)
-        ring = method.refresh.replay_tokens
         return LiveLayer(
             layer,
             self._states.setdefault(device, DeviceState()),
@@ -116,7 +132,7 @@ class _Builder:
                 tuple(name for name in method.inputs if name in STATISTICS), layer.neurons, method.decay, device
             ),
             self._selection(layer, device, backend, weights),
-            LayerRing(ring, layer.hidden, dtype, device) if ring else None,
+            self._rings.get(layer.index),
             backend,
             weights,
             (device, dtype),

@@ -15,7 +15,6 @@ from dartprune.model.rows import Phase, Rows
 from dartprune.runtime.events import Events
 from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.prompt import prefilled
-from dartprune.runtime.ring import settle
 from dartprune.runtime.rows_or_dense import RowsOrDense
 from dartprune.runtime.sample import Sample, sample
 from dartprune.runtime.selectors.spending import Spending
@@ -56,6 +55,7 @@ class Forwards:
         self._tokens = tokens
         self._events = events
         self._spending = spending
+        self._rings = list(dict.fromkeys(layer.ring.rings for layer in layers if layer.ring is not None))
         self._ring = method.refresh.replay_tokens
         states = {layer.trace.device: layer.state for layer in layers}
         self._learns = any(layer.selector is not None and layer.selector.learns for layer in layers)
@@ -89,8 +89,10 @@ class Forwards:
         self.rows = None
         for layer in self.layers:
             layer.sampled = layer.lesson = None
-            if layer.ring is not None:
-                layer.ring.forget()
+        for rings in self._rings:
+            rings.forget()
+        if self._spending is not None:
+            self._spending.forget()
 
     def _gathers(self, rows: Rows, slots: list[Slot]) -> bool:
         # where some lines are dense all weights are read anyway: masks cost nothing more
@@ -113,7 +115,8 @@ class Forwards:
         if rows is None:
             return
         self._planner.plain()
-        settle(layer.ring for layer in self.layers if layer.ring is not None)
+        for rings in self._rings:
+            rings.settle()
         attention = self.layers[-1].state.attention if self.method.prunes and not self._paused else None
         if attention is not None:
             attention = attention.reshape(len(rows.slots), rows.tokens, -1)

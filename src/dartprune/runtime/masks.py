@@ -83,7 +83,7 @@ class Masks:
         on = {device: (rows, places.to(device), weight.to(device)) for device, rows in ids.items()}
         for layer in self.layers:
             assert layer.ring is not None
-            rows, where, counted = on[layer.ring.device]
+            rows, where, counted = on[layer.ring.rings.device]
             x, memory = layer.ring.read(rows, where), self.method.refresh.replay_memory
             if layer.selector is not None and layer.selector.learns:
                 layer.selector.learn(layer.selector.lesson(x, counted, rows), rows, counted, memory)

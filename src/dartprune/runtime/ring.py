@@ -2,80 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dartprune.runtime.device_values import DeviceValues
 from dartprune.runtime.slot_tensors import SlotTensors
 
 EIGHT = torch.float8_e4m3fn  # three bits of mantissa: masks made from it differ by a neuron in hundreds
 LARGEST = torch.finfo(EIGHT).max
 
 
-class LayerRing(SlotTensors):
-    """FFN inputs of the last R tokens of one layer, in 8-bit floats with one scale for each token.
+class Rings(SlotTensors):
+    """FFN inputs of the last R tokens of layers that are alike, in 8-bit floats with one scale for each token.
 
-    codes: uint8 [slots, R + 1, H], the bits of float8_e4m3fn.  scales: float32 [slots, R + 1].  The extra row takes
-    what must not be kept.
+    codes: uint8 [slots, layers, R + 1, H], the bits of float8_e4m3fn.  scales: float32 [slots, layers, R + 1].  The
+    extra row takes what must not be kept.
     """
 
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layers: int, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(device)
-        self.length = tokens
         self.dtype = dtype
+        self.layers = [LayerRing(self, number) for number in range(layers)]
+        self._on_device = DeviceValues()
+        self._kept: list[tuple[list[int], Tensor, Tensor, Tensor]] = []
         # as bytes: few operations know 8-bit floats
-        self._allocate("codes", (tokens + 1, hidden), torch.uint8)
-        self._allocate("scales", (tokens + 1,), torch.float32)
-        self._kept: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self._allocate("codes", (layers, tokens + 1, hidden), torch.uint8)
+        self._allocate("scales", (layers, tokens + 1), torch.float32)
 
-    def write(self, x: Tensor, rows: Tensor, slots: Tensor, places: Tensor) -> None:
-        """Store rows of x ([N, H]): row rows[m] goes to place places[m] of slot slots[m] (int64 [M] each)."""
-        self._store(*_rounded(x.index_select(0, rows)), (slots, places))
+    def keep(self, x: Tensor, slots: Tensor, places: Tensor, layers: list[int] | None = None) -> None:
+        """Put rows of layers (all of them by default) aside until `settle`.
 
-    def keep(self, x: Tensor, slots: Tensor, places: Tensor) -> None:
-        """The same of rows [M, H] of its own, put aside until `settle`; that must come before slots and places change.
+        That must come before slots and places change, and the rows must stay as they are.
 
-        The rows must stay as they are.
+        Args:
+            x: the rows, [L, M, H].
+            slots: int64 [M], where they go.
+            places: int64 [M], of the slots' rings.
+            layers: their numbers.
         """
-        self._kept = x, (slots, places)
+        self._kept.append((list(range(len(self.layers))) if layers is None else layers, x, slots, places))
 
     def forget(self) -> None:
         """Drop what is put aside."""
-        self._kept = None
+        self._kept.clear()
 
-    def _store(self, codes: Tensor, scales: Tensor, where: tuple[Tensor, Tensor]) -> None:
-        self.codes.index_put_(where, codes)
-        self.scales.index_put_(where, scales)
+    def settle(self) -> None:
+        """Store what is put aside, all layers at once where they can be."""
+        alike: dict[Any, tuple[list[int], list[Tensor]]] = {}
+        for layers, x, slots, places in self._kept:
+            numbers, parts = alike.setdefault((x.shape[1:], x.dtype, slots, places), ([], []))
+            numbers += layers
+            parts.append(x)
+        for (_, _, slots, places), (numbers, parts) in alike.items():
+            self.store(torch.cat(parts), self._on_device(numbers, self.device)[:, None], slots, places)
+        self.forget()
+
+    def store(self, x: Tensor, layers: Tensor | int, slots: Tensor, places: Tensor) -> None:
+        """Round inputs [..., H] to the layers, slots and places that are named, whose shapes together are [...]."""
+        wide = x.float()
+        scale = (wide.abs().amax(-1) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+        self.codes[slots, layers, places] = (wide / scale[..., None]).to(EIGHT).view(torch.uint8)
+        self.scales[slots, layers, places] = scale
+
+
+class LayerRing:
+    """What is kept of one layer: `rings.codes[:, number]`."""
+
+    def __init__(self, rings: Rings, number: int) -> None:
+        self.rings, self.number = rings, number
+
+    def write(self, x: Tensor, rows: Tensor, slots: Tensor, places: Tensor) -> None:
+        """Store rows of x ([N, H]): row rows[m] goes to place places[m] of slot slots[m] (int64 [M] each)."""
+        self.rings.store(x.index_select(0, rows), self.number, slots, places)
+
+    def keep(self, x: Tensor, slots: Tensor, places: Tensor) -> None:
+        """The same of rows [M, H] of its own, put aside: see `Rings.keep`."""
+        self.rings.keep(x[None], slots, places, [self.number])
 
     def read(self, slots: Tensor, places: Tensor) -> Tensor:
         """Stored inputs [n, m, H] of slots [n] at places [n, m], in the dtype of the inputs."""
-        at = (slots[:, None], places)
-        wide = self.codes[at].view(EIGHT).float() * self.scales[at][..., None]
-        return wide.to(self.dtype)
-
-
-def settle(rings: Iterable[LayerRing]) -> None:
-    """Store what rings have put aside. Inputs of one shape are rounded together: few operations for all layers."""
-    alike: dict[Any, list[LayerRing]] = {}
-    for ring in rings:
-        if ring._kept is not None:
-            x = ring._kept[0]
-            alike.setdefault((x.shape, x.dtype, x.device), []).append(ring)
-    for group in alike.values():
-        kept = [ring._kept for ring in group if ring._kept is not None]
-        codes, scales = _rounded(torch.stack([x for x, _ in kept]))
-        for ring, (_, where), part, scale in zip(group, kept, codes.unbind(0), scales.unbind(0), strict=True):
-            ring._store(part, scale, where)
-            ring.forget()
-
-
-def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs [..., H] as bits of 8-bit floats and their scales [...]."""
-    wide = x.float()
-    scale = (wide.abs().amax(-1) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
-    return (wide / scale[..., None]).to(EIGHT).view(torch.uint8), scale
+        at = slots[:, None], self.number, places
+        wide = self.rings.codes[at].view(EIGHT).float() * self.rings.scales[at][..., None]
+        return wide.to(self.rings.dtype)

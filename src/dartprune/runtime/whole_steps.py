@@ -14,6 +14,7 @@ from dartprune.model.step_hooks import FFNChoice, FFNKind, LayersMade
 from dartprune.runtime.layer_hooks import LiveLayer
 from dartprune.runtime.model_hooks import LiveModel
 from dartprune.runtime.selectors.sketch_layer import SketchLayer
+from dartprune.runtime.selectors.spending import Spending
 from dartprune.runtime.step import Step
 
 
@@ -23,10 +24,20 @@ class WholeSteps:
     kind: of the choices that come, None where its FFNs are not computed so.  made_so_far: how many such steps.
     """
 
-    def __init__(self, layers: Sequence[LiveLayer], live: LiveModel, door: ModelSite, *, prunes: bool) -> None:
-        self._layers, self._live, self._door = list(layers), live, door
+    def __init__(
+        self,
+        layers: Sequence[LiveLayer],
+        live: LiveModel,
+        door: ModelSite,
+        spending: Spending | None,
+        *,
+        prunes: bool,
+    ) -> None:
+        self._layers, self._live, self._door, self._spending = list(layers), live, door, spending
         kinds = {_kind(layer) for layer in layers} if prunes else {FFNKind.DENSE}
-        together = len(kinds) == len({id(layer.state) for layer in layers}) == 1  # and on one device
+        rings = {None if layer.ring is None else layer.ring.rings for layer in layers}
+        together = len(kinds) == len({id(layer.state) for layer in layers}) == len(rings) == 1  # and on one device
+        self._rings = rings.pop()
         self.kind = kinds.pop() if together else None
         self._step: Step | None = None  # of the forward under way
         self.made_so_far = 0
@@ -62,13 +73,11 @@ class WholeSteps:
             return
         self._layers[-1].state.attention = step.attention
         if told.ring is not None:
-            rows, *where = told.ring
-            for layer, x in zip(self._layers, step.inputs.index_select(1, rows).unbind(0), strict=True):
-                if layer.ring is not None:
-                    layer.ring.keep(x, *where)
-        for layer, count, union in zip(self._layers, step.counts.unbind(0), step.unions.unbind(0), strict=False):
-            assert layer.selector is not None
-            layer.selector.chosen(count, union)
+            rows, slots, places = told.ring
+            assert self._rings is not None
+            self._rings.keep(step.inputs.index_select(1, rows), slots, places)
+        if self._spending is not None:
+            self._spending.tell(step.counts, step.unions)
 
     def _tensors(self, layer: LiveLayer) -> tuple[Tensor | None, ...]:
         """What a layer's choice is made of, see `FFNChoice.tensors`."""

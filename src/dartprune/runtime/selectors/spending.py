@@ -23,18 +23,31 @@ class Spending:
             [selector.chosen_bytes for selector in selectors], dtype=torch.float64, device=device
         )
         self._read = torch.zeros((), dtype=torch.float64, device=device)
+        self._told: tuple[Tensor, Tensor] | None = None
+
+    def tell(self, counts: Tensor, unions: Tensor) -> None:
+        """What the rows of a forward used, int32 [layers, N], and were read for, int32 [layers]: all layers at once."""
+        self._told = counts, unions
+
+    def forget(self) -> None:
+        """That forward failed."""
+        self._told = None
 
     def spent(self, lines: int, tokens: int, *, gathered: bool) -> Tensor | None:
         """What the rows of the last forward used, float32 [lines, tokens]; None where no selector chose."""
-        parts = [selector.take(lines * tokens, gathered=gathered) for selector in self.selectors]
-        device = self._shares.device
-        unions = [union.to(device) for _, union in parts if union is not None]
-        if len(unions) == len(parts):
-            self._read += self._bytes @ torch.stack(unions).double()
-        taken = [count.to(device) for count, _ in parts if count is not None]
-        if len(taken) < len(parts):
-            return None
-        return (self._shares[:, None] * torch.stack(taken).float()).sum(0).view(lines, tokens)
+        counts, unions = self._told or self._taken(lines * tokens, gathered=gathered)
+        self.forget()
+        if unions is not None:
+            self._read += self._bytes @ unions.double()
+        return None if counts is None else (self._shares[:, None] * counts.float()).sum(0).view(lines, tokens)
+
+    def _taken(self, rows: int, *, gathered: bool) -> tuple[Tensor | None, Tensor | None]:
+        counts, unions = zip(*(selector.take(rows, gathered=gathered) for selector in self.selectors), strict=True)
+        return self._stacked(counts), self._stacked(unions)
+
+    def _stacked(self, parts: Sequence[Tensor | None]) -> Tensor | None:
+        found = [part.to(self._shares.device) for part in parts if part is not None]
+        return torch.stack(found) if len(found) == len(parts) else None
 
     @property
     def held(self) -> int:
