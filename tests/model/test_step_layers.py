@@ -414,3 +414,23 @@ def test_nothing_keeps_a_model_alive():
     del model
     gc.collect()
     assert left() is None
+
+
+def test_a_step_that_fails_after_its_layers_leaves_nothing_behind(calls):
+    """Neither inputs for a replay nor counts of chosen neurons."""
+    model, ids = model_of("qwen2"), prompt(1)["input_ids"]
+    with torch.no_grad(), dartprune.SketchDart(0.4)(model) as run:
+        cache = t.DynamicCache(config=model.config)
+        with run.phase("prefill"):
+            model(ids, past_key_values=cache)
+        with run.phase("decode"):
+            model(ids[:, :1], past_key_values=cache)
+        rings = run.layers[0].ring.rings
+        before = rings.codes.clone()
+        handle = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError), run.phase("decode"):
+            model(ids[:, 1:2], past_key_values=cache)
+        handle.remove()
+        assert calls == [1, 1]  # the layers had been computed
+        rings.settle()
+        assert torch.equal(rings.codes, before) and run._parts.spending._told is None
