@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from contextlib import suppress
 from itertools import pairwise
 
@@ -405,9 +407,6 @@ def test_paused_pruning_is_dense(calls):
 
 
 def test_nothing_keeps_a_model_alive():
-    import gc
-    import weakref
-
     model = model_of("llama")
     decoded(model, dartprune.SketchDart(0.4), prompt(1), steps=4)
     left = weakref.ref(model.model.layers[0].self_attn)
@@ -434,3 +433,15 @@ def test_a_step_that_fails_after_its_layers_leaves_nothing_behind(calls):
         assert calls == [1, 1]  # the layers had been computed
         rings.settle()
         assert torch.equal(rings.codes, before) and run._parts.spending._told is None
+
+
+@pytest.mark.parametrize("name", ["dense", "sketch"])
+def test_a_cache_that_was_let_go_of_is_gone_while_attached(name, calls):
+    model, inputs = model_of("qwen2"), prompt(1)
+    with torch.no_grad(), PRUNERS[name](model):
+        out = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True, pad_token_id=0, eos_token_id=-1)
+        left = [weakref.ref(part) for part in vars(out.past_key_values.layers[0])["_dartprune_room"][0]]
+        assert calls
+        del out
+        gc.collect()
+        assert all(ref() is None for ref in left)

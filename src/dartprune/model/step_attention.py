@@ -172,7 +172,7 @@ def grown(layer: Any) -> list[Tensor]:
     The layer's tensors become views of larger ones, one token longer than before, which the caller fills at
     [:, :, T], so that a step does not copy all that went before. What else is done to the cache (crops, reorders,
     copies) works on views as on other tensors; where its tensors are not the views that were left here, they are copied
-    into new room. The list is the same one as long as the room is.
+    into new room. What is returned are the same tensors as long as the room is.
     """
     parts = layer.keys, layer.values
     room: list[Tensor]

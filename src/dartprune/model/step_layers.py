@@ -96,7 +96,7 @@ class OwnLayers:
         self._movable: list[Tensor] = []  # those that are parameters, whose memory may change under them
         self._memory: list[int] = []
         self._chosen: list[Tensor | None] = []  # and those of the choice
-        self._rooms: list[list[Tensor]] = []  # and of the cache
+        self._rooms: list[weakref.ref[Tensor]] = []  # and of the cache, which is gone when it is let go of
         self._table: Any = None
         self._result = None
 
@@ -220,10 +220,10 @@ class OwnLayers:
         from dartprune.ffn.cpu import step_table as columns
 
         rooms = list(map(grown, layers))
-        if not _are_same(rooms, self._rooms):
+        if not _are_same([keys for keys, _ in rooms], [known() for known in self._rooms]):
             places = [columns.KEYS, columns.VALUES, columns.ROOM]
             self._table[:, places] = [(keys.data_ptr(), values.data_ptr(), keys.shape[2]) for keys, values in rooms]
-            self._rooms = rooms
+            self._rooms = [weakref.ref(keys) for keys, _ in rooms]
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
