@@ -58,7 +58,8 @@ def decoded(model: torch.nn.Module, pruner: dartprune.Pruner | None, prompt: tor
         mask, times = torch.ones_like(prompt), []
         for n in (1, tokens + 1):
             began = time.perf_counter()
-            model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=n, do_sample=False)
+            # no end, instead of a least length, for which all logits are looked through at each step
+            model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=n, eos_token_id=None, do_sample=False)
             times.append(time.perf_counter() - began)
         return (times[1] - times[0]) / tokens
     finally:
@@ -82,7 +83,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = load(args.model, dtype=args.dtype)
-    model.generation_config.eos_token_id = None  # no end: `min_new_tokens` looks through all logits for it at each step
     prompt = tokenizer(TEXT, return_tensors="pt").input_ids[:, : args.prompt]
     pruners: dict[str, dartprune.Pruner | None] = {"dense": dartprune.Dense()}
     for preset, sparsity in ((dartprune.SketchDart, 0.3), (dartprune.SketchDart, 0.45), (dartprune.Dart, 0.5)):

@@ -8,6 +8,7 @@ import torch
 from dartprune import Dart, Dense, SketchDart, Static
 from dartprune.bench import advice
 from dartprune.bench.advice import INSTRUCTIONS, Advice, Allowance, Finding, Trial, advise, prompts_of, work_of
+from dartprune.bench.stepping import TokenClock
 from dartprune.errors import UserError
 from dartprune.evaluation.forced import forced_losses
 from dartprune.evaluation.stats import Interval
@@ -107,3 +108,13 @@ def test_answers_that_end_at_once_measure_nothing(monkeypatch):
     monkeypatch.setattr(model.generation_config, "eos_token_id", first)
     with pytest.raises(UserError, match="ends every answer within 8 tokens"):
         advise(model, prompts, [Trial("dart", 0.5, Dart(sparsity=0.5))], new=16)
+
+
+def test_an_end_does_not_end_the_timing(monkeypatch):
+    model, tokenizer = load(dtype="float32")
+    (prompt,) = prompts_of(tokenizer, ["once upon a time there was a little dog"])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(model.config.vocab_size)))
+    clocks = []
+    monkeypatch.setattr(advice, "TokenClock", lambda: clocks.append(TokenClock()) or clocks[-1])
+    assert advice._rate(model, prompt, 6) > 0
+    assert len(clocks[0].times) == 7  # the prompt and six tokens

@@ -228,7 +228,8 @@ def _plain_loss(model: Any, context: int, text: Tensor) -> Tensor:
 def _rate(model: Any, prompt: Tensor, new: int) -> float:
     """Tokens a second of the median step."""
     clock = TokenClock()
-    model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=clock)
+    # no end, instead of a least length, for which all logits are looked through at each step
+    model.generate(prompt, max_new_tokens=new, eos_token_id=None, do_sample=False, streamer=clock)
     return clock.rates[0]
 
 
