@@ -24,7 +24,7 @@ from dartprune.ffn.cpu import quantised as cpu
 from dartprune.ffn.quantised import QuantisedRows, quantised_rows
 from dartprune.ffn.row_format import GROUP
 from dartprune.ffn.weights import FFNWeights
-from dartprune.model.packed import ByteLinear, bytes_of
+from dartprune.model.packed_bytes import ByteLinear, bytes_of
 
 Way = tuple[Callable[[], None], int]  # what is timed, and the weight bytes that a layer of it reads
 

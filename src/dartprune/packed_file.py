@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 import dartprune
 from dartprune.errors import UserError
-from dartprune.model.packed import Packed, restored
+from dartprune.ffn.row_format import RowFormat
+from dartprune.model.packed import Packed
+from dartprune.model.packed_bytes import ByteEmbedding, ByteLinear
+from dartprune.model.packed_rows import RowEmbedding, RowProjection, bare_rows
 from dartprune.model.sizes import dtype_name
 from dartprune.run import run_of
 
 NAME = "packed.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 def save_packed(model: Any, folder: str | Path) -> None:
@@ -130,7 +133,7 @@ def _fill(model: nn.Module, held: dict[str, Any]) -> None:
     for path, description in held["modules"].items():
         parent, _, name = path.rpartition(".")
         own = {key.removeprefix(f"{path}."): value for key, value in tensors.items() if key.startswith(f"{path}.")}
-        setattr(model.get_submodule(parent), name, restored(description, own))
+        setattr(model.get_submodule(parent), name, _restored(description, own))
     parameters, packed = set(held["parameters"]), set(held["modules"])
     made: dict[int, nn.Parameter] = {}
     for name, tensor in tensors.items():
@@ -151,6 +154,25 @@ def _fill(model: nn.Module, held: dict[str, Any]) -> None:
         for name, tensor in _tensors(module):
             if tensor.is_meta:
                 raise UserError(f"{_name(path, name)} is missing there")
+
+
+def _restored(description: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
+    """The module whose `description` and tensors, by name, were kept."""
+    kind, bias = description["kind"], tensors.get("bias")
+    if "layout" in description:
+        layout, dtype = RowFormat(*description["layout"]), getattr(torch, description["dtype"])
+        rows = bare_rows(tensors["head"], tensors["tail"], layout, dtype)
+    if kind == "rows":
+        module: Packed = RowProjection(rows, description["role"], bias)
+    elif kind == "row embedding":
+        module = RowEmbedding(rows, description["factor"])
+    elif kind == "bytes":
+        module = ByteLinear(tensors["weight8"], tensors["scale"], bias)
+    elif kind == "embedding":
+        module = ByteEmbedding(tensors["weight8"], tensors["scale"], description["factor"])
+    else:
+        raise ValueError(f"unknown kind of packed module {kind!r}")
+    return module
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

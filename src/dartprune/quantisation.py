@@ -15,7 +15,9 @@ from dartprune.errors import UserError, require
 from dartprune.ffn.quantised import BITS, quantised_rows
 from dartprune.model.families import Decoder, Layer, describe
 from dartprune.model.layer import held
-from dartprune.model.packed import ByteEmbedding, ByteLinear, Packed, RowProjection, bytes_of
+from dartprune.model.packed import Packed
+from dartprune.model.packed_bytes import ByteEmbedding, ByteLinear, bytes_of
+from dartprune.model.packed_rows import WORDS, PackedRows, RowEmbedding, RowProjection, lone_rows
 from dartprune.model.weights import row_weights
 from dartprune.packed_file import let_save
 from dartprune.run import run_of
@@ -46,8 +48,8 @@ def quantise(
 ) -> Quantisation:
     """Pack a model's weights into 4 or 8 bits, in place and layer by layer; pruners are attached to it as to any other.
 
-    The FFN becomes rows, one neuron a row, with a scale and a low for each 32 weights. Other linear layers become such
-    rows of 4 bits, one output a row, or bytes with one scale a row. Embedding and head become bytes.
+    The FFN becomes rows, one neuron a row, with a scale and a low for each 32 weights. With 4 bits so does all else,
+    one output a row, embedding and head in rows of 6; with 8 bits it becomes bytes with one scale a row.
 
     Args:
         model: a transformers decoder on the CPU, in evaluation mode.
@@ -141,14 +143,14 @@ def _pack_ffn(model: nn.Module, layer: Layer, bits: int, nested: bool, paths: di
 def _pack_rest(model: Any, bits: int) -> list[str]:
     """Pack what is no FFN; returns the names of other modules with matrices, which are left as they are."""
     left: list[str] = []
-    shared: dict[int, tuple[Tensor, Tensor]] = {}
+    shared: dict[int, tuple[Tensor, Tensor] | PackedRows] = {}
     head = model.get_output_embeddings()
 
-    def rows_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def packed_words(weight: Tensor) -> tuple[Tensor, Tensor] | PackedRows:
         """The packed form of a weight, the same for an embedding and a head that are tied."""
         place = weight.data_ptr()
         if place not in shared:
-            shared[place] = bytes_of(weight)
+            shared[place] = bytes_of(weight) if bits == 8 else lone_rows(weight, WORDS)
         return shared[place]
 
     for path, module in list(model.named_modules()):
@@ -157,16 +159,17 @@ def _pack_rest(model: Any, bits: int) -> list[str]:
             if module is not model.get_input_embeddings():
                 continue  # of positions: small, and added to something
             factor = float(getattr(module, "embed_scale", 1.0)) if kind in _SCALED else 1.0
-            packed: Packed = ByteEmbedding(*rows_of(module.weight), factor)
+            words = packed_words(module.weight)
+            packed: Packed = (
+                RowEmbedding(words, factor) if isinstance(words, PackedRows) else ByteEmbedding(*words, factor)
+            )
         elif kind == "Conv1D" or type(module) is nn.Linear:
             weight = module.weight.detach()
             weight = weight.t().contiguous() if kind == "Conv1D" else weight
             if module is head:
-                packed = ByteLinear(*rows_of(module.weight), module.bias)
-            elif bits == 8:
-                packed = ByteLinear(*bytes_of(weight), module.bias)
+                packed = _linear(packed_words(module.weight), module.bias)
             else:
-                packed = RowProjection.alone(weight, module.bias)
+                packed = _linear(bytes_of(weight) if bits == 8 else lone_rows(weight), module.bias)
         else:
             weight = getattr(module, "weight", None)
             if not isinstance(module, Packed) and isinstance(weight, Tensor) and weight.dim() > 1:
@@ -175,3 +178,7 @@ def _pack_rest(model: Any, bits: int) -> list[str]:
         parent = model.get_submodule(path.rpartition(".")[0])
         setattr(parent, path.rpartition(".")[2], packed)
     return left
+
+
+def _linear(packed: tuple[Tensor, Tensor] | PackedRows, bias: Tensor | None) -> Packed:
+    return RowProjection(packed, "up", bias) if isinstance(packed, PackedRows) else ByteLinear(*packed, bias)

@@ -10,7 +10,8 @@ import transformers as t
 
 import dartprune
 from dartprune.model.caches import handed
-from dartprune.model.packed import ByteEmbedding, ByteLinear, RowProjection
+from dartprune.model.packed_bytes import ByteEmbedding, ByteLinear
+from dartprune.model.packed_rows import RowEmbedding, RowProjection
 from dartprune.model.step_attention import grown
 from tiny import FAMILIES
 
@@ -96,6 +97,8 @@ def quantised(family, bits, whole=True):
         if isinstance(module, RowProjection):
             unpacked = module.rows().unpacked(module.role, dtype=torch.float32)
             other.weight.data = unpacked.t().contiguous() if module.role == "down" else unpacked
+        elif isinstance(module, RowEmbedding):
+            other.weight.data = module.rows().unpacked("up", dtype=torch.float32)
         elif isinstance(module, (ByteLinear, ByteEmbedding)):
             other.weight.data = module.weight8.float() * module.scale.float()[:, None]
         elif isinstance(getattr(module, "weight", None), torch.Tensor):

@@ -80,15 +80,16 @@ class RowFormat:
     @property
     def head(self) -> int:
         """Bytes of a neuron's head."""
-        return _lines(self.offsets[7] + self.scales)
+        return lines(self.offsets[7] + self.scales)
 
     @property
     def tail(self) -> int:
         """Bytes of a neuron's tail."""
-        return _lines(self.offsets[11] + self.scales)
+        return lines(self.offsets[11] + self.scales)
 
 
-def _lines(size: int) -> int:
+def lines(size: int) -> int:
+    """A size in bytes, filled up to whole lines of memory."""
     return -(-size // LINE) * LINE
 
 

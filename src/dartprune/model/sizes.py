@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dartprune.model.layer import held
-from dartprune.model.packed import Packed, RowProjection
+from dartprune.model.packed import Packed
+from dartprune.model.packed_rows import RowProjection
 
 DIGESTED = 1 << 18  # values of each weight that tell one checkpoint from another
 

@@ -19,7 +19,9 @@ from torch import nn
 from dartprune.ffn.row_format import RowFormat
 from dartprune.model.calls import replaced
 from dartprune.model.layer import Layer
-from dartprune.model.packed import ALONE, ByteLinear, RowProjection, has_kernels, packed_rows
+from dartprune.model.packed import has_kernels
+from dartprune.model.packed_bytes import ByteLinear
+from dartprune.model.packed_rows import ALONE, RowProjection, packed_rows
 from dartprune.model.patch import Patch
 from dartprune.model.step_attention import ForwardInputs, OwnAttention
 from dartprune.model.step_ffn import OwnFFN

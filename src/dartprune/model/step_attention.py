@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dartprune.model.caches import cache_in
-from dartprune.model.packed import FEW, RowProjection
+from dartprune.model.packed_rows import FEW, RowProjection
 from dartprune.model.step_parts import HALVES, SMALL, OwnModule, StepMode, plain_mode, untouched
 
 PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj")

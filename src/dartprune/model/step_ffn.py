@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dartprune.ffn.quantised import QuantisedRows
 from dartprune.model.layer import Layer
-from dartprune.model.packed import packed_rows
+from dartprune.model.packed_rows import packed_rows
 from dartprune.model.step_parts import OwnModule, StepMode, untouched
 
 

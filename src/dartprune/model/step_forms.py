@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dartprune.ffn.sketch import GAUSSIAN_STEP
 from dartprune.model.calls import replaced
 from dartprune.model.layer import Layer
-from dartprune.model.packed import ByteLinear, RowProjection, packed_rows
+from dartprune.model.packed_bytes import ByteLinear
+from dartprune.model.packed_rows import RowProjection, packed_rows
 from dartprune.model.step_attention import PRODUCTS
 from dartprune.model.step_hooks import FFNChoice, FFNKind
 from dartprune.model.step_parts import HALVES

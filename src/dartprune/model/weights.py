@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.calls import between, replaced, watched_globally
 from dartprune.model.layer import Layer
-from dartprune.model.packed import packed_rows
+from dartprune.model.packed_rows import packed_rows
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

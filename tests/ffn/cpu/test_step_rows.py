@@ -24,7 +24,7 @@ def test_attention_over_rows_is_what_the_unpacked_weights_give(seed):
     from dartprune.ffn.cpu import step_rows
     from dartprune.ffn.cpu.arrays import words
     from dartprune.ffn.cpu.threads import use_threads
-    from dartprune.model.packed import RowProjection
+    from dartprune.model.packed_rows import RowProjection, lone_rows
 
     torch.manual_seed(seed)
 
@@ -38,7 +38,9 @@ def test_attention_over_rows_is_what_the_unpacked_weights_give(seed):
     inputs = hidden, hidden, hidden, heads * size
     biased, with_norms, masked = (pick(True, False) for _ in range(3))
     layers = [
-        RowProjection.alone(torch.randn(o, i).to(dtype) / i**0.5, torch.randn(o).to(dtype) if biased else None)
+        RowProjection(
+            lone_rows(torch.randn(o, i).to(dtype) / i**0.5), "up", torch.randn(o).to(dtype) if biased else None
+        )
         for o, i in zip(outputs, inputs, strict=True)
     ]
     x, nothing = torch.randn(lines, hidden).to(dtype), torch.empty(0, dtype=dtype)

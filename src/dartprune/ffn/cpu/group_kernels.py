@@ -18,12 +18,14 @@ from dartprune.ffn.cpu.cut import choose_part
 from dartprune.ffn.cpu.group_blocks import fetch_bytes
 from dartprune.ffn.cpu.group_parts import (
     AGAIN,
-    BOTH,
+    AHEAD,
+    MANY,
     add,
     gather,
     high_part,
     neuron_values,
     product,
+    room_for_rows,
     rounded_rows,
     share,
 )
@@ -37,29 +39,27 @@ SCORED = 64  # neurons that are scored at a time
 
 @lean()
 def _span(
-    inputs, n, head, tail, offsets, biases, kind, known, gates, ups, means,
-    index, first, last, room, values, later, shares, partial,
+    inputs, n, head, tail, offsets, biases, kind, known, gates, ups, means, index, first, last, room, partial
 ):  # fmt: skip
     """Add what the neurons index[first:last] give for input n to partial [width + groups]; those behind are fetched.
 
-    means bf16 words [I] or empty: taken off, for they stand in the place of all neurons.
+    means bf16 words [I] or empty: taken off, for they stand in the place of all neurons.  room: of `room_for_rows`.
     """
     codes, scale, sums = inputs
+    rows, reals, shares = room
     width, end = offsets[0] * GROUP, index.shape[0] - 1
     i = first
     while i < last:
-        many = BOTH if i + BOTH <= last else 1
-        rows = index[i : i + many]
-        for r in range(BOTH):
-            later[r] = index[min(i + many + r, end)]
+        many = min(MANY, last - i)
+        for r in range(MANY):
+            rows[0, r], rows[1, r] = index[i + min(r, many - 1)], index[min(i + many + r, end)]
         neuron_values(
-            codes[n], scale[n], sums[n], head, tail, offsets, rows, later, biases, kind, known, gates, ups,
-            room, values,
+            codes[n], scale[n], sums[n], head, tail, offsets, rows, many, biases, kind, known, gates, ups, reals
         )  # fmt: skip
         if means.shape[0]:
             for r in range(many):
-                values[r] -= float_of(means[rows[r]])
-        add(partial[:width], partial[width:], shares, values, many, tail, offsets, rows, later)
+                reals[1, r] -= float_of(means[rows[0, r]])
+        add(partial[:width], partial[width:], shares, reals, tail, offsets, rows)
         i += many
 
 
@@ -72,23 +72,21 @@ def _rows_part(
 
     means bf16 words [S, I] of each slot, or empty.
     """
-    rows = partial.shape[0]
-    room, values, later = np.empty(BOTH, np.float32), np.empty(BOTH, np.float32), np.empty(BOTH, np.int32)
-    shares = np.empty((BOTH // 2, offsets[0]), np.int32)
-    done, nothing = np.empty(rows, np.int64), np.empty(0, np.uint16)
-    for n in range(rows):
-        done[n] = np.searchsorted(index[n, : count[n]], first)
+    lines, room = partial.shape[0], room_for_rows(offsets[0])
+    done, stop = np.empty(lines, np.int64), np.empty(lines, np.int64)
+    nothing = np.empty(0, np.uint16)
+    for n in range(lines):
+        done[n], stop[n] = np.searchsorted(index[n, : count[n]], first), np.searchsorted(index[n, : count[n]], last)
     for start in range(first, last, BLOCK):
         end = min(start + BLOCK, last)
-        for n in range(rows):
-            mine = index[n, : count[n]]
-            until = done[n]
-            while until < mine.shape[0] and mine[until] < end:
-                until += 1
+        for n in range(lines):
+            mine, until = index[n, : count[n]], done[n]
+            while until < stop[n] and mine[until] < end:
+                until += MANY  # whole groups, whatever the blocks: a list is grouped alone as in a batch
+            until = min(until, stop[n])
             _span(
                 inputs, n, head, tail, offsets, biases, kind, known, gates[n], ups[n],
-                means[slots[n]] if means.shape[0] else nothing, mine, done[n], until, room, values, later,
-                shares, partial[n],
+                means[slots[n]] if means.shape[0] else nothing, mine, done[n], until, room, partial[n],
             )  # fmt: skip
             done[n] = until
 
@@ -140,7 +138,7 @@ def _gate_part(first, last, inputs, head, tail, offsets, biases, kind, index, co
         mine = index[n, : count[n]]
         end = mine.shape[0] - 1
         for j in range(np.searchsorted(mine, first), np.searchsorted(mine, last)):
-            i, later = mine[j], mine[min(j + BOTH, end)]
+            i, later = mine[j], mine[min(j + AHEAD, end)]
             v = product(codes[n], scale[n], sums[n], head, tail, offsets, not gated, i, later)
             if gated and biases[2] & 1:
                 v += biases[0][i]
@@ -188,7 +186,7 @@ def _estimate_part(first, last, inputs, head, offsets, gates, ups, gate_middles,
     """Products of the neurons first:last without their low codes, [N, I]; and what these add in the middle, [N, B]."""
     codes, scale, sums = inputs
     for i in range(first, last):
-        fetch_bytes(head[min(i + BOTH, head.shape[0] - 1)], 0, head.shape[1])
+        fetch_bytes(head[min(i + AHEAD, head.shape[0] - 1)], 0, head.shape[1])
         fetch_bytes(head[min(i + AGAIN, head.shape[0] - 1)], 0, head.shape[1])
         for n in range(codes.shape[0]):
             if offsets[3]:

@@ -16,13 +16,13 @@ from dartprune.ffn.cpu.group_vectors import (
     FLOAT,
     INT,
     SIZE,
-    byte_products,
+    Fields,
+    code_products,
     data_of,
     each_segment,
     fields_of,
     filled,
     load_at,
-    multiply_add,
     vector,
 )
 from dartprune.ffn.row_format import GROUP, QUAD
@@ -71,37 +71,42 @@ def row_pairs(
         )
         row = RowSums(builder, pointer(5), args[6], count)
         high_codes, low_codes = builder.gep(pointer(5), [args[7]]), builder.gep(pointer(8), [args[9]])
-        exact, rough = ([row.sum() for _ in range(inputs)] for _ in range(2))
+        exact, rough, lows, middles = ([row.sum() for _ in range(inputs)] for _ in range(4))
 
         def segment(at: Any, lanes: int) -> None:
             start = builder.mul(at, SIZE(QUAD * bits))
             whole, floats = vector(BYTE, QUAD * lanes), vector(FLOAT, lanes)
-            high, low = ([filled(INT, lanes, 0)] * inputs for _ in range(2))
-            # both halves in turn: so an input's vector is used twice while it is at hand
+            high: Fields = []
+            low: Fields = []
+            where: list[Any] = []
             for v in range(bits):
-                where = builder.add(start, SIZE(v * QUAD * lanes))
-                halves = (load_at(builder, codes, where, whole) for codes in (high_codes, low_codes))
-                fields = (fields_of(builder, packed, bits, lanes) for packed in halves)
-                for j, (of_high, of_low) in enumerate(zip(*fields, strict=True)):
-                    place = builder.add(builder.mul(at, SIZE(GROUP)), SIZE((v + bits * j) * QUAD * lanes))
-                    for n, part in enumerate(given):
-                        values = load_at(builder, part, place, whole)
-                        high[n] = byte_products(builder, high[n], of_high, values, lanes)
-                        low[n] = byte_products(builder, low[n], of_low, values, lanes)
-            high = [builder.shl(total, filled(INT, lanes, bits)) for total in high]
-            full = [builder.add(one, other) for one, other in zip(high, low, strict=True)]
-            scale, begin_at = row.scale(at, lanes), row.low(at, lanes)
-            middle_at = multiply_add(builder, scale, filled(FLOAT, lanes, middle), begin_at)
+                from_here = builder.add(start, SIZE(v * QUAD * lanes))
+                for found, home in ((high, high_codes), (low, low_codes)):
+                    found += fields_of(builder, load_at(builder, home, from_here, whole), bits, lanes)
+                where += [
+                    builder.add(builder.mul(at, SIZE(GROUP)), SIZE((v + bits * j) * QUAD * lanes))
+                    for j in range(8 // bits)
+                ]
+            up, scale, low_scale = filled(INT, lanes, bits), row.scale(at, lanes), row.low(at, lanes)
             place = builder.mul(at, SIZE(4))
             for n in range(inputs):
+                values = [load_at(builder, given[n], k, whole) for k in where]
+                of_high, of_low = (code_products(builder, found, values, lanes) for found in (high, low))
+                of_high = builder.shl(of_high, up)
                 own = builder.fmul(scale, load_at(builder, factors[n], place, floats))
                 theirs = load_at(builder, totals[n], place, floats)
-                for total, codes, base in ((exact[n], full[n], begin_at), (rough[n], high[n], middle_at)):
-                    row.add(total, builder.sitofp(codes, floats), own, lanes)
-                    row.add(total, base, theirs, lanes)
+                row.add(exact[n], builder.sitofp(builder.add(of_high, of_low), floats), own, lanes)
+                row.add(rough[n], builder.sitofp(of_high, floats), own, lanes)
+                row.add(lows[n], low_scale, theirs, lanes)
+                row.add(middles[n], scale, theirs, lanes)
 
         each_segment(builder, count, segment)
-        results = [row.total(total) for total in exact + rough]
+        of_lows = [(low, row.low_unit) for low in lows]
+        results = [row.total((total, row.unit), low) for total, low in zip(exact, of_lows, strict=True)]
+        results += [
+            row.total((total, row.unit), (add, row.times(middle)), low)
+            for total, add, low in zip(rough, middles, of_lows, strict=True)
+        ]
         return context.make_tuple(builder, signature.return_type, results)
 
     numbers = types.UniTuple(types.float32, 2 * inputs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from dartprune.ffn.cpu.activations import ZERO, activate_all
+from dartprune.ffn.cpu.activations import ONE, ZERO, activate_all
 from dartprune.ffn.cpu.group_blocks import add_codes, fetch_bytes, float_at, prepare_rows
 from dartprune.ffn.cpu.group_rows import high_row, low_row, whole_row
 from dartprune.ffn.cpu.lean import lean
@@ -17,10 +17,10 @@ from dartprune.ffn.row_format import GROUP, QUAD, SEGMENTS, STEPS
 
 LARGEST, SECOND, THIRD = SEGMENTS
 MOST = np.float32(127.0)
-BOTH = 4  # neurons whose down rows are added at a time
+MANY = 16  # neurons whose down rows are added at a time
 # Neurons between the one that is computed and the one that is fetched once more: of what a busy processor is asked for
 # it drops some, so everything is asked for twice, the first time line by line while others are computed.
-AGAIN = 2
+AGAIN, AHEAD = 2, 6
 
 
 @lean()
@@ -88,6 +88,8 @@ def product(x, scale, sums, head, tail, offsets, of_up, i, later):
         return whole_row(x, scale, sums, home, scales, at, tail[i], rest, groups, 2, 2, then, tail[later])
     if high == 4 and low == 4:
         return whole_row(x, scale, sums, home, scales, at, tail[i], rest, groups, 4, 4, then, tail[later])
+    if high == 4 and low == 2:
+        return whole_row(x, scale, sums, home, scales, at, tail[i], rest, groups, 4, 2, then, tail[later])
     if high == 4:
         return whole_row(x, scale, sums, home, scales, at, tail[i], rest, groups, 4, 0, then, tail[later])
     return whole_row(x, scale, sums, home, scales, at, tail[i], rest, groups, 8, 0, then, tail[later])
@@ -134,90 +136,77 @@ def _fetch_again(head, tail, offsets, known, i):
     fetch_bytes(tail[i], rest, tail.shape[1] - rest)
 
 
-@lean()
-def neuron_values(x, scale, sums, head, tail, offsets, rows, later, biases, kind, known, gates, ups, room, values):
-    """The values of a few neurons, the inputs of their down rows; what the neurons `later` need is fetched.
+@njit(nogil=True)
+def room_for_rows(groups):
+    """Room for what `neuron_values` and `add` pass on: numbers of neurons, floats of each, shares of each group."""
+    return np.empty((2, MANY), np.int32), np.empty((4, MANY), np.float32), np.empty((MANY // 2, groups), np.int32)
 
-    rows: int [n], n at most 4, later: int [4]; room and values float32 [4], values is filled. biases (of gate, of up,
-    which there are). known: what gates and ups float32 [I] hold already: 0 nothing, 1 the products without the low
-    codes, 2 the gate's activation alone.
+
+@lean()
+def neuron_values(x, scale, sums, head, tail, offsets, rows, many, biases, kind, known, gates, ups, reals):
+    """The values of `many` neurons, the inputs of their down rows, to reals[1]; what later ones need is fetched.
+
+    rows: int32 [2, MANY], these neurons and as many later ones.  reals: float32 [4, MANY], see `room_for_rows`, of
+    which two are filled; neurons behind the first `many` get 0.  biases (of gate, of up, which there are).  known: what
+    gates and ups float32 [I] hold already: 0 nothing, 1 the products without the low codes, 2 the gate's activation
+    alone.
     """
     gate_bias, up_bias, biased = biases
-    gated = bool(offsets[3])
-    for r in range(rows.shape[0]):
-        i, then = rows[r], later[r]
-        again = r + AGAIN
-        _fetch_again(head, tail, offsets, known, rows[again] if again < rows.shape[0] else later[again - rows.shape[0]])
+    gated, factors, values = bool(offsets[3]), reals[0], reals[1]
+    for r in range(many):
+        i, then, again = rows[0, r], rows[1, r], r + AGAIN
+        _fetch_again(head, tail, offsets, known, rows[0, again] if again < many else rows[1, again - many])
         if known == 2:
-            room[r] = gates[i]
+            factors[r] = gates[i]
         elif gated:
             if known == 1:
                 gate = gates[i] + low_part(x, scale, sums, head, tail, offsets, False, i, then)
             else:
                 gate = product(x, scale, sums, head, tail, offsets, False, i, then)
-            room[r] = gate + gate_bias[i] if biased & 1 else gate
+            factors[r] = gate + gate_bias[i] if biased & 1 else gate
         if known == 1:
             up = ups[i] + low_part(x, scale, sums, head, tail, offsets, True, i, then)
         else:
             up = product(x, scale, sums, head, tail, offsets, True, i, then)
         values[r] = up + up_bias[i] if biased & 2 else up
+    for r in range(many, MANY):
+        factors[r] = values[r] = ZERO
     # not one by one: each would wait for its own product
     if not gated:
-        activate_all(kind, values[: rows.shape[0]])
+        activate_all(kind, values[:many])
         return
     if known != 2:
-        activate_all(kind, room[: rows.shape[0]])
-    for r in range(rows.shape[0]):
-        values[r] *= room[r]
+        activate_all(kind, factors)
+    for r in range(many):
+        values[r] *= factors[r]
 
 
-@njit(inline="always")
-def _units(values, rows, r, tail, at):
-    """A value times the unit of its row's scales, and times that of its lows."""
-    row = tail[rows[r]]
-    return values[r] * float_at(row, at), values[r] * float_at(row, at + 4)
+@lean()
+def add(out, lows, shares, reals, tail, offsets, rows):
+    """Add neurons' down rows, each by its value: codes to out [width], lows to lows [groups].
 
-
-@njit(inline="always")
-def add(out, lows, shares, values, many, tail, offsets, rows, later):
-    """Add `many` (1 or 4) neurons' down rows, each by its value: codes to out [width], lows to lows [groups].
-
-    later: as many neurons, whose down rows are fetched.
+    rows: int32 [2, MANY], these neurons and later ones, whose down rows are fetched.  reals: float32 [4, MANY], the
+    second their values, the others room.  shares: see `room_for_rows`.
     A scale times a value is a 16-bit share of the largest one that these neurons may have.
     """
-    groups, bits = offsets[0], offsets[1] + offsets[2]
-    at, scales = offsets[10], offsets[11]
-    floats = scales + 2 * groups
-    for r in range(many):
-        fetch_bytes(tail[later[r]], scales, 2 * groups + 8)
-    if many == BOTH:
-        (a, a_low), (b, b_low) = _units(values, rows, 0, tail, floats), _units(values, rows, 1, tail, floats)
-        (c, c_low), (d, d_low) = _units(values, rows, 2, tail, floats), _units(values, rows, 3, tail, floats)
-        factor, inverse = _share_unit(max(max(abs(a), abs(b)), max(abs(c), abs(d))))
-        four = (tail[rows[0]], tail[rows[1]], tail[rows[2]], tail[rows[3]])
-        then = (tail[later[0]], tail[later[1]], tail[later[2]], tail[later[3]])
-        steps = (a * inverse, b * inverse, c * inverse, d * inverse)
-        prepare_rows(shares, lows, four, scales, groups, steps, (a_low, b_low, c_low, d_low))
-        if bits == 4:
-            add_codes(out, factor, shares, four, at, groups, 4, then)
-        else:
-            add_codes(out, factor, shares, four, at, groups, 8, then)
-    else:
-        a, a_low = _units(values, rows, 0, tail, floats)
-        factor, inverse = _share_unit(abs(a))
-        one, then_one = (tail[rows[0]],), (tail[later[0]],)
-        prepare_rows(shares, lows, one, scales, groups, (a * inverse,), (a_low,))
-        if bits == 4:
-            add_codes(out, factor, shares, one, at, groups, 4, then_one)
-        else:
-            add_codes(out, factor, shares, one, at, groups, 8, then_one)
-
-
-@njit(inline="always")
-def _share_unit(largest):
-    """What a share of 1 stands for, and its inverse, where scale bytes are multiplied with `largest` at most."""
+    groups, bits, at, scales = offsets[0], offsets[1] + offsets[2], offsets[10], offsets[11]
+    floats, largest = scales + 2 * groups, ZERO
+    values, steps, low_steps = reals[1], reals[2], reals[3]
+    for r in range(MANY):
+        fetch_bytes(tail[rows[1, r]], scales, 2 * groups + 8)
+        row, value = tail[rows[0, r]], values[r]
+        steps[r], low_steps[r] = value * float_at(row, floats), value * float_at(row, floats + 4)
+        largest = max(largest, abs(steps[r]))
+    # what a share of 1 stands for, where scale bytes are multiplied with the largest step at most
     factor = largest * np.float32(255.0 / 32767.0)
-    return factor, np.float32(1.0) / factor if factor > ZERO else ZERO
+    inverse = ONE / factor if factor > ZERO else ZERO
+    for r in range(MANY):
+        steps[r] *= inverse
+    prepare_rows(shares, lows, tail, rows[0], MANY, scales, groups, steps, low_steps)
+    if bits == 4:
+        add_codes(out, factor, shares, tail, rows[0], MANY, at, groups, 4, rows[1])
+    else:
+        add_codes(out, factor, shares, tail, rows[0], MANY, at, groups, 8, rows[1])
 
 
 @lean()

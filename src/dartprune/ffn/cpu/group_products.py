@@ -5,9 +5,21 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from dartprune.ffn.cpu.activations import ZERO
 from dartprune.ffn.cpu.cache import kernel
 from dartprune.ffn.cpu.group_pairs import row_pairs
-from dartprune.ffn.cpu.group_parts import AGAIN, BOTH, add, fetch_product, gather, product, rounded_rows, share
+from dartprune.ffn.cpu.group_parts import (
+    AGAIN,
+    AHEAD,
+    MANY,
+    add,
+    fetch_product,
+    gather,
+    product,
+    room_for_rows,
+    rounded_rows,
+    share,
+)
 from dartprune.ffn.cpu.lean import lean
 from dartprune.ffn.row_format import GROUP
 
@@ -17,7 +29,7 @@ def products_part(first, last, inputs, head, tail, offsets, of_up, out):
     """Products of the neurons first:last with all inputs, to out [N, I]."""
     codes, scale, sums = inputs
     for i in range(first, last):
-        later = min(i + BOTH, last - 1)
+        later = min(i + AHEAD, last - 1)
         fetch_product(head, tail, offsets, of_up, min(i + AGAIN, last - 1))
         for n in range(codes.shape[0]):
             out[n, i] = product(codes[n], scale[n], sums[n], head, tail, offsets, of_up, i, later)
@@ -71,17 +83,17 @@ def pairs(x, head, tail, offsets, threads, exact, rough):
 
 
 @lean()
-def _down_part(first, last, a, tail, offsets, order, shares, partial):
+def _down_part(first, last, a, tail, offsets, room, partial):
     """Add the down rows of the neurons first:last, each by its value a [N, I], to partial [N, width + groups]."""
-    width, i = offsets[0] * GROUP, first
-    while i < last:
-        many = BOTH if i + BOTH <= last else 1
-        then = i + many if i + 2 * many <= last else i
+    rows, reals, shares = room
+    width = offsets[0] * GROUP
+    for i in range(first, last, MANY):
+        for r in range(MANY):
+            rows[0, r], rows[1, r] = min(i + r, last - 1), min(i + MANY + r, last - 1)
         for n in range(a.shape[0]):
-            part, values = partial[n], a[n, i : i + many]
-            rows, later = order[i : i + many], order[then : then + many]
-            add(part[:width], part[width:], shares, values, many, tail, offsets, rows, later)
-        i += many
+            for r in range(MANY):
+                reals[1, r] = a[n, i + r] if i + r < last else ZERO
+            add(partial[n, :width], partial[n, width:], shares, reals, tail, offsets, rows)
 
 
 @kernel(parallel=True)
@@ -89,10 +101,8 @@ def down_rows(a, tail, offsets, threads, out):
     """All neurons' down rows, each by its value: a float32 [N, I], out float32 [N, H]."""
     rows, groups, neurons = a.shape[0], offsets[0], tail.shape[0]
     partial = np.zeros((threads, rows, groups * (GROUP + 1)), np.float32)
-    order = np.arange(neurons)
     for t in prange(threads):
-        shares = np.empty((BOTH // 2, groups), np.int32)
         first, last = share(neurons, t, threads)
-        _down_part(first, last, a, tail, offsets, order, shares, partial[t])
+        _down_part(first, last, a, tail, offsets, room_for_rows(groups), partial[t])
     for n in range(rows):
         gather(partial, n, out[n])

@@ -18,7 +18,8 @@ from dartprune.ffn.cpu.group_vectors import (
     FLOAT,
     INT,
     SIZE,
-    byte_products,
+    Fields,
+    code_products,
     data_of,
     each_segment,
     fetch,
@@ -38,7 +39,7 @@ LARGEST = SEGMENTS[0]
 
 
 class RowSums:
-    """Emits code over one row: its scales, lows and two floats, and sums over its groups."""
+    """Emits code over one row: its scales and lows as whole numbers, and sums over its groups."""
 
     def __init__(self, builder: Any, home: Any, scales: Any, groups: Any) -> None:
         self.builder, self.groups = builder, groups
@@ -60,32 +61,38 @@ class RowSums:
         builder.store(multiply_add(builder, one, other, builder.load(total)), total)
 
     def scale(self, first: Any, lanes: int) -> Any:
-        """Scales of groups, float32."""
+        """Scales of groups, float32, in units of the row's first float."""
         found = load_at(self.builder, self.scales, first, vector(BYTE, lanes))
-        floats = vector(FLOAT, lanes)
-        return self.builder.fmul(self.builder.uitofp(found, floats), spread(self.builder, self.unit, floats))
+        return self.builder.uitofp(found, vector(FLOAT, lanes))
 
     def low(self, first: Any, lanes: int) -> Any:
-        """Lows of groups, float32."""
+        """Lows of groups, float32, in units of the row's second float."""
         found = load_at(self.builder, self.scales, self.builder.add(first, self.groups), vector(BYTE, lanes))
-        floats = vector(FLOAT, lanes)
-        return self.builder.fmul(self.builder.sitofp(found, floats), spread(self.builder, self.low_unit, floats))
+        return self.builder.sitofp(found, vector(FLOAT, lanes))
 
-    def total(self, room: Any) -> Any:
-        """A sum's value."""
-        return folded(self.builder, self.builder.load(room))
+    def times(self, times: float) -> Any:
+        """The unit of scales, times a number."""
+        return self.builder.fmul(self.unit, ir.Constant(FLOAT, times))
+
+    def total(self, *parts: tuple[Any, Any]) -> Any:
+        """The value of sums, each times its float32."""
+        builder, floats = self.builder, vector(FLOAT, LARGEST)
+        found = filled(FLOAT, LARGEST, 0.0)
+        for room, factor in parts:
+            found = multiply_add(builder, builder.load(room), spread(builder, factor, floats), found)
+        return folded(builder, found)
 
 
-def _dots(builder: Any, x: Any, at: Any, lanes: int, bits: int, fields: Callable[[Any], list[Any]]) -> Any:
+def _dots(builder: Any, x: Any, at: Any, lanes: int, bits: int, fields: Callable[[int], Fields]) -> Any:
     """Whole products of the groups at `at`, float32 [lanes]; fields: the codes of each vector, `bits` vectors."""
-    whole, start = vector(BYTE, QUAD * lanes), builder.mul(at, SIZE(GROUP))
-    sums = [filled(INT, lanes, 0)] * 2
+    start, found, values = builder.mul(at, SIZE(GROUP)), [], []
     for v in range(bits):
-        for j, field in enumerate(fields(SIZE(v * QUAD * lanes))):
-            step = v + bits * j
-            values = load_at(builder, x, builder.add(start, SIZE(step * QUAD * lanes)), whole)
-            sums[step % 2] = byte_products(builder, sums[step % 2], field, values, lanes)
-    return builder.add(*sums)
+        for j, field in enumerate(fields(v)):
+            place = builder.add(start, SIZE((v + bits * j) * QUAD * lanes))
+            found.append(field)
+            values.append(load_at(builder, x, place, vector(BYTE, QUAD * lanes)))
+    total = code_products(builder, found, values, lanes)
+    return builder.sitofp(total, vector(FLOAT, lanes))
 
 
 def _literals(*kinds: Any) -> bool:
@@ -101,8 +108,8 @@ def whole_row(
 
     x int8 [groups * 32], scale and sums float32 [groups]: the input as `group_inputs` rounds it. The row's codes of
     `high` (a literal) bits lie at home[codes:], its scale bytes, low bytes and two floats at home[scales:], the `low`
-    (a literal; 0: none) bits below them at tail[rest:]. The same of another row, in later_home and later_tail, is asked
-    for meanwhile.
+    (a literal: as many, 2 below 4, or 0 for none) bits below them at tail[rest:]. The same of another row, in
+    later_home and later_tail, is asked for meanwhile.
     """
     if not _literals(high, low):
         return None
@@ -114,30 +121,33 @@ def whole_row(
         )
         count = args[8]
         row = RowSums(builder, own, args[4], count)
-        total = row.sum()
-        sources = [(builder.gep(own, [args[5]]), builder.gep(then, [args[5]]))]
+        product, lows = row.sum(), row.sum()
+        sources = [(bits, builder.gep(own, [args[5]]), builder.gep(then, [args[5]]))]
         if below:
-            sources.append((builder.gep(other, [args[7]]), builder.gep(then_tail, [args[7]])))
+            sources.append((below, builder.gep(other, [args[7]]), builder.gep(then_tail, [args[7]])))
         fetch_all(builder, then, args[4], builder.add(builder.add(count, count), SIZE(8)))
 
         def segment(first: Any, lanes: int) -> None:
-            begin, kind = builder.mul(first, SIZE(QUAD * bits)), vector(BYTE, QUAD * lanes)
+            kind = vector(BYTE, QUAD * lanes)
 
-            def fields(v: Any) -> list[Any]:
-                where, parts = builder.add(begin, v), []
-                for mine, others in sources:
-                    fetch(builder, others, where)
+            def fields(v: int) -> Fields:
+                parts = []
+                for width, mine, others in sources:
+                    where = builder.mul(first, SIZE(QUAD * width))
+                    where = builder.add(where, SIZE(v % width * QUAD * lanes))
+                    if v < width:
+                        fetch(builder, others, where)
                     parts.append(load_at(builder, mine, where, kind))
-                return whole_codes(builder, parts, bits, lanes)
+                return whole_codes(builder, parts, (bits, below), v, lanes)
 
             dots = _dots(builder, inputs, first, lanes, bits, fields)
             floats, place = vector(FLOAT, lanes), builder.mul(first, SIZE(4))
             mine = builder.fmul(row.scale(first, lanes), load_at(builder, factors, place, floats))
-            row.add(total, builder.sitofp(dots, floats), mine, lanes)
-            row.add(total, row.low(first, lanes), load_at(builder, totals, place, floats), lanes)
+            row.add(product, dots, mine, lanes)
+            row.add(lows, row.low(first, lanes), load_at(builder, totals, place, floats), lanes)
 
         each_segment(builder, count, segment)
-        return row.total(total)
+        return row.total((product, row.unit), (lows, row.low_unit))
 
     places = types.int64
     kinds = x, scale, sums, home, places, places, tail, places, places, high, low, later_home, later_tail
@@ -167,18 +177,18 @@ def low_row(
         def segment(first: Any, lanes: int) -> None:
             begin, kind = builder.mul(first, SIZE(QUAD * bits)), vector(BYTE, QUAD * lanes)
 
-            def fields(v: Any) -> list[Any]:
-                where = builder.add(begin, v)
+            def fields(v: int) -> Fields:
+                where = builder.add(begin, SIZE(v * QUAD * lanes))
                 fetch(builder, others, where)
                 return fields_of(builder, load_at(builder, mine, where, kind), bits, lanes)
 
             dots = _dots(builder, inputs, first, lanes, bits, fields)
             floats = vector(FLOAT, lanes)
             factor = load_at(builder, factors, builder.mul(first, SIZE(4)), floats)
-            row.add(total, builder.sitofp(dots, floats), builder.fmul(row.scale(first, lanes), factor), lanes)
+            row.add(total, dots, builder.fmul(row.scale(first, lanes), factor), lanes)
 
         each_segment(builder, count, segment)
-        return row.total(total)
+        return row.total((total, row.unit))
 
     places = types.int64
     kinds = x, scale, home, places, tail, places, places, low, later_home, later_tail
@@ -199,26 +209,29 @@ def high_row(context: Any, x: Any, scale: Any, sums: Any, home: Any, scales: Any
         inputs, factors, totals, own = (data_of(context, builder, signature.args[i], args[i]) for i in range(4))
         count = args[6]
         row = RowSums(builder, own, args[4], count)
-        product, middle = row.sum(), row.sum()
+        product, lows, middle = row.sum(), row.sum(), row.sum()
         mine = builder.gep(own, [args[5]])
 
         def segment(first: Any, lanes: int) -> None:
             begin, kind = builder.mul(first, SIZE(QUAD * bits)), vector(BYTE, QUAD * lanes)
 
-            def fields(v: Any) -> list[Any]:
-                return fields_of(builder, load_at(builder, mine, builder.add(begin, v), kind), bits, lanes)
+            def fields(v: int) -> Fields:
+                where = builder.add(begin, SIZE(v * QUAD * lanes))
+                return fields_of(builder, load_at(builder, mine, where, kind), bits, lanes)
 
-            dots = builder.shl(_dots(builder, inputs, first, lanes, bits, fields), filled(INT, lanes, bits))
+            dots = _dots(builder, inputs, first, lanes, bits, fields)
             floats, place = vector(FLOAT, lanes), builder.mul(first, SIZE(4))
             scale, theirs = row.scale(first, lanes), load_at(builder, totals, place, floats)
             factor = builder.fmul(scale, load_at(builder, factors, place, floats))
-            row.add(product, builder.sitofp(dots, floats), factor, lanes)
-            row.add(product, row.low(first, lanes), theirs, lanes)
+            row.add(product, dots, factor, lanes)
+            row.add(lows, row.low(first, lanes), theirs, lanes)
             row.add(middle, scale, theirs, lanes)
 
         each_segment(builder, count, segment)
-        half = ir.Constant(FLOAT, ((1 << bits) - 1) / 2)
-        results = [row.total(product), builder.fmul(row.total(middle), half)]
+        results = [
+            row.total((product, row.times(1 << bits)), (lows, row.low_unit)),
+            row.total((middle, row.times(((1 << bits) - 1) / 2))),
+        ]
         return context.make_tuple(builder, signature.return_type, results)
 
     places = types.int64

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from llvmlite import binding, ir
 from numba.core import cgutils
 
-from dartprune.ffn.row_format import SEGMENTS
+from dartprune.ffn.row_format import QUAD, SEGMENTS
 
 LINE = 64  # bytes that memory gives at a time
 LEVEL = 2
 BYTE, INT, SIZE, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _NATIVE = {16: "512", 8: "256", 4: "128"}
+Fields: TypeAlias = list[tuple[Any, int]]  # vectors of codes, each with how many bits too far up they are
 
 
 @cache
@@ -67,6 +68,17 @@ def data_of(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     return builder.bitcast(context.make_array(kind)(context, builder, value).data, BYTE.as_pointer())
 
 
+def rows_of(context: Any, builder: Any, kinds: tuple[Any, Any], values: tuple[Any, Any], many: int) -> list[Any]:
+    """Byte pointers of the rows of a matrix that the first `many` numbers of an index name."""
+    kind = ir.IntType(kinds[1].dtype.bitwidth)
+    matrix = context.make_array(kinds[0])(context, builder, values[0])
+    index = builder.bitcast(data_of(context, builder, kinds[1], values[1]), kind.as_pointer())
+    home, stride = builder.bitcast(matrix.data, BYTE.as_pointer()), builder.extract_value(matrix.strides, 0)
+    numbers = [builder.load(builder.gep(index, [SIZE(r)])) for r in range(many)]
+    wide = [builder.sext(n, SIZE) if kind.width < SIZE.width else n for n in numbers]
+    return [builder.gep(home, [builder.mul(n, stride)]) for n in wide]
+
+
 def byte_products(builder: Any, total: Any, codes: Any, x: Any, lanes: int) -> Any:
     """Total int32 [lanes] plus, in each lane, the products of four unsigned codes with four signed inputs."""
     if native(lanes):
@@ -98,46 +110,76 @@ def word_products(builder: Any, total: Any, one: Any, other: Any) -> Any:
     return builder.add(total, builder.add(upper, lower))
 
 
-def fields_of(builder: Any, packed: Any, width: int, lanes: int) -> list[Any]:
-    """The codes of `width` bits in the bytes of a vector, lowest first."""
+def _moved(builder: Any, packed: Any, by: int, lanes: int) -> Any:
+    """The bytes of a vector moved down by so many bits (up, where negative), their neighbours' bits behind them."""
+    if not by:
+        return packed
+    # there is no shift of bytes: of pairs of bytes
+    words = vector(ir.IntType(16), 2 * lanes)
+    move = builder.lshr if by > 0 else builder.shl
+    return builder.bitcast(
+        move(builder.bitcast(packed, words), filled(ir.IntType(16), 2 * lanes, abs(by))), packed.type
+    )
+
+
+def _masked(builder: Any, packed: Any, mask: int, lanes: int) -> Any:
+    return builder.and_(packed, filled(BYTE, QUAD * lanes, mask))
+
+
+def fields_of(builder: Any, packed: Any, width: int, lanes: int) -> Fields:
+    """The codes of `width` bits in the bytes of a vector, lowest first; every second is left where it is."""
     if width == 8:
-        return [packed]
-    count, words, whole = 4 * lanes, vector(ir.IntType(16), 2 * lanes), vector(BYTE, 4 * lanes)
-    mask, out = filled(BYTE, count, (1 << width) - 1), []
-    for shift in range(0, 8, width):
-        # there is no shift of bytes: of pairs of bytes, and what comes from the neighbour is masked out
-        moved = packed
-        if shift:
-            pairs = builder.lshr(builder.bitcast(packed, words), filled(ir.IntType(16), 2 * lanes, shift))
-            moved = builder.bitcast(pairs, whole)
-        out.append(builder.and_(moved, mask))
+        return [(packed, 0)]
+    mask, out = (1 << width) - 1, []
+    for by in range(0, 8, 2 * width):
+        moved = _moved(builder, packed, by, lanes)
+        out += [(_masked(builder, moved, mask << up, lanes), up) for up in (0, width)]
     return out
 
 
-def whole_codes(builder: Any, parts: list[Any], width: int, lanes: int) -> list[Any]:
-    """The codes whose high `width` bits are in the bytes of one vector, and whose low ones in those of another.
+def whole_codes(builder: Any, parts: list[Any], widths: tuple[int, int], v: int, lanes: int) -> Fields:
+    """The codes whose high bits are in the bytes of a row's v-th vector, and whose low ones in those of another.
 
-    parts: the first alone, where there are no low ones.
+    parts: the first vector alone, where there are no low bits.  widths: bits in each.
     """
-    if len(parts) == 1:
+    width, below = widths
+    if not below:
         return fields_of(builder, parts[0], width, lanes)
-    count, words, whole = 4 * lanes, vector(ir.IntType(16), 2 * lanes), vector(BYTE, 4 * lanes)
-    mask = (1 << width) - 1
+    high, low = parts
+    if below != width:
+        return _six_bits(builder, high, low, v, lanes)
+    mask = 0xCC if width == 2 else 0xF0
+    # the high bits of every second code stay where they are, its low ones come below them
+    pairs = (_moved(builder, high, -width, lanes), low), (high, _moved(builder, low, width, lanes))
+    both = [
+        builder.or_(_masked(builder, one, mask, lanes), _masked(builder, other, 255 - mask, lanes))
+        for one, other in pairs
+    ]
+    even, odd = (fields_of(builder, codes, 2 * width, lanes) for codes in both)
+    return [field for pair in zip(even, odd, strict=True) for field in pair]
+
+
+def _six_bits(builder: Any, high: Any, low: Any, v: int, lanes: int) -> Fields:
+    """Codes of four high and two low bits; all are left two bits up."""
     out = []
-    for shift in range(0, 8, width):
-        moved = []
-        for part, by in zip(parts, (shift - width, shift), strict=True):
-            move = builder.lshr if by > 0 else builder.shl
-            pairs = builder.bitcast(part, words)
-            moved.append(
-                builder.bitcast(move(pairs, filled(ir.IntType(16), 2 * lanes, abs(by))) if by else pairs, whole)
-            )
-        high, low = (
-            builder.and_(part, filled(BYTE, count, bits))
-            for part, bits in zip(moved, (mask << width, mask), strict=True)
-        )
-        out.append(builder.or_(high, low))
+    for j in range(2):
+        upper = _masked(builder, _moved(builder, high, 4 * j - 4, lanes), 0xF0, lanes)
+        lower = _moved(builder, low, 2 * (v // 2 + 2 * j) - 2, lanes)
+        out.append((builder.or_(upper, _masked(builder, lower, 0x0C, lanes)), 2))
     return out
+
+
+def code_products(builder: Any, fields: Fields, values: list[Any], lanes: int) -> Any:
+    """The sums of codes times inputs, int32 [lanes]: two chains, one for each place where codes were left."""
+    places = sorted({up for _, up in fields})
+    chains = [filled(INT, lanes, 0)] * 2
+    for k, ((codes, up), inputs) in enumerate(zip(fields, values, strict=True)):
+        chain = places.index(up) if len(places) == 2 else k % 2
+        chains[chain] = byte_products(builder, chains[chain], codes, inputs, lanes)
+    ups = (places[0], places[-1])
+    return builder.add(
+        *(builder.ashr(c, filled(INT, lanes, up)) if up else c for c, up in zip(chains, ups, strict=True))
+    )
 
 
 def each_segment(builder: Any, groups: Any, work: Callable[[Any, int], None]) -> None:

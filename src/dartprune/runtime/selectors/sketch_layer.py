@@ -17,7 +17,7 @@ from dartprune.ffn.selector_ops import TokenRows
 from dartprune.ffn.sketch import AnySketch, Products, estimated_sizes
 from dartprune.ffn.weights import FFNWeights
 from dartprune.model.layer import Layer
-from dartprune.model.packed import packed_rows
+from dartprune.model.packed_rows import packed_rows
 from dartprune.runtime.selectors.layer_selector import LayerFacts, LayerSelector, Lesson, ModelFacts, Place
 from dartprune.selectors.settings import Sketch, register_selector
 from dartprune.selectors.sketches import Matrices, Sketcher, matrices_of
