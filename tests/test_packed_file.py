@@ -97,7 +97,7 @@ def test_what_is_wrong_with_such_a_folder_is_one_line(packed, tmp_path):
         one_line(packed, r"packed\.pt cannot be read: it is damaged")
     held = {"format": 99}
     torch.save(held, packed / NAME)
-    one_line(packed, "is of format 99, this version of dartprune reads 1")
+    one_line(packed, "is of format 99, this version of dartprune reads 2")
     (packed / NAME).write_bytes(data)
     config = json.loads((packed / "config.json").read_text())
     for changed in ({"num_hidden_layers": 9}, {"num_hidden_layers": 2}, {"hidden_size": 64}):
