@@ -19,7 +19,9 @@ from dartprune.model.caches import handed
 from dartprune.model.families import describe
 from dartprune.model.packed_bytes import ByteEmbedding, ByteLinear, bytes_of
 from dartprune.model.packed_rows import FEW, WORDS, RowEmbedding, RowProjection, lone_rows
+from dartprune.model.sizes import count
 from dartprune.model.weights import row_weights
+from dartprune.packed_file import load_packed
 from tiny import FAMILIES
 
 pytest.importorskip("numba")
@@ -89,10 +91,7 @@ def test_a_whole_model_is_near_what_it_was(bits):
     before = FAMILIES["llama"]()
     model, done = quantised("llama", bits)
     kinds = {type(module) for module in model.modules()}
-    words = {RowEmbedding} if bits == 4 else {ByteEmbedding, ByteLinear}
-    assert {RowProjection} | words <= kinds and nn.Linear not in kinds
-    if bits == 4:
-        assert model.lm_head.layout.bits == model.model.embed_tokens.layout.bits == WORDS == 6
+    assert {RowProjection, ByteEmbedding, ByteLinear} <= kinds and nn.Linear not in kinds
     assert isinstance(model.model.layers[0].self_attn.q_proj, RowProjection if bits == 4 else ByteLinear)
     assert done.left == () and str(done).startswith(f"{bits} bits: weights ")
     with torch.no_grad():
@@ -101,31 +100,42 @@ def test_a_whole_model_is_near_what_it_was(bits):
     assert share < (0.15 if bits == 4 else 0.003)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_tied_weights_stay_tied(bits):
+@pytest.mark.parametrize(("bits", "hidden", "tied"), [(8, 512, True), (4, 32, True), (4, 512, True), (4, 512, False)])
+def test_embedding_and_head(bits, hidden, tied, tmp_path):
+    """Rows of 6 bits beside rows of 4 where that is smaller, else bytes; one tensor where they are tied."""
     import transformers as t
 
     torch.manual_seed(0)
     config = t.LlamaConfig(
         vocab_size=64,
-        hidden_size=32,
+        hidden_size=hidden,
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     model = t.LlamaForCausalLM(config).eval()
     with torch.no_grad():
         before = model(IDS % 64).logits
     words = model.model.embed_tokens.weight.detach().clone()
     dartprune.quantise(model, bits)
-    for name in ("head", "tail") if bits == 4 else ("weight8", "scale"):
-        assert getattr(model.lm_head, name) is getattr(model.model.embed_tokens, name)
+    head, embedding, in_rows = model.lm_head, model.model.embed_tokens, bits == 4 and hidden == 512
+    for name in ("head", "tail") if in_rows else ("weight8", "scale"):
+        assert (getattr(head, name) is getattr(embedding, name)) == tied
+    if in_rows:
+        assert head.layout.bits == embedding.layout.bits == WORDS and isinstance(embedding, RowEmbedding)
+        assert embedding.head.nbytes + embedding.tail.nbytes < 0.9 * words.numel()
+        torch.testing.assert_close(head.rows().unpacked("up").std(), words.std(), rtol=0.05, atol=0)
     with torch.no_grad():
-        torch.testing.assert_close(model.model.embed_tokens(torch.arange(64)), words, rtol=0, atol=2e-3)
-        after = model(IDS % 64).logits
+        torch.testing.assert_close(embedding(torch.arange(64)), words, rtol=0, atol=2e-3)
+        after, few = model(IDS % 64).logits, model(IDS[:, :3] % 64).logits
     tolerance = 0.3 if bits == 4 else 0.05
     torch.testing.assert_close(after, before, rtol=0, atol=tolerance * float(before.abs().max()))
+    model.save_pretrained(tmp_path)
+    again = load_packed(tmp_path)
+    assert type(again.lm_head) is type(head) and count(again) == count(model)
+    with torch.no_grad():
+        assert torch.equal(again(IDS % 64).logits, after) and torch.equal(again(IDS[:, :3] % 64).logits, few)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "gpt2", "phi3", "opt", "gemma2"])

@@ -17,7 +17,7 @@ from dartprune.model.families import Decoder, Layer, describe
 from dartprune.model.layer import held
 from dartprune.model.packed import Packed
 from dartprune.model.packed_bytes import ByteEmbedding, ByteLinear, bytes_of
-from dartprune.model.packed_rows import WORDS, PackedRows, RowEmbedding, RowProjection, lone_rows
+from dartprune.model.packed_rows import WORDS, PackedRows, RowEmbedding, RowProjection, lone_rows, saves_words
 from dartprune.model.weights import row_weights
 from dartprune.packed_file import let_save
 from dartprune.run import run_of
@@ -49,7 +49,8 @@ def quantise(
     """Pack a model's weights into 4 or 8 bits, in place and layer by layer; pruners are attached to it as to any other.
 
     The FFN becomes rows, one neuron a row, with a scale and a low for each 32 weights. With 4 bits so does all else,
-    one output a row, embedding and head in rows of 6; with 8 bits it becomes bytes with one scale a row.
+    one output a row, embedding and head in rows of 6 where that is smaller; with 8 bits it becomes bytes with one scale
+    a row.
 
     Args:
         model: a transformers decoder on the CPU, in evaluation mode.
@@ -150,7 +151,8 @@ def _pack_rest(model: Any, bits: int) -> list[str]:
         """The packed form of a weight, the same for an embedding and a head that are tied."""
         place = weight.data_ptr()
         if place not in shared:
-            shared[place] = bytes_of(weight) if bits == 8 else lone_rows(weight, WORDS)
+            in_rows = bits == 4 and saves_words(weight.shape[1])
+            shared[place] = lone_rows(weight, WORDS) if in_rows else bytes_of(weight)
         return shared[place]
 
     for path, module in list(model.named_modules()):
