@@ -128,6 +128,11 @@ def test_embedding_and_head(bits, hidden, tied, tmp_path):
         torch.testing.assert_close(head.rows().unpacked("up").std(), words.std(), rtol=0.05, atol=0)
     with torch.no_grad():
         torch.testing.assert_close(embedding(torch.arange(64)), words, rtol=0, atol=2e-3)
+        for ids in (torch.tensor([[63, 0], [7, 7]]), torch.tensor([5], dtype=torch.int32), torch.arange(0)):
+            assert torch.equal(embedding(ids), embedding(torch.arange(64))[ids.long()])
+        for wrong in (torch.tensor([3, 64]), torch.tensor([-65]), torch.arange(65)):
+            with pytest.raises(IndexError):
+                embedding(wrong)
         after, few = model(IDS % 64).logits, model(IDS[:, :3] % 64).logits
     tolerance = 0.3 if bits == 4 else 0.05
     torch.testing.assert_close(after, before, rtol=0, atol=tolerance * float(before.abs().max()))

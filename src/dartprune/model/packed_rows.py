@@ -130,8 +130,9 @@ class RowEmbedding(Packed):
 
     def forward(self, ids: Tensor) -> Tensor:
         """The vectors of token ids, [..., embedding_dim]."""
-        rows = self.rows(ids.reshape(-1))
-        return scaled(rows.unpacked("up").view(*ids.shape, self.embedding_dim), self.factor)
+        flat = ids.reshape(-1)
+        found = _picked(self, flat) if len(flat) <= FEW else self.rows(flat).unpacked("up")
+        return scaled(found.view(*ids.shape, self.embedding_dim), self.factor)
 
     def description(self) -> dict[str, Any]:
         """See `Packed.description`."""
@@ -164,6 +165,18 @@ def _many(x: Tensor, rows: QuantisedRows, role: str) -> Tensor:
     for first, last in blocks:
         out = out + x[:, first:last] @ rows.unpacked(role, first, last, x.dtype)
     return out.to(x.dtype)
+
+
+@outside_graphs
+def _picked(embedding: RowEmbedding, ids: Tensor) -> Tensor:
+    """The vectors of a few token ids: without taking their rows together first."""
+    if has_kernels():
+        from dartprune.ffn.cpu import quantised
+        from dartprune.ffn.cpu.arrays import WORDS
+
+        if embedding.dtype in WORDS:
+            return quantised.picked(embedding.rows(), ids.long().contiguous(), embedding.dtype)
+    return embedding.rows(ids).unpacked("up")
 
 
 @outside_graphs

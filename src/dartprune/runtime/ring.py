@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Rings(SlotTensors):
         self.dtype = dtype
         self.layers = [LayerRing(self, number) for number in range(layers)]
         self._on_device = DeviceValues()
+        self._has_kernel = device.type == "cpu" and importlib.util.find_spec("numba") is not None
         self._kept: list[tuple[list[int], Tensor, Tensor, Tensor]] = []
         # as bytes: few operations know 8-bit floats
         self._allocate("codes", (layers, tokens + 1, hidden), torch.uint8)
@@ -59,8 +61,19 @@ class Rings(SlotTensors):
             numbers += layers
             parts.append(x)
         for (_, _, slots, places), (numbers, parts) in alike.items():
-            self.store(torch.cat(parts), self._on_device(numbers, self.device)[:, None], slots, places)
+            self._store_rows(torch.cat(parts), self._on_device(numbers, self.device), slots, places)
         self.forget()
+
+    def _store_rows(self, x: Tensor, layers: Tensor, slots: Tensor, places: Tensor) -> None:
+        """`store` of rows [L, M, H], by one kernel where there is one for them."""
+        if not self._has_kernel or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            self.store(x, layers[:, None], slots, places)
+            return
+        from dartprune.ffn.cpu.arrays import words
+        from dartprune.ffn.cpu.ring_kernels import store_rows
+
+        room = self.codes.numpy(), self.scales.numpy()
+        store_rows(words("inputs", x.contiguous()), layers.numpy(), slots.numpy(), places.numpy(), *room)
 
     def store(self, x: Tensor, layers: Tensor | int, slots: Tensor, places: Tensor) -> None:
         """Round inputs [..., H] to the layers, slots and places that are named, whose shapes together are [...]."""

@@ -31,10 +31,10 @@ def cut_of(key, wanted, tally, pool):
     for i in range(key.shape[0]):
         tally[key[i] >> np.uint32(20)] += 1
     b, need = _bin_of(tally, wanted)
-    found = 0
+    found = np.uint32(0)
     for i in range(key.shape[0]):
         pool[found] = key[i]
-        found += np.int64(key[i] >> np.uint32(20) == b)
+        found += np.uint32(key[i] >> np.uint32(20) == b)
     cut = np.uint32(b) << np.uint32(20)
     tally[:] = 0
     for i in range(found):
@@ -74,13 +74,21 @@ def _choose(key, wanted, least, threshold, tally, pool, index):
         lowest, ties = max(least, np.uint32(1)), neurons
     elif take != own:
         lowest, ties = cut_of(key, take, tally, pool)
-    # the pool is free again: every neuron is written and kept only where it is chosen, without a branch
-    k = 0
+    equals = 0
     for i in range(neurons):
-        equal = key[i] == lowest
-        pool[k] = i
-        k += np.int64((key[i] > lowest) | (equal & (ties > 0)))
-        ties -= np.int64(equal)
+        equals += np.int64(key[i] == lowest)
+    # the pool is free again: every neuron is written and kept only where it is chosen, without a branch
+    k = np.uint32(0)
+    if ties >= equals:
+        for i in range(neurons):
+            pool[k] = i
+            k += np.uint32(key[i] >= lowest)
+    else:
+        for i in range(neurons):
+            equal = key[i] == lowest
+            pool[k] = i
+            k += np.uint32((key[i] > lowest) | (equal & (ties > 0)))
+            ties -= np.int64(equal)
     for i in range(k):
         index[i] = pool[i]
     return k, bits

@@ -167,6 +167,17 @@ def down_product(a: Tensor, rows: QuantisedRows) -> Tensor:
     return out.to(a.dtype)
 
 
+def picked(rows: QuantisedRows, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Up's rows of index int64 [N], [N, H]; IndexError where one is not there."""
+    from dartprune.ffn.cpu.arrays import words
+    from dartprune.ffn.cpu.unpacking import pick_rows
+
+    out = torch.empty(len(index), rows.hidden, dtype=dtype, device="cpu")
+    if not pick_rows(rows.head.numpy(), rows.tail.numpy(), rows.layout.offsets, index.numpy(), words("up", out)):
+        raise IndexError(f"index out of range: rows are 0 to {rows.neurons - 1}")
+    return out
+
+
 def unpacked(rows: QuantisedRows, role: str, first: int, last: int | None, dtype: torch.dtype) -> Tensor:
     """Rows `first` to `last` of a matrix, [rows, H]: see `QuantisedRows.unpacked`."""
     from dartprune.ffn.cpu.arrays import words

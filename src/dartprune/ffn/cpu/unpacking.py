@@ -21,18 +21,36 @@ def unpack_rows(head, tail, offsets, role, threads, out):
 
     out: [I, H], float32 or words of 16 bits (`arrays.words`).
     """
-    groups, bits = offsets[0], offsets[1] + offsets[2]
+    size = offsets[0] * GROUP
     for t in prange(threads):
-        codes, fields = np.empty(groups * GROUP, np.uint8), np.empty(groups * GROUP, np.uint8)
+        codes, fields = np.empty(size, np.uint8), np.empty(size, np.uint8)
         for i in range(out.shape[0] * t // threads, out.shape[0] * (t + 1) // threads):
-            if role == 2:
-                row, scales = tail[i], offsets[11]
-                _down_codes(row[offsets[10] : offsets[11]].view(np.uint32), bits, codes)
-            else:
-                row, scales = head[i], offsets[7] if role == 1 else offsets[6]
-                _fields(row, tail[i], offsets, role == 1, fields)
-                _in_order(fields.view(np.uint32), groups, codes.view(np.uint32))
-            _values(codes, row[scales : scales + 2 * groups + 8], groups, out[i])
+            _row(head[i], tail[i], offsets, role, fields, codes, out[i])
+
+
+@kernel()
+def pick_rows(head, tail, offsets, index, out):
+    """Up's rows of index int64 [N], as `unpack_rows` gives them; False where one of them is not there."""
+    for i in index:
+        if i < 0 or i >= head.shape[0]:
+            return False
+    codes, fields = np.empty(offsets[0] * GROUP, np.uint8), np.empty(offsets[0] * GROUP, np.uint8)
+    for n in range(index.shape[0]):
+        _row(head[index[n]], tail[index[n]], offsets, 1, fields, codes, out[n])
+    return True
+
+
+@lean()
+def _row(head, tail, offsets, role, fields, codes, out):
+    groups = offsets[0]
+    if role == 2:
+        row, scales = tail, offsets[11]
+        _down_codes(row[offsets[10] : scales].view(np.uint32), offsets[1] + offsets[2], codes)
+    else:
+        row, scales = head, offsets[7] if role == 1 else offsets[6]
+        _fields(row, tail, offsets, role == 1, fields)
+        _in_order(fields.view(np.uint32), groups, codes.view(np.uint32))
+    _values(codes, row[scales : scales + 2 * groups + 8], groups, out)
 
 
 @lean()
