@@ -15,7 +15,7 @@ from dartprune.ffn.row_format import RowFormat, lines, pack_fields
 from dartprune.model.layer import Layer
 from dartprune.model.packed import BLOCK, Packed, has_kernels, scaled, wants_gradient
 
-FEW = 16  # inputs of one call that the row kernels serve; more are multiplied with unpacked blocks
+FEW = 64  # inputs of one call that the row kernels serve; more are multiplied with unpacked blocks
 ALONE = 4  # bits of a linear layer in rows that is no part of an FFN
 WORDS = 6  # and of those of an embedding and a head, where that is fewer bytes by a tenth than 8 bits
 
