@@ -72,6 +72,23 @@ def test_values_that_need_no_rounding_are_multiplied_exactly(bits, nested, hidde
     near(cpu.down_product(a, rows), a.double() @ rows.unpacked("down", dtype=torch.float64), 2e-6)
 
 
+@pytest.mark.parametrize(("bits", "nested"), FORMS)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_gives_none(bits, nested, wrong):
+    """In any place of a group; the other inputs of the call are what they were."""
+    rows = quantised_rows(make(96, 40, torch.float32, True, False, "silu"), bits, nested=nested)
+    index, count = lists(40, [20])
+    for place in (0, 31, 40, 95):
+        x, a = torch.randn(3, 96), torch.randn(3, 40)
+        x[1, place], a[1, place % 40] = wrong, wrong
+        for got in (
+            cpu.products(x, rows, "up"),
+            cpu.down_product(a, rows),
+            CpuBackend().ffn(x, rows, index, count, torch.zeros(3, dtype=torch.int64)),
+        ):
+            assert not got[1].isfinite().any() and got[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inputs_of_every_dtype(dtype):
     rows = quantised_rows(make(96, 40, dtype, True, True, "silu"), 4)

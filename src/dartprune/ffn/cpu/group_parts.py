@@ -16,10 +16,10 @@ from dartprune.ffn.cpu.lean import lean
 from dartprune.ffn.row_format import GROUP, QUAD, SEGMENTS, STEPS
 
 LARGEST, SECOND, THIRD = SEGMENTS
-MOST = np.float32(127.0)
+MOST, NAN = np.float32(127.0), np.float32(np.nan)
 MANY = 16  # neurons whose down rows are added at a time
-# Neurons between the one that is computed and the one that is fetched once more: of what a busy processor is asked for
-# it drops some, so everything is asked for twice, the first time line by line while others are computed.
+# Neurons between the one that is computed and those that are fetched, for the second time and, where rows are read in
+# their order, for the first: of what a busy processor is asked for it drops some, so everything is asked for twice.
 AGAIN, AHEAD = 2, 6
 
 
@@ -44,10 +44,11 @@ def group_inputs(x, codes, scale, sums):
         lanes = lanes_of(groups - first)
         for lane in range(lanes):
             part = padded[(first + lane) * GROUP : (first + lane + 1) * GROUP]
-            largest = ZERO
+            largest, numbers = ZERO, True
             for k in range(GROUP):
                 largest = max(largest, abs(part[k]))
-            step = largest / MOST
+                numbers &= part[k] == part[k]
+            step = largest / MOST if numbers else NAN  # no code says that an input was none
             inverse = MOST / largest if largest > ZERO else ZERO
             total = np.int32(0)
             at = first * GROUP + lane * QUAD
