@@ -15,6 +15,11 @@ EIGHT = torch.float8_e4m3fn  # three bits of mantissa: masks made from it differ
 LARGEST = torch.finfo(EIGHT).max
 
 
+def has_kernel(device: torch.device) -> bool:
+    """Whether rows are stored by a kernel there."""
+    return device.type == "cpu" and importlib.util.find_spec("numba") is not None
+
+
 class Rings(SlotTensors):
     """FFN inputs of the last R tokens of layers that are alike, in 8-bit floats with one scale for each token.
 
@@ -30,7 +35,7 @@ class Rings(SlotTensors):
         self.dtype = dtype
         self.layers = [LayerRing(self, number) for number in range(layers)]
         self._on_device = DeviceValues()
-        self._has_kernel = device.type == "cpu" and importlib.util.find_spec("numba") is not None
+        self._has_kernel = has_kernel(device)
         self._kept: list[tuple[list[int], Tensor, Tensor, Tensor]] = []
         # as bytes: few operations know 8-bit floats
         self._allocate("codes", (layers, tokens + 1, hidden), torch.uint8)
