@@ -222,6 +222,14 @@ def test_a_gguf_file_is_an_ordinary_model(gguf_file, dtype, want):
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_a_gguf_file_that_was_cut_is_one_line(gguf_file, tmp_path):
+    data = gguf_file[1].read_bytes()
+    cuts = [0, 3, 4, 9, 20, 24, 40, 77, 150, 300, 500, 1000, 2000, 4000, len(data) // 3, len(data) // 2, len(data) - 64]
+    for cut in cuts:
+        (tmp_path / "cut.gguf").write_bytes(data[:cut])
+        one_line(tmp_path / "cut.gguf", "no model could be loaded from .*cut.gguf")
+
+
 def test_what_is_wrong_with_a_gguf_file_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "broken.gguf").write_bytes(b"no such thing")
     one_line(tmp_path / "absent.gguf", r"no model folder or \.gguf file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from dartprune.pretrained import CARRIED, carried_folder
 DEMO = "demo"
 QUANTISED = {"int8": 8, "int4": 4}  # dtypes that are made after loading, and their bits
 _HUB_SECONDS = 10.0
+_CUT = (struct.error, OverflowError, EOFError)  # what readers raise whose file ends early, beside ValueError
 
 
 def load(name_or_path: str | None = None, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
@@ -174,7 +176,7 @@ def _load(source: str, dtype: str, local: bool) -> tuple[Any, Any]:
         missing = sorted(found["missing_keys"])
         if missing:  # transformers fills these with random numbers and goes on
             raise UserError(f"{len(missing)} weights are not in its files, the first is {missing[0]}")
-    except (OSError, HTTPError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, HTTPError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError, *_CUT) as error:
         reason = _one_line(error)
         if local and isinstance(error, OSError) and not Path(source).is_dir():
             reason = (
