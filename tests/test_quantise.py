@@ -18,7 +18,7 @@ from dartprune.loading import load
 from dartprune.model.caches import handed
 from dartprune.model.families import describe
 from dartprune.model.packed_bytes import ByteEmbedding, ByteLinear, bytes_of
-from dartprune.model.packed_rows import FEW, WORDS, RowEmbedding, RowProjection, lone_rows
+from dartprune.model.packed_rows import FEW, VOCABULARY, RowEmbedding, RowProjection, lone_rows
 from dartprune.model.sizes import count
 from dartprune.model.weights import row_weights
 from dartprune.packed_file import load_packed
@@ -123,7 +123,7 @@ def test_embedding_and_head(bits, hidden, tied, tmp_path):
     for name in ("head", "tail") if in_rows else ("weight8", "scale"):
         assert (getattr(head, name) is getattr(embedding, name)) == tied
     if in_rows:
-        assert head.layout.bits == embedding.layout.bits == WORDS and isinstance(embedding, RowEmbedding)
+        assert head.layout.bits == embedding.layout.bits == VOCABULARY and isinstance(embedding, RowEmbedding)
         assert embedding.head.nbytes + embedding.tail.nbytes < 0.9 * words.numel()
         torch.testing.assert_close(head.rows().unpacked("up").std(), words.std(), rtol=0.05, atol=0)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from dartprune.model.families import Decoder, Layer, describe
 from dartprune.model.layer import held
 from dartprune.model.packed import Packed
 from dartprune.model.packed_bytes import ByteEmbedding, ByteLinear, bytes_of
-from dartprune.model.packed_rows import WORDS, PackedRows, RowEmbedding, RowProjection, lone_rows, saves_words
+from dartprune.model.packed_rows import VOCABULARY, PackedRows, RowEmbedding, RowProjection, lone_rows, saves_vocabulary
 from dartprune.model.weights import row_weights
 from dartprune.packed_file import let_save
 from dartprune.run import run_of
@@ -147,12 +147,12 @@ def _pack_rest(model: Any, bits: int) -> list[str]:
     shared: dict[int, tuple[Tensor, Tensor] | PackedRows] = {}
     head = model.get_output_embeddings()
 
-    def packed_words(weight: Tensor) -> tuple[Tensor, Tensor] | PackedRows:
+    def packed_vocabulary(weight: Tensor) -> tuple[Tensor, Tensor] | PackedRows:
         """The packed form of a weight, the same for an embedding and a head that are tied."""
         place = weight.data_ptr()
         if place not in shared:
-            in_rows = bits == 4 and saves_words(weight.shape[1])
-            shared[place] = lone_rows(weight, WORDS) if in_rows else bytes_of(weight)
+            in_rows = bits == 4 and saves_vocabulary(weight.shape[1])
+            shared[place] = lone_rows(weight, VOCABULARY) if in_rows else bytes_of(weight)
         return shared[place]
 
     for path, module in list(model.named_modules()):
@@ -161,7 +161,7 @@ def _pack_rest(model: Any, bits: int) -> list[str]:
             if module is not model.get_input_embeddings():
                 continue  # of positions: small, and added to something
             factor = float(getattr(module, "embed_scale", 1.0)) if kind in _SCALED else 1.0
-            words = packed_words(module.weight)
+            words = packed_vocabulary(module.weight)
             packed: Packed = (
                 RowEmbedding(words, factor) if isinstance(words, PackedRows) else ByteEmbedding(*words, factor)
             )
@@ -169,7 +169,7 @@ def _pack_rest(model: Any, bits: int) -> list[str]:
             weight = module.weight.detach()
             weight = weight.t().contiguous() if kind == "Conv1D" else weight
             if module is head:
-                packed = _linear(packed_words(module.weight), module.bias)
+                packed = _linear(packed_vocabulary(module.weight), module.bias)
             else:
                 packed = _linear(bytes_of(weight) if bits == 8 else lone_rows(weight), module.bias)
         else:

@@ -17,7 +17,7 @@ from dartprune.model.packed import BLOCK, Packed, has_kernels, scaled, wants_gra
 
 FEW = 64  # inputs of one call that the row kernels serve; more are multiplied with unpacked blocks
 ALONE = 4  # bits of a linear layer in rows that is no part of an FFN
-WORDS = 6  # and of those of an embedding and a head, where that is fewer bytes by a tenth than 8 bits
+VOCABULARY = 6  # and of those of an embedding and a head, where that is fewer bytes by a tenth than 8 bits
 
 
 class PackedRows(QuantisedRows):
@@ -33,9 +33,9 @@ def bare_rows(head: Tensor, tail: Tensor, layout: RowFormat, dtype: torch.dtype)
     return PackedRows(head, tail, layout, (None, None, None), "other", F.silu, dtype)
 
 
-def saves_words(hidden: int) -> bool:
-    """Whether words of so many weights are smaller in rows than in bytes, what fills rows up counted."""
-    layout = RowFormat(hidden, False, ALONE, WORDS - ALONE)
+def saves_vocabulary(hidden: int) -> bool:
+    """Whether an embedding and a head of that width are smaller in rows than in bytes, what fills rows up counted."""
+    layout = RowFormat(hidden, False, ALONE, VOCABULARY - ALONE)
     return layout.head + lines(layout.codes(layout.low)) < 0.9 * hidden
 
 

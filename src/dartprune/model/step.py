@@ -193,13 +193,14 @@ def _compile_attention(dtype: torch.dtype, *, of_rows: bool) -> None:
     weights, biases = (zeros(64, 64),) * 4, (zeros(0),) * 4
     kernels.attention(zeros(1, 64), weights, biases, *work, 1.0, use_threads(), zeros(1, 64))
     if of_rows:
-        from dartprune.ffn.cpu import group_products, step_rows
+        from dartprune.ffn.cpu import group_products, step_rows, unpacking
 
         format_ = RowFormat(64, False, ALONE, 0)
         head, tail = (numpy.zeros((64, size), numpy.uint8) for size in (format_.head, format_.tail))
         # for short prompts, and where somebody has to do with one of the modules
         group_products.products(angle, head, tail, format_.offsets, True, use_threads(), numpy.empty_like(angle))
         group_products.down_rows(angle, tail, format_.offsets, use_threads(), numpy.empty_like(angle))
+        unpacking.pick_rows(head, tail, format_.offsets, numpy.zeros(1, numpy.int64), zeros(1, 64))
         rows, formats = (numpy.zeros((64, format_.head), numpy.uint8),) * 4, (format_.offsets,) * 2
         step_rows.attention_of_rows(zeros(1, 64), rows, formats, biases, *work, 1.0, use_threads(), zeros(1, 64))
 

@@ -116,6 +116,8 @@ class _Builder:
         made = []
         for kind, indices in alike.items():
             rings = Rings(len(indices), self._method.refresh.replay_tokens, *kind)
+            with self.preparation("the ring of inputs"):
+                rings.prepare()
             self._rings.update(zip(indices, rings.layers, strict=True))
             made.append(rings)
         return made

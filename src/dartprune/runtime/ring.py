@@ -54,6 +54,14 @@ class Rings(SlotTensors):
         """
         self._kept.append((list(range(len(self.layers))) if layers is None else layers, x, slots, places))
 
+    def prepare(self) -> None:
+        """Compile the kernel for these rings (kept on disk), so that no token waits for it."""
+        if not self._has_kernel:
+            return
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        x = torch.zeros(0, 0, self.codes.shape[-1], dtype=self.dtype, device=self.device)
+        self._store_rows(x, none, none, none)
+
     def forget(self) -> None:
         """Drop what is put aside."""
         self._kept.clear()
@@ -71,10 +79,11 @@ class Rings(SlotTensors):
 
     def _store_rows(self, x: Tensor, layers: Tensor, slots: Tensor, places: Tensor) -> None:
         """`store` of rows [L, M, H], by one kernel where there is one for them."""
-        if not self._has_kernel or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        from dartprune.ffn.cpu.arrays import WORDS, words
+
+        if not self._has_kernel or x.dtype not in WORDS:
             self.store(x, layers[:, None], slots, places)
             return
-        from dartprune.ffn.cpu.arrays import words
         from dartprune.ffn.cpu.ring_kernels import store_rows
 
         room = self.codes.numpy(), self.scales.numpy()

@@ -34,6 +34,18 @@ def test_rows_are_rounded_as_torch_rounds_them(dtype, hidden):
     assert ours.codes.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_prepared_is_not_compiled_by_a_token(dtype):
+    from dartprune.ffn.cpu.ring_kernels import store_rows
+
+    made = rings(64, dtype, True)
+    made.prepare()
+    before = len(store_rows.signatures)
+    made.keep(torch.randn(5, 1, 64).to(dtype), torch.tensor([1]), torch.tensor([0]))
+    made.settle()
+    assert len(store_rows.signatures) == before > 0 and made.codes[1].any()
+
+
 def test_every_float_of_8_bits_and_all_between_two():
     codes = torch.arange(127, dtype=torch.uint8).view(EIGHT).float()
     between = (codes[1:] + codes[:-1]) / 2
