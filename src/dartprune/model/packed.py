@@ -31,7 +31,7 @@ class Packed(nn.Module, ABC):
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
-        """What `restored` must know beside the tensors, in plain values."""
+        """What `packed_file` must know beside the tensors, in plain values."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if fn(torch.empty(0, dtype=torch.uint8, device="cpu")).device.type != "cpu":
